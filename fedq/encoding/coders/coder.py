@@ -1,0 +1,23 @@
+"""What a coder is: symbols ↔ bytes."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from fedq.encoding.stage import TensorSpec
+
+
+class Coder(ABC):
+    """Turns the last stage's tensor into bytes, exactly. Make it a frozen dataclass, as a stage."""
+
+    @abstractmethod
+    def size(self, spec: TensorSpec) -> int | None:
+        """Returns how many bytes a tensor of `spec` takes, or None where that depends on its values."""
+
+    @abstractmethod
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
+        """Returns the bytes of `symbols`, a tensor of `spec` on any device."""
+
+    @abstractmethod
+    def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
+        """Returns the tensor of `spec` on the CPU. Raises ValueError for bytes that `encode` never makes."""

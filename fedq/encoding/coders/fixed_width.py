@@ -1,0 +1,85 @@
+"""Fixed width: every symbol in the same number of bits, with none left over."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.encoding.coders.coder import Coder
+from fedq.encoding.stage import TensorSpec
+
+
+@dataclass(frozen=True)
+class FixedWidth(Coder):
+    """Packs symbols below `levels` into ⌈log₂ levels⌉ bits each, least significant bit first.
+
+    n symbols of b bits take ⌈n·b / 8⌉ bytes: less than one byte is wasted a tensor. The rate is the entropy of
+    uniform symbols when `levels` is a power of two, and up to 1 bit a symbol above the entropy of others.
+    """
+
+    def size(self, spec: TensorSpec) -> int:
+        """As Coder.size."""
+        return -(-spec.numel * _width(spec) // 8)
+
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
+        """As Coder.encode."""
+        width, values = _width(spec), symbols.reshape(-1).cpu().numpy()
+        if width in (8, 16):
+            return values.astype(f"<u{width // 8}", copy=False).tobytes()
+        group, stride = _group(width)
+        groups = -(-len(values) // group)
+        padded = np.zeros((groups, group), np.uint8 if width < 8 else np.uint32)
+        padded.reshape(-1)[: len(values)] = values
+        packed = np.zeros((groups, stride), np.uint8)
+        for symbol, byte, shift in _overlaps(width):
+            column: np.ndarray = padded[:, symbol]
+            packed[:, byte] |= (column << shift if shift >= 0 else column >> -shift).astype(np.uint8)
+        return packed.tobytes()[: self.size(spec)]
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
+        """As Coder.decode."""
+        width, n = _width(spec), spec.numel
+        dtype = np.uint8 if width <= 8 else np.uint32
+        if width in (8, 16):
+            values = np.frombuffer(data, f"<u{width // 8}").astype(dtype)
+        else:
+            group, stride = _group(width)
+            packed = np.zeros((-(-n // group), stride), np.uint8)
+            packed.reshape(-1)[: len(data)] = data
+            unpacked = np.zeros((len(packed), group), dtype)
+            for symbol, byte, shift in _overlaps(width):
+                bits: np.ndarray = packed[:, byte].astype(dtype)
+                unpacked[:, symbol] |= bits >> shift if shift >= 0 else bits << -shift
+            unpacked &= dtype((1 << width) - 1)
+            values = unpacked.reshape(-1)
+            if values[n:].any():
+                raise ValueError("the unused bits of the last byte are not zero")
+            values = values[:n]
+        if n and int(values.max()) >= (spec.levels or 0):
+            raise ValueError(f"a symbol is not below {spec.levels}")
+        return torch.from_numpy(values.view(np.uint8 if width <= 8 else np.int32)).to(spec.dtype).reshape(spec.shape)
+
+
+def _width(spec: TensorSpec) -> int:
+    if spec.levels is None or not 1 <= spec.levels <= 1 << 16:
+        raise TypeError(f"FixedWidth packs symbols of 1 to 65,536 levels, not {spec.levels}")
+    return max(1, (spec.levels - 1).bit_length())
+
+
+def _group(width: int) -> tuple[int, int]:
+    """Returns the smallest number of symbols that fills whole bytes, and those bytes."""
+    bits = math.lcm(width, 8)
+    return bits // width, bits // 8
+
+
+def _overlaps(width: int) -> list[tuple[int, int, int]]:
+    """Lists (symbol, byte, left shift from the symbol's bits to the byte's) for all that share a bit in a group."""
+    group, stride = _group(width)
+    return [
+        (symbol, byte, symbol * width - byte * 8)
+        for symbol in range(group)
+        for byte in range(stride)
+        if symbol * width < byte * 8 + 8 and byte * 8 < symbol * width + width
+    ]

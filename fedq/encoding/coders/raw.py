@@ -1,0 +1,30 @@
+"""Exact values: the bytes of the tensor as they are."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedq.encoding.coders.coder import Coder
+from fedq.encoding.stage import TensorSpec
+
+
+@dataclass(frozen=True)
+class Raw(Coder):
+    """Every element in its own dtype, little-endian, in row-major order. Any dtype; no overhead."""
+
+    def size(self, spec: TensorSpec) -> int:
+        """As Coder.size: elements × bytes an element."""
+        return spec.numel * spec.dtype.itemsize
+
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
+        """As Coder.encode."""
+        return symbols.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
+        """As Coder.decode. Booleans must be the bytes 0 or 1."""
+        values = torch.empty(spec.numel * spec.dtype.itemsize, dtype=torch.uint8)
+        values.numpy()[:] = data
+        if spec.dtype == torch.bool and bool((values > 1).any()):
+            raise ValueError("a boolean is neither 0 nor 1")
+        return values.view(spec.dtype).reshape(spec.shape)

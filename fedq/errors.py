@@ -1,0 +1,5 @@
+"""The one base of all errors that a person can mend."""
+
+
+class FedqError(Exception):
+    """Its text is one clear sentence: what is wrong, where, and what to do. Programs show it without a traceback."""

@@ -1,0 +1,41 @@
+"""Sums over a cohort, in an order that no scheduling can change."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class PairwiseTree(Generic[T]):
+    """Folds values 0, 1, 2, … with `combine` over a fixed binary tree, as they come and in any order.
+
+    Floating-point addition is not associative: over a tree fixed by the values' places the result is the same,
+    bit for bit, whoever computed them and whenever. A value may be missing (None): its place stays empty. In order,
+    at most log₂(n) + 1 partial results are held.
+    """
+
+    def __init__(self, combine: Callable[[T, T], T]) -> None:
+        self._combine = combine
+        self._waiting: dict[tuple[int, int], T | None] = {}
+
+    def add(self, place: int, value: T | None) -> None:
+        """Takes the value of one place; each place once."""
+        level = 0
+        while (level, place ^ 1) in self._waiting:
+            sibling = self._waiting.pop((level, place ^ 1))
+            value = self._join(value, sibling) if place % 2 == 0 else self._join(sibling, value)
+            level, place = level + 1, place // 2
+        self._waiting[level, place] = value
+
+    def result(self) -> T | None:
+        """Returns the fold of all values, None without any. Call it once, after all places are taken."""
+        total = None
+        for _, value in sorted(self._waiting.items(), key=lambda item: item[0]):
+            # the smallest subtree is the rightmost: fold the rest from the right
+            total = self._join(value, total)
+        return total
+
+    def _join(self, left: T | None, right: T | None) -> T | None:
+        if left is None or right is None:
+            return right if left is None else left
+        return self._combine(left, right)

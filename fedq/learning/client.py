@@ -1,0 +1,87 @@
+"""What a client does: local training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedq.data import Examples
+from fedq.keys import Key
+
+
+class TrainingMetrics(NamedTuple):
+    """Sums over all examples seen in local training, in the model's state when it saw them."""
+
+    loss: float
+    correct: int
+    seen: int
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Local SGD (McMahan 2016, ClientUpdate) with heavy-ball momentum and FedProx's proximal term (Li 2020, eq. 2).
+
+    Each epoch goes once over the client's examples in an order of its own; the last batch may be smaller. `lr` and
+    `momentum` are torch.optim.SGD's; `proximal` is μ, which pulls towards the weights received. Of a client with more
+    than `max_examples` a random choice of so many is used each round.
+    """
+
+    lr: float
+    epochs: int = 1
+    batch_size: int = 20
+    momentum: float = 0.0
+    proximal: float = 0.0
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+        for name in ("epochs", "batch_size", "max_examples"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be 1 or more, not {count}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be from 0 to below 1, not {self.momentum}")
+        if not self.proximal >= 0:
+            raise ValueError(f"proximal must be 0 or more, not {self.proximal}")
+
+    def train(self, model: nn.Module, weights: Mapping[str, Tensor], examples: Examples, key: Key) -> TrainingMetrics:
+        """Sets `model` to `weights` and trains it in place on `examples`, on the model's device."""
+        model.load_state_dict(weights)
+        model.train()
+        parameters = dict(model.named_parameters())
+        device = next(iter(parameters.values())).device
+        optimizer = torch.optim.SGD(parameters.values(), lr=self.lr, momentum=self.momentum)
+        loss_sum, correct, seen = 0.0, 0, 0
+        for epoch in range(self.epochs):
+            order = torch.from_numpy(key.fold("shuffle").fold(str(epoch)).permutation(len(examples.y)))
+            order = order[: self.max_examples]
+            x, y = examples.x[order].to(device), examples.y[order].to(device)
+            for start in range(0, len(order), self.batch_size):
+                batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
+                optimizer.zero_grad()
+                logits = model(batch_x)
+                loss = F.cross_entropy(logits, batch_y)
+                torch.autograd.backward(loss)
+                if self.proximal:
+                    for name, parameter in parameters.items():
+                        if parameter.grad is not None:
+                            parameter.grad.add_(parameter.detach() - weights[name], alpha=self.proximal)
+                optimizer.step()
+                loss_sum += float(loss.detach()) * len(batch_y)
+                correct += int((logits.detach().argmax(1) == batch_y).sum())
+                seen += len(batch_y)
+        return TrainingMetrics(loss_sum, correct, seen)
+
+
+def update_of(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a client uploads: trained − received where floating, the trained value itself where not.
+
+    Integers and booleans (a batch norm's num_batches_tracked) would wrap in a difference of their own dtype.
+    """
+    return {
+        name: value.detach() - received[name] if value.is_floating_point() else value for name, value in trained.items()
+    }

@@ -1,0 +1,29 @@
+"""How good a model is."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedq.data import Examples
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+"""Applies a function to each item and gives the results in order: Python's `map`, or a pool's."""
+
+
+def evaluate(model: nn.Module, examples: Examples, batch_size: int = 500, map: Map = map) -> dict[str, float]:
+    """Returns the mean cross entropy ("loss", in nats) and the accuracy of `model` on `examples`."""
+
+    def batch(start: int) -> tuple[float, int]:
+        x, y = (part[start : start + batch_size].to(device) for part in examples)
+        with torch.inference_mode():
+            logits = model(x)
+            return float(F.cross_entropy(logits, y, reduction="sum")), int((logits.argmax(1) == y).sum())
+
+    device = next(model.parameters()).device
+    model.eval()
+    sums = list(map(batch, range(0, len(examples.y), batch_size)))
+    n = len(examples.y)
+    return {"loss": sum(loss for loss, _ in sums) / n, "accuracy": sum(correct for _, correct in sums) / n}

@@ -1,0 +1,77 @@
+"""What the server holds, and how the cohort's mean update changes it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedq.encoding.state_dict import ByTensor
+
+ServerOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+"""Builds the server optimizer for the given parameters, as `functools.partial(torch.optim.Adam, lr=0.01)` does."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that one round hands to the next. Tensors are never changed in place.
+
+    round: rounds done. weights: the model's state_dict. optimizer: the server optimizer's state_dict. broadcast and
+    upload: states of the adaptive encoding stages. broadcasted_bits and aggregated_bits: sums over all rounds.
+    """
+
+    round: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    broadcast: ByTensor
+    upload: ByTensor
+    broadcasted_bits: int = 0
+    aggregated_bits: int = 0
+
+
+def weighted(update: Mapping[str, Tensor], weights: Mapping[str, Tensor], weight: int) -> dict[str, Tensor]:
+    """Returns a client's update (see `client.update_of`) times its weight, ready to be added to others'.
+
+    Integers and booleans become their change from `weights`, in int64, so that the sum is exact.
+    """
+    return {
+        name: value * weight
+        if value.is_floating_point()
+        else (value.to(torch.int64) - weights[name].to(torch.int64)) * weight
+        for name, value in update.items()
+    }
+
+
+def server_step(
+    build: ServerOptimizer,
+    state: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    parameters: frozenset[str],
+    total: Mapping[str, Tensor],
+    weight: int,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the next weights and optimizer state, from the weighted sum of updates and the sum of their weights.
+
+    The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 2). Other floating
+    tensors (batch norm's running statistics) take the mean as it is; integers and booleans the mean to the nearest
+    integer, in exact arithmetic.
+    """
+    leaves = {name: weights[name].clone().requires_grad_() for name in weights if name in parameters}
+    optimizer = build(leaves.values())
+    if state:
+        optimizer.load_state_dict(deepcopy(dict(state)))
+    for name, leaf in leaves.items():
+        leaf.grad = total[name] / -weight
+    optimizer.step()
+    after = {}
+    for name, value in weights.items():
+        if name in leaves:
+            after[name] = leaves[name].detach()
+        elif value.is_floating_point():
+            after[name] = value + total[name] / weight
+        else:
+            nearest = torch.div(2 * total[name] + weight, 2 * weight, rounding_mode="floor")
+            after[name] = (value.to(torch.int64) + nearest).to(value.dtype)
+    return after, optimizer.state_dict()

@@ -1,0 +1,1 @@
+"""What makes the algorithm run: sampler, workers, the loop, checkpoints."""

@@ -1,0 +1,44 @@
+"""Worker threads: many clients of one process side by side."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """A pool of threads with one intra-op thread each, so that a client's numbers do not depend on their number.
+
+    Training releases Python's lock nearly all the time, and one client a core is faster than one client on all cores.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        """Starts `count` threads; None is one for every core this process may use."""
+        self.count = count or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self.count, "worker", initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Yields `function(item)` in order; at most two results a worker wait to be taken."""
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(self._pool.submit(function, item))
+                if len(pending) > 2 * self.count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

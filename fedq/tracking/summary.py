@@ -1,0 +1,106 @@
+"""summary.json: how a run ended, in numbers."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fedq.tracking.metrics import Metrics
+from fedq.tracking.units import human_bytes
+
+
+class Summary:
+    """Gathers what summary.json tells, round by round, so that a run that fails has one too."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        """`folder` is the run's."""
+        self._folder = folder
+        self.uncompressed_bits = 0
+        """Of one message with every tensor exact; to be set before the first round."""
+        self.values: dict[str, Any] = {
+            "status": "running",
+            "rounds": 0,
+            "final_test_accuracy": None,
+            "best_test_accuracy": None,
+            "broadcasted_bits": 0,
+            "aggregated_bits": 0,
+            "uncompressed_broadcasted_bits": 0,
+            "uncompressed_aggregated_bits": 0,
+            "broadcast_ratio": None,
+            "upload_ratio": None,
+            "seconds": 0.0,
+            "seed": seed,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "fedq": _version()},
+            "git_commit": _git_commit(),
+        }
+
+    def write(self, metrics: Metrics) -> None:
+        """Takes in one more round."""
+        values = self.values
+        values["rounds"] += 1
+        values["seconds"] += metrics["seconds"]
+        values["broadcasted_bits"] = int(metrics["cumulative_broadcasted_bits"])
+        values["aggregated_bits"] = int(metrics["cumulative_aggregated_bits"])
+        # what the same clients would have received and sent without an encoder
+        values["uncompressed_broadcasted_bits"] += self.uncompressed_bits * int(
+            metrics["clients"] + metrics["clients_failed"]
+        )
+        values["uncompressed_aggregated_bits"] += self.uncompressed_bits * int(metrics["uploads"])
+        values["broadcast_ratio"] = values["uncompressed_broadcasted_bits"] / values["broadcasted_bits"]
+        values["upload_ratio"] = values["uncompressed_aggregated_bits"] / values["aggregated_bits"]
+        if "test/accuracy" in metrics:
+            values["final_test_accuracy"] = metrics["test/accuracy"]
+            values["best_test_accuracy"] = max(values["best_test_accuracy"] or 0.0, metrics["test/accuracy"])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Writes summary.json, whole or not at all; its status is completed, failed or interrupted."""
+        status = "completed" if error is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        self.values |= {"status": status} | ({"error": str(error)} if error else {})
+        temporary = self._folder / "summary.json.tmp"
+        temporary.write_text(json.dumps(self.values, indent=2) + "\n")
+        temporary.replace(self._folder / "summary.json")
+
+    def __enter__(self) -> "Summary":
+        return self
+
+    def print(self) -> None:
+        """Prints how the run ended, and the command that shows its curves."""
+        values = self.values
+        table = Table(title="done", show_header=False, title_justify="left")
+        table.add_row("test accuracy", f"{values['final_test_accuracy']:.2%} (best {values['best_test_accuracy']:.2%})")
+        for way, sent, ratio in (("down", "broadcasted", "broadcast"), ("up", "aggregated", "upload")):
+            bits, rate = values[f"{sent}_bits"], values[f"{ratio}_ratio"]
+            a_round = f"{bits / values['rounds'] / 2**20:,.2f} Mibit a round"
+            table.add_row(f"bytes {way}", f"{human_bytes(bits)}, {a_round}, {rate:.2f} x less than float32")
+        table.add_row("seconds a round", f"{values['seconds'] / values['rounds']:.2f}")
+        table.add_row("output", str(self._folder))
+        # every folder of runs is below the nearest one called outputs
+        logdir = next((parent for parent in self._folder.parents if parent.name == "outputs"), self._folder)
+        table.add_row("curves", f"tensorboard --logdir {logdir}")
+        Console(file=sys.stdout).print(table)
+
+
+def _version() -> str | None:
+    try:
+        return version("fedq")
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Returns the commit of the code that runs, if it stands in a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
