@@ -7,6 +7,7 @@ What has no `_target_`, the groups `run` and `encoder`, is described by the data
 
 import inspect
 import math
+import pkgutil
 import re
 import types
 import typing
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -59,18 +60,21 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ChainConfig:
-    """A chain of stages and its coder, each with a `_target_`."""
+class RuleConfig:
+    """A chain of their own for the tensors whose names fit a pattern, as a shell's; the first that fits counts."""
 
+    pattern: str
     stages: list[Any]
     coder: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class DirectionConfig(ChainConfig):
-    """What encodes one direction; `rules` gives a chain of their own to tensors whose names fit a pattern."""
+class DirectionConfig:
+    """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs."""
 
-    rules: dict[str, Any] = field(default_factory=dict)
+    stages: list[Any]
+    coder: dict[str, Any]
+    rules: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ def check(cfg: DictConfig) -> None:
     _check_arguments(cfg, "encoder", EncoderConfig, open_ended=True)
     for direction in ("encoder.broadcast", "encoder.upload"):
         _check_arguments(cfg, direction, DirectionConfig, open_ended=True)
-        for pattern in plain(cfg, direction).get("rules") or {}:
-            _check_arguments(cfg, f"{direction}.rules[{pattern}]", ChainConfig)
+        for i in range(len(plain(cfg, direction).get("rules", []))):
+            _check_arguments(cfg, f"{direction}.rules[{i}]", RuleConfig)
         _check_targets(cfg, direction)
 
 
@@ -117,7 +121,8 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
         return Encoder(stages, build(cfg, f"{path}.coder"))
 
     path = f"encoder.{direction}"
-    rules = {pattern: chain(f"{path}.rules[{pattern}]") for pattern in plain(cfg, path).get("rules") or {}}
+    patterns = [rule["pattern"] for rule in plain(cfg, path).get("rules", [])]
+    rules = {pattern: chain(f"{path}.rules[{i}]") for i, pattern in enumerate(patterns)}
     threshold = plain(cfg, "encoder")["threshold"]
     return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules))
 
@@ -150,9 +155,9 @@ def _check_targets(cfg: DictConfig, path: str) -> None:
     if isinstance(node, dict):
         if "_target_" in node:
             try:
-                target = get_object(node["_target_"])
-            except Exception as error:
-                raise ConfigError(f"{path}._target_: {node['_target_']} cannot be imported: {error}") from error
+                target = pkgutil.resolve_name(node["_target_"])
+            except (ImportError, AttributeError, ValueError) as error:
+                raise ConfigError(f"{path}._target_: {node['_target_']!r} cannot be imported: {error}") from error
             _check_arguments(cfg, path, target)
         children = [(f"{path}.{key}", value) for key, value in node.items()]
     else:
@@ -164,9 +169,14 @@ def _check_targets(cfg: DictConfig, path: str) -> None:
 
 def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool = False) -> None:
     """Checks the keys and values of the node at `path` against the signature of `target`."""
-    given = {key: value for key, value in plain(cfg, path).items() if key not in ("_target_", "_partial_")}
+    node = plain(cfg, path)
+    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     parameters = inspect.signature(target).parameters
     hints = typing.get_type_hints(target.__dict__.get("__init__", target) if isinstance(target, type) else target)
+    for name, parameter in parameters.items():
+        # what is built with `_target_` may get more arguments from the code
+        if "_target_" not in node and name not in given and parameter.default is parameter.empty:
+            raise ConfigError(f"{path}.{name} is missing")
     takes_any = open_ended or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key, value in given.items():
         place = _origin(cfg, f"{path}.{key}")
@@ -197,8 +207,7 @@ def _fits(value: Any, allowed: Any) -> bool:
     """Tells whether `value`, as read from YAML, is of an annotated type; types that YAML cannot hold always fit."""
     origin = typing.get_origin(allowed)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(allowed)
-        return any(_fits(value, option) for option in [o for o in options if o in _WORDS] or options)
+        return any(_fits(value, option) for option in _options(allowed))
     if origin is Literal:
         return value in typing.get_args(allowed)
     if allowed is float:
@@ -212,12 +221,17 @@ def _fits(value: Any, allowed: Any) -> bool:
     return True
 
 
+def _options(union: Any) -> list[Any]:
+    """Returns the members of a union that YAML can hold, all if there are none such."""
+    members = list(typing.get_args(union))
+    return [m for m in members if m in _WORDS or typing.get_origin(m) in (Literal, list, dict)] or members
+
+
 def _name(allowed: Any) -> str:
     """Returns an annotated type in words."""
     origin = typing.get_origin(allowed)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(allowed)
-        return " or ".join(_name(option) for option in [o for o in options if o in _WORDS] or options)
+        return " or ".join(_name(option) for option in _options(allowed))
     if origin is Literal:
         return " or ".join(map(str, typing.get_args(allowed)))
     return _WORDS.get(allowed, str(allowed))

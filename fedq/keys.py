@@ -33,6 +33,8 @@ class Key(NamedTuple):
 
     def bit_generator(self) -> np.random.SFC64:
         """Returns a fresh bit generator at the start of this key's stream."""
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
         head = struct.pack("<QQQ", self.seed, self.round, self.client)
         names = b"".join(struct.pack("<I", len(b)) + b for b in (name.encode() for name in self.path))
         digest = hashlib.blake2b(head + names, digest_size=16).digest()

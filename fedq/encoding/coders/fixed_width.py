@@ -24,8 +24,10 @@ class FixedWidth(Coder):
         return -(-spec.numel * _width(spec) // 8)
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
-        """As Coder.encode."""
+        """As Coder.encode. Raises ValueError for a symbol out of range: it would spill into its neighbours."""
         width, values = _width(spec), symbols.reshape(-1).cpu().numpy()
+        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < (spec.levels or 0):
+            raise ValueError(f"a symbol is not from 0 to {(spec.levels or 0) - 1}")
         if width in (8, 16):
             return values.astype(f"<u{width // 8}", copy=False).tobytes()
         group, stride = _group(width)

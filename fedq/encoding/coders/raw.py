@@ -19,7 +19,9 @@ class Raw(Coder):
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode."""
-        return symbols.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # as_strided, as one element or none counts as contiguous whatever its stride, and view would refuse it
+        flat = symbols.cpu().contiguous().as_strided((symbols.numel(),), (1,))
+        return flat.view(torch.uint8).numpy().tobytes()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """As Coder.decode. Booleans must be the bytes 0 or 1."""

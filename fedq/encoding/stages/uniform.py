@@ -42,6 +42,8 @@ class UniformQuantization(EncodingStage):
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The tensor's minimum and maximum: float64 for a float64 tensor, else float32."""
+        if not spec.dtype.is_floating_point:
+            raise ValueError(f"UniformQuantization takes floating tensors, not {spec.dtype}")
         bound = TensorSpec((), torch.float64 if spec.dtype == torch.float64 else torch.float32)
         return {"minimum": bound, "maximum": bound}
 
@@ -63,7 +65,7 @@ class UniformQuantization(EncodingStage):
         bits, top = key.bit_generator(), (1 << self.bits) - 1
         flat, out = x.reshape(-1), symbols.view(-1)
         for start in range(0, len(flat), _CHUNK):
-            scaled = flat[start : start + _CHUNK].to(work, copy=True).sub_(minimum).mul_(1 / step)
+            scaled = flat[start : start + _CHUNK].to(work, copy=True).sub_(minimum).div_(step)
             if self.rounding == "stochastic":
                 # 16 random bits an element as numbers evenly spread in (0, 1), then floor
                 random = bits.random_raw(-(-len(scaled) // 4)).view(np.int16)[: len(scaled)]
@@ -76,7 +78,8 @@ class UniformQuantization(EncodingStage):
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
         minimum, step, work = self._scale(side)
-        return y.to(work).mul_(step).add_(minimum).to(spec.dtype)
+        # clamped, as the last step may round beyond the maximum and so beyond the dtype
+        return y.to(work).mul_(step).add_(minimum).clamp_(max=float(side["maximum"])).to(spec.dtype)
 
     def _scale(self, side: Tensors) -> tuple[float, float, torch.dtype]:
         """Returns minimum, step and the dtype to work in: float32 where its range and precision suffice."""

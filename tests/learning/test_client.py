@@ -1,0 +1,89 @@
+import torch
+import torch.nn.functional as F
+
+from fedq.keys import Key
+from fedq.learning.client import LocalTraining, update_of
+
+
+def by_hand(model, examples, order, lr, momentum=0.0, proximal=0.0):
+    """Local SGD written out: v ← m v + g + μ (w − w0), w ← w − lr v, batches of 20."""
+    start = [p.detach().clone() for p in model.parameters()]
+    velocity = [torch.zeros_like(p) for p in start]
+    losses, correct = [], 0
+    for i in range(0, len(order), 20):
+        x, y = examples.x[order[i : i + 20]], examples.y[order[i : i + 20]]
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, g, v, w in zip(model.parameters(), gradients, velocity, start, strict=True):
+                v.mul_(momentum).add_(g + proximal * (p - w))
+                p -= lr * v
+        losses += [float(loss.detach())] * len(y)
+        correct += int((logits.argmax(1) == y).sum())
+    return sum(losses), correct
+
+
+def trained(tiny, client, **settings):
+    torch.manual_seed(0)
+    model = tiny()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    examples, key = client(3, 50).load(), Key(1, 2, 3).fold("train")
+    metrics = LocalTraining(lr=0.1, **settings).train(model, weights, examples, key)
+    order = torch.from_numpy(key.fold("shuffle").fold("0").permutation(50))
+    torch.manual_seed(0)
+    return model, metrics, tiny(), examples, order
+
+
+def assert_same(model, other):
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_sgd_is_the_textbooks(tiny, client):
+    model, metrics, other, examples, order = trained(tiny, client)
+    loss, correct = by_hand(other, examples, order, 0.1)
+    assert_same(model, other)
+    assert metrics.seen == 50  # 20 + 20 + 10: the last batch is not dropped
+    assert abs(metrics.loss - loss) < 1e-3
+    assert metrics.correct == correct
+
+
+def test_momentum_is_the_textbooks(tiny, client):
+    model, _, other, examples, order = trained(tiny, client, momentum=0.9)
+    by_hand(other, examples, order, 0.1, momentum=0.9)
+    assert_same(model, other)
+
+
+def test_proximal_pulls_towards_the_weights_received(tiny, client):
+    model, _, other, examples, order = trained(tiny, client, proximal=0.5)
+    by_hand(other, examples, order, 0.1, proximal=0.5)
+    assert_same(model, other)
+
+
+def test_each_epoch_has_an_order_of_its_own(tiny, client):
+    _, metrics, *_ = trained(tiny, client, epochs=2)
+    assert metrics.seen == 100
+    key = Key(1, 2, 3).fold("train").fold("shuffle")
+    assert (key.fold("0").permutation(50) != key.fold("1").permutation(50)).any()
+
+
+def test_of_a_large_client_a_random_part_is_used(tiny, client):
+    _, metrics, *_ = trained(tiny, client, max_examples=30)
+    assert metrics.seen == 30
+
+
+def test_the_received_weights_are_not_changed(tiny, client):
+    model = tiny()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in weights.items()}
+    LocalTraining(lr=0.1, proximal=0.1).train(model, weights, client(0).load(), Key(0))
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_integers_are_uploaded_as_they_are():
+    received = {"w": torch.ones(2), "n": torch.tensor(250, dtype=torch.uint8)}
+    update = update_of({"w": torch.full((2,), 3.0), "n": torch.tensor(4, dtype=torch.uint8)}, received)
+    assert update["w"].tolist() == [2.0, 2.0]
+    assert update["n"] == 4
+    assert update["n"].dtype == torch.uint8

@@ -1,0 +1,319 @@
+import copy
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedq.data import Client, Examples
+from fedq.encoding import (
+    AdaptiveEncodingStage,
+    EncodeError,
+    Encoder,
+    FixedWidth,
+    Key,
+    MessageError,
+    Raw,
+    StateDictEncoder,
+    StateUpdate,
+    TensorSpec,
+    UniformQuantization,
+    schema_of,
+)
+from fedq.learning import Diverged, LocalTraining, TooFewClients, evaluate
+from fedq.simulation.workers import Workers
+
+UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Records (key, message) of everything that is encoded."""
+    messages = []
+    encode = StateDictEncoder.encode
+
+    def recording(self, tensors, key, *args, **kwargs):
+        message, updates = encode(self, tensors, key, *args, **kwargs)
+        messages.append((key, message))
+        return message, updates
+
+    monkeypatch.setattr(StateDictEncoder, "encode", recording)
+    return messages
+
+
+def test_a_float32_round_is_federated_averaging(process, client, tiny):
+    """McMahan 2016, algorithm 1, written out again without any of fedq's learning."""
+    averaging = process(seed=5)
+    start = averaging.initialize()
+    sizes = {4: 50, 7: 20, 1: 33}
+    state, metrics = averaging.next(start, [client(number, n) for number, n in sizes.items()])
+
+    mean = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.weights.items()}
+    for number, n in sizes.items():
+        model = tiny()
+        model.load_state_dict(start.weights)
+        examples = client(number, n).load()
+        order = torch.from_numpy(Key(5, 0, number).fold("train").fold("shuffle").fold("0").permutation(n))
+        for i in range(0, n, 20):
+            batch = order[i : i + 20]
+            gradients = torch.autograd.grad(
+                F.cross_entropy(model(examples.x[batch]), examples.y[batch]), list(model.parameters())
+            )
+            with torch.no_grad():
+                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                    parameter -= 0.1 * gradient
+        for name, value in model.state_dict().items():
+            mean[name] += (value - start.weights[name]).double() * n / sum(sizes.values())
+    for name, value in state.weights.items():
+        torch.testing.assert_close(value, (start.weights[name] + mean[name]).float(), rtol=1e-5, atol=1e-6)
+    assert metrics["clients"] == 3
+    assert metrics["clients_failed"] == 0
+
+
+def test_bits_are_those_of_the_messages(process, client, sent):
+    averaging = process(broadcast=UINT8, upload=UINT8)
+    state, metrics = averaging.next(averaging.initialize(), [client(i) for i in range(3)])
+    (down,) = [message for key, message in sent if key.client == Key(0).client]
+    up = [message for key, message in sent if key.client != Key(0).client]
+    assert len(up) == 3
+    assert metrics["broadcast_bits"] == 8 * len(down) * 3
+    assert metrics["aggregated_bits"] == 8 * sum(map(len, up))
+    state, metrics = averaging.next(state, [client(i) for i in range(2)])
+    assert metrics["cumulative_broadcasted_bits"] == state.broadcasted_bits == 8 * len(down) * 5
+    assert metrics["cumulative_aggregated_bits"] == state.aggregated_bits == 8 * sum(map(len, up)) // 3 * 5
+
+
+def test_what_was_decoded_from_the_messages_is_what_trained_the_model(process, client, sent, monkeypatch):
+    """Fails if either side used the original tensors: they differ from what the bytes hold."""
+    started_from = []
+    train = LocalTraining.train
+    monkeypatch.setattr(
+        LocalTraining,
+        "train",
+        lambda self, model, weights, *rest: (started_from.append(weights), train(self, model, weights, *rest))[1],
+    )
+    averaging = process(broadcast=UINT8, upload=UINT8)
+    start = averaging.initialize()
+    schema = schema_of(start.weights)
+    sizes = {0: 30, 1: 45, 2: 10}
+    state, _ = averaging.next(start, [client(number, n) for number, n in sizes.items()])
+
+    messages = dict(sent)
+    received, _ = UINT8.decode(messages[Key(0, 0)], Key(0, 0), schema)
+    assert not same(received, start.weights)
+    assert all(same(weights, received) for weights in started_from)
+    updates = {number: UINT8.decode(messages[Key(0, 0, number)], Key(0, 0, number), schema)[0] for number in sizes}
+    for name, value in start.weights.items():
+        mean = sum(updates[number][name].double() * n for number, n in sizes.items()) / sum(sizes.values())
+        torch.testing.assert_close(state.weights[name], (value + mean).float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("direction", ["broadcast", "upload"])
+def test_one_changed_symbol_changes_the_model(process, client, monkeypatch, direction):
+    averaging = process(broadcast=UINT8, upload=UINT8)
+    start = averaging.initialize()
+    clean, _ = averaging.next(start, [client(0), client(1)])
+    encode = StateDictEncoder.encode
+
+    def tampering(self, tensors, key, *args, **kwargs):
+        message, updates = encode(self, tensors, key, *args, **kwargs)
+        if (key.client == 1) == (direction == "upload"):
+            body = bytearray(message[:-4])
+            body[44 + 8 + 1000] ^= 0x80  # a symbol of the first tensor, behind its minimum and maximum
+            message = bytes(body) + struct.pack("<I", zlib.crc32(body))
+        return message, updates
+
+    monkeypatch.setattr(StateDictEncoder, "encode", tampering)
+    tampered, metrics = averaging.next(start, [client(0), client(1)])
+    assert metrics["clients_failed"] == 0
+    changed = clean.weights["big.weight"] != tampered.weights["big.weight"]
+    assert changed.sum() == 1 if direction == "upload" else changed.sum() > 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_number_of_workers_changes_nothing(process, client, count):
+    clients = [client(i, 20 + i) for i in range(7)]
+
+    def three_rounds(**more):
+        averaging = process(broadcast=UINT8, upload=UINT8, server=partial(torch.optim.Adam, lr=0.01), **more)
+        state = averaging.initialize()
+        for _ in range(3):
+            state, metrics = averaging.next(state, clients)
+        return state, metrics
+
+    alone, metrics = three_rounds()
+    with Workers(count) as workers:
+        state, others = three_rounds(map=workers.map)
+    assert same(alone.weights, state.weights)
+    assert {k: v for k, v in metrics.items() if "seconds" not in k} == {
+        k: v for k, v in others.items() if "seconds" not in k
+    }
+
+
+def test_a_step_is_pure(process, client):
+    averaging = process(broadcast=UINT8, upload=UINT8, server=partial(torch.optim.SGD, lr=1.0, momentum=0.9))
+    state, _ = averaging.next(averaging.initialize(), [client(0), client(1)])
+    before = copy.deepcopy(state)
+    once, _ = averaging.next(state, [client(2), client(3)])
+    twice, _ = averaging.next(state, [client(2), client(3)])
+    assert same(once.weights, twice.weights)
+    assert same(state.weights, before.weights)
+    assert torch.equal(state.optimizer["state"][0]["momentum_buffer"], before.optimizer["state"][0]["momentum_buffer"])
+
+
+def test_seeds_differ_and_the_global_generator_is_left_alone(process):
+    before = torch.random.get_rng_state()
+    a, b, c = (process(seed=seed).initialize().weights for seed in (0, 0, 1))
+    assert same(a, b)
+    assert not same(a, c)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_batch_norm_statistics_are_averaged_and_its_counter_stays_an_integer(process, client, normalised):
+    averaging = process(model=normalised)
+    start = averaging.initialize()
+    state, _ = averaging.next(start, [client(0, 60), client(1, 20)])
+    assert state.weights["norm.num_batches_tracked"].dtype == torch.int64
+    assert int(state.weights["norm.num_batches_tracked"]) == 3  # 3 and 1 batches: (3·60 + 1·20) / 80 = 2.5, up
+    alone = [
+        averaging.next(start, [client(number, n)])[0].weights["norm.running_mean"] for number, n in ((0, 60), (1, 20))
+    ]
+    torch.testing.assert_close(state.weights["norm.running_mean"], (alone[0] * 60 + alone[1] * 20) / 80)
+
+
+def failing(number, examples):
+    return Client(number, lambda: examples)
+
+
+EMPTY = Examples(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.int64))
+POISON = Examples(torch.full((20, 1, 28, 28), float("nan")), torch.zeros(20, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("examples", "reason"), [(EMPTY, "no examples"), (POISON, "holds NaN")])
+def test_a_client_that_fails_is_left_out_with_its_weight(process, client, caplog, examples, reason):
+    averaging = process()
+    start = averaging.initialize()
+    with_it, metrics = averaging.next(start, [client(0), failing(9, examples), client(1, 40)])
+    without, _ = averaging.next(start, [client(0), client(1, 40)])
+    for name, value in with_it.weights.items():
+        torch.testing.assert_close(value, without.weights[name], rtol=1e-6, atol=1e-7)
+    assert (metrics["clients"], metrics["clients_failed"], metrics["uploads"]) == (2, 1, 2)
+    assert "client 9 is left out" in caplog.text
+    assert reason in caplog.text
+    # it was sent the broadcast all the same
+    assert with_it.broadcasted_bits == without.broadcasted_bits // 2 * 3
+
+
+def test_a_client_with_one_example_takes_part(process, client):
+    averaging = process()
+    state, metrics = averaging.next(averaging.initialize(), [client(0, 1)])
+    assert metrics["clients"] == 1
+    assert not same(state.weights, averaging.initialize().weights)
+
+
+def test_a_damaged_message_is_counted_and_left_out(process, client, monkeypatch):
+    averaging = process()
+    encode = StateDictEncoder.encode
+
+    def damaging(self, tensors, key, *args, **kwargs):
+        message, updates = encode(self, tensors, key, *args, **kwargs)
+        return (message[:-5] + b"\x00" + message[-4:] if key.client == 1 else message), updates
+
+    clean, _ = averaging.next(averaging.initialize(), [client(0)])
+    monkeypatch.setattr(StateDictEncoder, "encode", damaging)
+    state, metrics = averaging.next(averaging.initialize(), [client(0), client(1)])
+    assert same(state.weights, clean.weights)
+    assert (metrics["clients_failed"], metrics["uploads"]) == (1, 2)  # its bytes were sent
+
+
+def test_too_few_clients_are_an_error_that_says_why(process, client):
+    averaging = process(min_clients=2)
+    with pytest.raises(
+        TooFewClients, match=r"round 0: 1 of 2 clients .* at least 2 must; client 9: it has no examples"
+    ):
+        averaging.next(averaging.initialize(), [client(0), failing(9, EMPTY)])
+    with pytest.raises(TooFewClients, match="0 of 0"):
+        averaging.next(averaging.initialize(), [])
+
+
+def test_weights_that_are_no_numbers_are_not_sent(process, client):
+    averaging = process()
+    state = averaging.initialize()
+    weights = state.weights | {"big.bias": torch.full((16,), float("inf"))}
+    with pytest.raises(Diverged, match=r"round 0: tensor 'big.bias' holds NaN or infinity"):
+        averaging.next(replace(state, weights=weights), [client(0)])
+
+
+def test_another_rounds_message_is_refused(process, client, sent):
+    averaging = process()
+    state, _ = averaging.next(averaging.initialize(), [client(0)])
+    key, message = sent[1]
+    with pytest.raises(MessageError, match="round 0, client 0; expected seed 0, round 1, client 0"):
+        StateDictEncoder().decode(message, key._replace(round=1), schema_of(state.weights))
+
+
+def test_evaluation_is_the_mean_over_all_examples(process, client, tiny):
+    averaging = process()
+    state, examples = averaging.initialize(), client(3, 57).load()
+    model = tiny()
+    model.load_state_dict(state.weights)
+    loss = float(F.cross_entropy(model(examples.x), examples.y).detach())
+    accuracy = float((model(examples.x).argmax(1) == examples.y).double().mean())
+    for size in (10, 57, 500):
+        result = averaging.evaluate(state, examples, size)
+        assert result["loss"] == pytest.approx(loss, rel=1e-6)
+        assert result["accuracy"] == accuracy
+    assert evaluate(model, examples)["accuracy"] == accuracy
+
+
+@dataclass(frozen=True)
+class PlusOneOverN(AdaptiveEncodingStage):
+    """Adds 1/n, where n is the number of the round, and reports every client's largest value."""
+
+    def initial_state(self, spec):
+        return {"n": torch.tensor(1.0), "largest": torch.tensor(0.0)}
+
+    def params(self, state):
+        return {"n": state["n"]}
+
+    def update_spec(self, spec):
+        return {"largest": StateUpdate(TensorSpec((), torch.float32), "max")}
+
+    def encode(self, x, key, params):
+        return x + 1 / params["n"], {}, {"largest": x.max()}
+
+    def decode(self, y, side, spec, key, params):
+        return y - 1 / params["n"]
+
+    def update_state(self, state, aggregated):
+        return {"n": state["n"] + 1, "largest": aggregated["largest"]}
+
+
+def test_an_adaptive_stage_learns_over_rounds_and_its_bytes_are_counted(process, client, sent):
+    adaptive = StateDictEncoder(Encoder([PlusOneOverN()], Raw()))
+    plain, learning = process(), process(broadcast=adaptive, upload=adaptive)
+    state, plain_metrics = plain.next(plain.initialize(), [client(0), client(1)])
+    adapted, metrics = learning.next(learning.initialize(), [client(0), client(1)])
+    # one float of params for each direction down; one float of state update up
+    assert metrics["broadcast_bits"] - plain_metrics["broadcast_bits"] == 2 * 2 * 32
+    assert metrics["aggregated_bits"] - plain_metrics["aggregated_bits"] == 2 * 32
+    for name, value in state.weights.items():
+        torch.testing.assert_close(adapted.weights[name], value, atol=1e-5, rtol=1e-5)
+    own = adapted.upload["big.weight"][0]
+    assert float(own["n"]) == 2.0
+    assert 0 < float(own["largest"]) < 1
+    assert float(adapted.broadcast["big.weight"][0]["n"]) == 2.0
+    again, _ = learning.next(adapted, [client(2)])
+    assert float(again.upload["big.weight"][0]["n"]) == 3.0
+
+
+def test_errors_of_encoding_name_the_tensor():
+    with pytest.raises(EncodeError, match=r"tensor 'w' holds NaN"):
+        StateDictEncoder().encode({"w": torch.tensor([1.0, float("nan")])}, Key(0))

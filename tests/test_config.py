@@ -1,0 +1,112 @@
+# ruff: noqa: E501  a table of commands and answers reads best a line each
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fedq.config import ConfigError, build, build_encoder, build_run, check
+from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
+from fedq.train import CONF
+
+
+def configured(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def options(group):
+    return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+
+
+GROUPS = ("dataset", "model", "encoder", "client", "server", "run")
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
+def test_every_option_composes_and_passes_the_check(group, option):
+    check(configured(f"{group}={option}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encoder.bits=eight", "encoder.bits: 'eight' is not allowed; it must be an integer"),
+        ("encoder.upload.bits=2.5", "encoder.upload.bits: 2.5 is not allowed; it must be an integer"),
+        ("encoder.broadcast.rounding=up", "encoder.broadcast.rounding: 'up' is not allowed; it must be stochastic or nearest"),
+        ("encoder.threshold=many", "encoder.threshold: 'many' is not allowed; it must be an integer"),
+        ("+encoder.broadcast.stages.0.bist=3", "encoder.broadcast.stages[0].bist is not a key; allowed here: bits, rounding"),
+        ("encoder.broadcast.coder._target_=fedq.encoding.Nope", "encoder.broadcast.coder._target_: 'fedq.encoding.Nope' cannot be imported"),
+        ("encoder.upload.rules=[{pattern:x,stages:[]}]", "encoder.upload.rules[0].coder is missing"),
+        ("client.lr=nan", "client.lr: nan is not a finite number"),
+        ("client.lr=fast", "client.lr: 'fast' is not allowed; it must be a number"),
+        ("client.max_examples=true", "client.max_examples: True is not allowed; it must be an integer or null"),
+        ("server.lr=inf", "server.lr: inf is not a finite number"),
+        ("server.lr=high", "server.lr: 'high' is not allowed; it must be a number"),
+        ("+dataset.paht=x", "dataset.paht is not a key; allowed here: clients, alpha, background, seed"),
+        ("dataset._target_=no.such.Class", "dataset._target_: 'no.such.Class' cannot be imported"),
+        ("run.rounds=1.5", "run.rounds: 1.5 is not allowed; it must be an integer"),
+        ("run.rounds=0", "run: rounds must be 1 or more, not 0"),
+        ("run.seed=-1", "run: seed must be from 0"),
+        ("run.workers=0", "run: workers must be 1 or more, not 0"),
+        ("run.workers=all", "run.workers: 'all' is not allowed; it must be an integer or auto"),
+        ("run.min_clients=11", "run: min_clients=11 is more than clients_per_round=10"),
+        ("~run.seed", "run.seed is missing"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_one_line(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        check(configured(override))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "group", "message"),
+    [
+        ("client.lr=0", "client", "client: lr must be above 0, not 0"),
+        ("client.batch_size=0", "client", "client: batch_size must be 1 or more, not 0"),
+        ("client.momentum=1", "client", "client: momentum must be from 0 to below 1, not 1"),
+        ("dataset.alpha=-1", "dataset", "dataset: alpha must be"),
+    ],
+)
+def test_what_a_constructor_refuses_names_the_group(override, group, message):
+    cfg = configured(override)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(cfg, group)
+    with pytest.raises(ConfigError, match=re.escape("encoder.upload.stages[0]: bits must be from 1 to 16, not 17")):
+        build_encoder(configured("encoder.upload.bits=17"), "upload")
+
+
+def test_bits_set_both_directions_or_one():
+    cfg = configured("encoder=uniform", "encoder.bits=3", "encoder.upload.bits=5", "encoder.upload.rounding=nearest")
+    assert build_encoder(cfg, "broadcast").encoder == Encoder([UniformQuantization(3)], FixedWidth())
+    assert build_encoder(cfg, "upload").encoder == Encoder([UniformQuantization(5, "nearest")], FixedWidth())
+    same = configured("encoder=uniform", "encoder.bits=8")
+    for direction in ("broadcast", "upload"):
+        assert build_encoder(configured("encoder=uint8"), direction) == build_encoder(same, direction)
+    assert build_encoder(configured("encoder=float32"), "upload").encoder == Encoder([], Raw())
+
+
+def test_rules_and_threshold_reach_the_encoder():
+    stage, coder = "{_target_:fedq.encoding.UniformQuantization,bits:2}", "{_target_:fedq.encoding.FixedWidth}"
+    rule = f"{{pattern:'conv*',stages:[{stage}],coder:{coder}}}"
+    encoder = build_encoder(configured(f"encoder.upload.rules=[{rule}]", "encoder.threshold=5"), "upload")
+    assert encoder.rules == {"conv*": Encoder([UniformQuantization(2)], FixedWidth())}
+    assert encoder.threshold == 5
+
+
+def test_no_container_of_omegaconf_reaches_the_code():
+    server = build(configured("server=adam"), "server")
+    assert type(server.keywords["betas"]) is list
+    cfg = configured("encoder=uint8")
+    assert type(build_encoder(cfg, "upload").encoder.stages) is tuple
+    assert not OmegaConf.is_config(build_run(cfg).rounds)
+
+
+def test_the_tutorial_is_to_the_letter():
+    cfg = configured("run=tutorial")
+    run = build_run(cfg)
+    assert (run.rounds, run.clients_per_round, cfg.client.lr, cfg.server.lr) == (10, 10, 0.02, 1.0)
+    assert (cfg.client.batch_size, cfg.client.epochs, cfg.client.max_examples, run.test_batch_size) == (20, 1, 418, 500)
+    # and what a person sets on the command line still counts
+    assert configured("run=tutorial", "client.lr=0.5", "run.rounds=3").client.lr == 0.5

@@ -1,0 +1,267 @@
+"""The command line, as people use it: real processes, real folders."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fedq.simulation import checkpoint
+from fedq.train import CONF
+
+# a world small enough to train in a moment; the hidden layer is above the threshold
+SMALL = (
+    "dataset=writers",
+    "dataset.clients=6",
+    "dataset.examples_per_client=10",
+    "dataset.test_examples=50",
+    "model=mlp",
+    "run.rounds=3",
+    "run.clients_per_round=3",
+    "run.evaluate_every=2",
+)
+PHASES = ("train", "encode", "decode", "aggregate", "evaluate")
+
+
+def fedq(cwd: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedq.train", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def run_folders(cwd: Path) -> list[Path]:
+    return sorted(path.parent for path in cwd.rglob("metrics.jsonl"))
+
+
+def metrics_of(folder: Path, times: bool = False) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if times else [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(sorted((folder / "checkpoints").glob("*.pt"))[-1]).weights
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics_of(a) == metrics_of(b)
+    first, second = weights_of(a), weights_of(b)
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_a_run_leaves_all_that_is_promised(tmp_path):
+    done = fedq(tmp_path, *SMALL, "encoder=uint8", "run.seed=4")
+    (folder,) = run_folders(tmp_path)
+    assert folder.relative_to(tmp_path).parts[0] == "outputs"
+
+    lines = metrics_of(folder, times=True)
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert ["test/accuracy" in line for line in lines] == [False, True, True]
+    for i, line in enumerate(lines):
+        names = {"train/loss", "train/accuracy", "clients", "clients_failed", "seconds"} | {
+            f"seconds/{p}" for p in PHASES
+        }
+        assert names <= line.keys()
+        # two dense layers at 8 bits with a range each, the rest float32; 48 bytes of frame
+        message = 48 + (156_800 + 40_000) + 2 * 8 + 4 * (200 + 200 + 2000 + 10)
+        assert line["broadcast_bits"] == line["aggregated_bits"] == 8 * 3 * message
+        assert line["cumulative_broadcasted_bits"] == line["cumulative_aggregated_bits"] == 8 * 3 * message * (i + 1)
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["rounds"] == 3
+    assert summary["seed"] == 4
+    assert summary["final_test_accuracy"] == lines[2]["test/accuracy"]
+    assert summary["best_test_accuracy"] == max(lines[1]["test/accuracy"], lines[2]["test/accuracy"])
+    exact = 48 + 4 * 199_210
+    assert summary["uncompressed_broadcasted_bits"] == 8 * 3 * 3 * exact
+    assert summary["broadcast_ratio"] == summary["upload_ratio"] == pytest.approx(exact / message)
+    assert summary["versions"]["torch"] == version("torch")
+
+    (events,) = {path.parent for path in folder.rglob("events.out.tfevents.*")}
+    assert events.name.startswith("encoder=uint8")
+    assert "run.seed=4" in events.name
+    curves = EventAccumulator(str(events)).Reload()
+    tutorial = {"loss", "sparse_categorical_accuracy", "cumulative_broadcasted_bits", "cumulative_aggregated_bits"}
+    assert tutorial | {"train/loss", "test/accuracy"} <= set(curves.Tags()["scalars"])
+    assert [e.value for e in curves.Scalars("loss")] == pytest.approx([line["train/loss"] for line in lines])
+    assert [e.step for e in curves.Scalars("test/accuracy")] == [1, 2]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(curves.summary_metadata)
+
+    assert checkpoint.load(folder / "checkpoints" / "round_000003.pt").round == 3
+    assert "round 2" in (folder / "train.log").read_text()
+    assert (folder / ".hydra" / "config.yaml").exists()
+    for word in ("test accuracy", "bytes down", "bytes up", "less than float32", "tensorboard --logdir"):
+        assert word in done.stdout
+    assert done.stderr.count("round ") >= 3  # not on a terminal: a line a round
+
+
+def test_the_same_seed_gives_the_same_whatever_runs_it(tmp_path):
+    """One worker or two, again, as the second job of a sweep, from the joblib launcher, all the same."""
+    fedq(tmp_path / "..", *SMALL, "run.workers=1", f"hydra.run.dir={tmp_path}/one")
+    fedq(tmp_path / "..", *SMALL, "run.workers=2", f"hydra.run.dir={tmp_path}/two")
+    fedq(tmp_path / "..", "-m", *SMALL, "encoder.bits=2,8", f"hydra.sweep.dir={tmp_path}/sweep")
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    fedq(tmp_path / "..", "-m", *SMALL, "encoder.bits=8,2", *joblib, f"hydra.sweep.dir={tmp_path}/joblib")
+    for other in ("two", "sweep/1", "joblib/0"):
+        assert_same_run(tmp_path / "one", tmp_path / other)
+    assert_same_run(tmp_path / "sweep/0", tmp_path / "joblib/1")
+    assert metrics_of(tmp_path / "sweep/0") != metrics_of(tmp_path / "one")
+
+
+def test_a_sweep_has_a_folder_and_a_telling_name_for_each_job(tmp_path):
+    fedq(tmp_path, "-m", *SMALL, "run.rounds=1", "encoder=uniform", "encoder.bits=2,4,8")
+    folders = run_folders(tmp_path)
+    assert [folder.name for folder in folders] == ["0", "1", "2"]
+    names = [path.parent.name for folder in folders for path in sorted(folder.rglob("events*"))[:1]]
+    assert [name.split("encoder.bits=")[1][0] for name in names] == ["2", "4", "8"]
+    bits = [metrics_of(folder)[0]["aggregated_bits"] for folder in folders]
+    assert bits == sorted(bits)
+    assert len(set(bits)) == 3
+
+
+def test_jobs_that_would_share_a_folder_do_not(tmp_path):
+    done = fedq(tmp_path, "-m", *SMALL, "run.rounds=1", "run.seed=0,1", "hydra.sweep.subdir=same", code=1)
+    assert "belongs to another run" in done.stderr
+    (folder,) = run_folders(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["seed"]) == ("completed", 0)  # the first job's, untouched
+    assert len(metrics_of(folder)) == 1
+
+
+def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path):
+    done = fedq(tmp_path, "-m", *SMALL, "encoder.bits=8,eight", code=1)
+    assert "encoder.bits: 'eight' is not allowed; it must be an integer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not run_folders(tmp_path)
+    done = fedq(tmp_path, "-m", *SMALL, "encoder=uint8,uint9", code=1)
+    assert "Could not find 'encoder/uint9'" in done.stderr
+    assert not run_folders(tmp_path)
+
+
+def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
+    done = fedq(tmp_path, "-m", *SMALL, "run.clients_per_round=2,50,3,60", "run.rounds=1", code=1)
+    statuses = [json.loads((f / "summary.json").read_text())["status"] for f in run_folders(tmp_path)]
+    assert statuses == ["completed", "failed", "completed", "failed"]
+    end = done.stderr[done.stderr.index("these jobs of the sweep failed") :]
+    assert "50 is more than the 6 clients" in end
+    assert "60 is more than the 6 clients" in end
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("encoder.bits=eight", "encoder.bits: 'eight' is not allowed; it must be an integer"),
+        ("encoder.bist=8", "encoder.bist is not a key; allowed here: bits, broadcast, threshold, upload"),
+        ("encoder=uint9", "Could not find 'encoder/uint9' Available options in 'encoder': float32 uint8 uniform"),
+        ("client.lr=nan", "client.lr: nan is not a finite number"),
+        ("client.batch_size=0", "client: batch_size must be 1 or more, not 0"),
+        ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),
+    ],
+)
+def test_a_wrong_command_fails_with_one_line(tmp_path, argument, message):
+    done = fedq(tmp_path, *SMALL, argument, code=1)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+    for folder in run_folders(tmp_path):
+        assert metrics_of(folder) == []
+        assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
+def test_training_that_diverges_ends_with_a_sentence_and_keeps_what_it_had(tmp_path):
+    done = fedq(tmp_path, *SMALL, "client.lr=1e30", code=1)
+    assert "0 of 3 clients sent a usable update" in done.stderr
+    assert "holds NaN or infinity" in done.stderr
+    assert "Traceback" not in done.stderr
+    (folder,) = run_folders(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "usable update" in summary["error"]
+    (kept,) = (folder / "checkpoints").glob("*.pt")
+    assert checkpoint.load(kept).round == len(metrics_of(folder)) == summary["rounds"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk to fill can only be mounted by root")
+def test_a_full_disk_ends_a_run_with_a_sentence_and_whole_lines(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        done = fedq(
+            tmp_path, *SMALL, "run.rounds=2000", "run.checkpoint_every=4000", f"hydra.run.dir={disk}/run", code=1
+        )
+        assert "No space left on device" in done.stderr
+        lines = metrics_of(disk / "run")  # every line is whole
+        assert [line["round"] for line in lines] == list(range(len(lines)))
+        assert len(lines) > 10
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def emnist_files(folder: Path, name: str, classes: int) -> None:
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for part, examples in (("train", 8), ("test", 2)):
+        with h5py.File(folder / f"{name}_{part}.h5", "w") as file:
+            for i in range(4):
+                group = file.create_group(f"examples/f{i:04d}_00")
+                group["pixels"] = rng.random((examples, 28, 28), dtype=np.float32)
+                group["label"] = rng.integers(classes, size=examples, dtype=np.int32)
+
+
+def test_every_option_of_every_group_trains(tmp_path):
+    for name, classes in (("fed_emnist_digitsonly", 10), ("fed_emnist", 62)):
+        emnist_files(tmp_path / "emnist", name, classes)
+    tiny = ("run.rounds=1", "run.clients_per_round=2")
+    small = tuple(o for o in SMALL if not o.startswith(("run.", "model", "dataset")))
+    writers = ("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=4", "dataset.test_examples=10")
+    trained = 0
+    for group in ("model", "encoder", "client", "server", "run"):
+        names = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+        others = () if group == "model" else ("model=mlp",)
+        fedq(tmp_path, "-m", *writers, *others, *small, f"{group}={','.join(names)}", *tiny)
+        trained += len(names)
+    fedq(tmp_path, "-m", "dataset=mnist5k,writers", "model=mlp", *tiny)
+    fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", "model=mlp", *tiny)
+    trained += len(list(Path(CONF, "dataset").glob("*.yaml")))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in run_folders(tmp_path)]
+    assert [summary["status"] for summary in summaries] == ["completed"] * trained
+
+
+def test_help_names_the_groups_and_three_commands(tmp_path):
+    text = fedq(tmp_path, "--help").stdout
+    for word in (
+        "dataset:",
+        "encoder: float32, uint8, uniform",
+        "model:",
+        "client:",
+        "server:",
+        "run: default, tutorial",
+    ):
+        assert word in text
+    assert text.count("python -m fedq.train") == 3
+
+
+def test_real_writers_cost_what_the_tutorial_should(tmp_path):
+    """507.62 Mibit a round each way in float32, at most 128.42 with 8 bits, by the messages themselves."""
+    files = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist_writers"
+    if not files.is_dir():
+        pytest.skip("the real writers' files are not here")
+    arguments = ("run=tutorial", "run.rounds=1", "dataset=emnist_digits", f"dataset.path={files}")
+    fedq(tmp_path, "-m", "encoder=float32,uint8", *arguments)
+    exact, compressed = (metrics_of(folder)[0] for folder in run_folders(tmp_path))
+    for way in ("broadcast_bits", "aggregated_bits"):
+        assert round(exact[way] / 2**20, 2) == 507.62
+        assert compressed[way] / 2**20 <= 128.42
