@@ -144,57 +144,39 @@ class FederatedAveraging:
             )
         params = unflatten({path.removeprefix(_UPLOAD): t for path, t in brought.items() if path.startswith(_UPLOAD)})
 
-        started, work = perf_counter(), dict.fromkeys(PHASES, 0.0)
-        tree: PairwiseTree[Contribution] = PairwiseTree(self._add)
-        records = []
-        answers = self.map(lambda client: self._client(client, state, received, params), clients)
-        for place, (contribution, record) in enumerate(answers):
-            with _timed(work, "aggregate"):
-                tree.add(place, contribution)
-            records.append(record)
-        total = tree.result()
-        for record in records:
-            for phase in PHASES:
-                work[phase] += record.seconds[phase]
-        wall = perf_counter() - started
-        for phase in PHASES:
-            seconds[phase] += work[phase] * wall / max(sum(work.values()), 1e-9)
-
-        failed = [record for record in records if record.failure]
-        for record in failed:
-            log.warning("round %d: client %d is left out: %s", state.round, record.client, record.failure)
-        if total is None or len(records) - len(failed) < self.min_clients:
-            reason = f"; client {failed[0].client}: {failed[0].failure}" if failed else ""
+        total, records = self._gather(clients, state, received, params, seconds)
+        usable = [record for record in records if not record.failure]
+        if total is None or len(usable) < self.min_clients:
+            reasons = [f"; client {record.client}: {record.failure}" for record in records if record.failure]
             raise TooFewClients(
-                f"round {state.round}: {len(records) - len(failed)} of {len(clients)} clients sent a usable update, "
-                f"at least {max(self.min_clients, 1)} must{reason}"
+                f"round {state.round}: {len(usable)} of {len(clients)} clients sent a usable update, "
+                f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}"
             )
-
-        reports = self.broadcast.report(self._schema, flatten(reported))
         with _timed(seconds, "aggregate"):
             weights, optimizer = server_step(
                 self.server, state.optimizer, state.weights, self._parameters, total.update, total.weight
             )
+            own_reports = self.broadcast.report(self._schema, flatten(reported))
             after = ServerState(
                 round=state.round + 1,
                 weights=weights,
                 optimizer=optimizer,
-                broadcast=self.broadcast.update_state(self._schema, state.broadcast, reports),
+                broadcast=self.broadcast.update_state(self._schema, state.broadcast, own_reports),
                 upload=self.upload.update_state(self._schema, state.upload, total.reports),
                 broadcasted_bits=state.broadcasted_bits + 8 * len(message) * len(clients),
                 aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
             )
-        seen = sum(record.training.seen for record in records)
+        seen = sum(record.training.seen for record in usable)
         return after, {
             "round": state.round,
-            "train/loss": sum(record.training.loss for record in records) / seen,
-            "train/accuracy": sum(record.training.correct for record in records) / seen,
+            "train/loss": sum(record.training.loss for record in usable) / seen,
+            "train/accuracy": sum(record.training.correct for record in usable) / seen,
             "broadcast_bits": after.broadcasted_bits - state.broadcasted_bits,
             "aggregated_bits": after.aggregated_bits - state.aggregated_bits,
             "cumulative_broadcasted_bits": after.broadcasted_bits,
             "cumulative_aggregated_bits": after.aggregated_bits,
-            "clients": len(records) - len(failed),
-            "clients_failed": len(failed),
+            "clients": len(usable),
+            "clients_failed": len(records) - len(usable),
             "uploads": sum(record.bits > 0 for record in records),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
         }
@@ -204,6 +186,33 @@ class FederatedAveraging:
         """Returns the loss and accuracy of the server's weights on `examples`, as `evaluation.evaluate`."""
         self._model.load_state_dict(state.weights)
         return evaluate(self._model, examples, batch_size, self.map)
+
+    def _gather(
+        self,
+        clients: list[Client],
+        state: ServerState,
+        received: Mapping[str, Tensor],
+        params: ByTensor,
+        seconds: dict[str, float],
+    ) -> tuple[Contribution | None, list[Record]]:
+        """Runs the cohort and adds up what it sends, as it comes; adds to `seconds` where the wall time went."""
+        started, work = perf_counter(), dict.fromkeys(PHASES, 0.0)
+        tree: PairwiseTree[Contribution] = PairwiseTree(self._add)
+        records = []
+        answers = self.map(lambda client: self._client(client, state, received, params), clients)
+        for place, (contribution, record) in enumerate(answers):
+            with _timed(work, "aggregate"):
+                tree.add(place, contribution)
+            records.append(record)
+            if record.failure:
+                log.warning("round %d: client %d is left out: %s", state.round, record.client, record.failure)
+        total = tree.result()
+        for phase in PHASES:
+            work[phase] += sum(record.seconds[phase] for record in records)
+        wall = perf_counter() - started
+        for phase in PHASES:
+            seconds[phase] += work[phase] * wall / max(sum(work.values()), 1e-9)
+        return total, records
 
     def _client(
         self, client: Client, state: ServerState, received: Mapping[str, Tensor], params: ByTensor
