@@ -1,0 +1,343 @@
+"""Finished runs in, one table and one picture out.
+
+python -m fedq.compare outputs/DATE/TIME outputs/multirun/DATE/TIME     (installed: fedq-compare …)
+
+Experiments use its parts: `read_runs`, `group_by_seed`, `differences`, `table`, `plot`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean, stdev
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from fedq.errors import FedqError
+from fedq.tracking.units import human_bytes
+
+if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for it
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+IGNORED = ("run.seed", "run.workers", "run.checkpoint_every", "run.resume")
+"""Keys that do not make another experiment: the seed, and what changes no result (the simulation promise)."""
+NEVER = "–"
+LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A completed run, as its folder tells it."""
+
+    folder: Path
+    choices: dict[str, str]  # group → choice: "encoder" → "uint8"
+    config: dict[str, Any]  # flattened: "encoder.bits" → 8; IGNORED and what refers to it are None
+    written: dict[str, Any]  # the same as it is written: "encoder.broadcast.bits" → "${encoder.bits}"
+    given: frozenset[str]  # the keys that the command line set
+    metrics: list[dict[str, float]]  # of each round, as in metrics.jsonl, and `cumulative_bits`: both ways
+    summary: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """What is alike in runs that differ by IGNORED alone."""
+        return repr((sorted(self.choices.items()), sorted(self.config.items())))
+
+    def curve(self, name: str) -> dict[int, float]:
+        """Returns a metric by the number of rounds done; rounds that do not have it are left out."""
+        return {done: values[name] for done, values in enumerate(self.metrics, start=1) if name in values}
+
+    def reaches(self, target: float) -> tuple[int, float] | None:
+        """Returns the rounds done and the bits sent both ways when a test first showed the target accuracy."""
+        done = next((done for done, value in self.curve("test/accuracy").items() if value >= target), None)
+        return None if done is None else (done, self.metrics[done - 1]["cumulative_bits"])
+
+
+Group = Sequence[Run]  # runs that differ by IGNORED alone
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder. Raises FedqError with the reason if it is unfinished or its files do not fit together."""
+    if not (folder / "summary.json").exists() and not (folder / "metrics.jsonl").exists():
+        raise FedqError("unfinished: it did not begin")
+    summary = _read(folder / "summary.json", json.loads, "unfinished")
+    try:
+        if summary["status"] != "completed":
+            raise FedqError(" ".join(f"unfinished: {summary['status']} {summary.get('error', '')}".split()))
+        hydra = _read(folder / ".hydra/hydra.yaml", lambda text: yaml.load(text, _YAML))["hydra"]
+        choices = {g: str(choice) for g, choice in hydra["runtime"]["choices"].items() if not g.startswith("hydra/")}
+        given = {override.lstrip("+~").split("=")[0] for override in hydra["overrides"]["task"]}
+        config, written = _read(folder / ".hydra/config.yaml", _configs)
+        metrics = _read(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
+        _check(metrics, summary, config)
+        for line in metrics:
+            line["cumulative_bits"] = line["cumulative_broadcasted_bits"] + line["cumulative_aggregated_bits"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise FedqError(f"damaged: its files lack something ({type(error).__name__}: {error})") from error
+    return Run(folder, choices, config, written, frozenset(given - set(choices)), metrics, summary)
+
+
+def _read(path: Path, parse: Callable[[str], Any], missing: str = "damaged") -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FedqError(f"{missing}: it has no {path.name}") from error
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise FedqError(f"damaged: {path.name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _configs(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a configuration flattened: resolved, with None for IGNORED, and as written."""
+    cfg = OmegaConf.create(text)
+    written = dict(_flat(OmegaConf.to_container(cfg)))
+    for key in set(IGNORED) & set(written):
+        OmegaConf.update(cfg, key, None)
+    return dict(_flat(OmegaConf.to_container(cfg, resolve=True))), written
+
+
+def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields path and value of every leaf; a list of plain values is one leaf."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list) and any(isinstance(value, dict | list) for value in node):
+        for i, value in enumerate(node):
+            yield from _flat(value, f"{path}[{i}]")
+    else:
+        yield path, node
+
+
+def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises FedqError unless every round is there and metrics.jsonl adds up to what summary.json tells."""
+    numbers, rounds = [line["round"] for line in metrics], config["run.rounds"]
+    if not numbers or numbers != list(range(rounds)) or len(numbers) != summary["rounds"]:
+        told = f"{len(numbers)} lines; of {rounds} rounds, summary.json has {summary['rounds']}"
+        raise FedqError(f"damaged: metrics.jsonl has not each round once ({told})")
+    for sent, total in (("broadcast_bits", "broadcasted_bits"), ("aggregated_bits", "aggregated_bits")):
+        sums = [line[f"cumulative_{total}"] for line in metrics]
+        if sums != list(accumulate(line[sent] for line in metrics)) or sums[-1] != summary[total]:
+            raise FedqError(f"damaged: {sent} and cumulative_{total} of metrics.jsonl and summary.json do not agree")
+    tested = [line["test/accuracy"] for line in metrics if "test/accuracy" in line]
+    if not tested or (tested[-1], max(tested)) != (summary["final_test_accuracy"], summary["best_test_accuracy"]):
+        raise FedqError("damaged: test/accuracy of metrics.jsonl and summary.json do not agree")
+    for key in ("broadcast_ratio", "upload_ratio", "seconds", "seed"):
+        if not isinstance(summary[key], int | float):
+            raise FedqError(f"damaged: {key} of summary.json is {summary[key]!r}, not a number")
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Returns the folders of runs at or below `folders`, each once. Raises FedqError where there is no such folder."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise FedqError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+        for path, below, files in os.walk(folder):
+            run = Path(path)
+            if {"metrics.jsonl", "summary.json"} & set(files) or (run / ".hydra/config.yaml").exists():
+                found.setdefault(run.resolve(), run)
+                below.clear()
+            below.sort(key=lambda name: (len(name) * name.isdigit(), name))  # job 10 of a sweep comes after job 9
+    return list(found.values())
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """Reads every completed run at or below `folders`; of one that is left out, a line on stderr tells why.
+
+    Of runs alike even in their seed, the last is taken: a run done again is no second sample. Raises FedqError if no
+    run is left.
+    """
+    runs: dict[tuple[str, int], Run] = {}
+    folders = list(folders)
+    for folder in find_runs(folders):
+        try:
+            run = read_run(folder)
+        except FedqError as error:
+            print(f"fedq: left out {folder}: {error}", file=sys.stderr)
+            continue
+        key = run.identity, run.summary["seed"]
+        if key in runs:
+            print(f"fedq: left out {runs[key].folder}: same configuration and seed as {folder}", file=sys.stderr)
+        runs[key] = run
+    if not runs:
+        raise FedqError(f"no completed run in {', '.join(map(str, folders))}")
+    return list(runs.values())
+
+
+def group_by_seed(runs: Iterable[Run]) -> list[Group]:
+    """Returns the runs in groups that differ by IGNORED alone, in the order in which the first of each comes."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.identity, []).append(run)
+    return list(groups.values())
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Returns the groups and the keys that tell the runs apart, such as "encoder" and "client.lr".
+
+    A key that follows from another (an interpolation) is left out, and so is one that follows from the choices of
+    groups, unless the command line set it. If nothing differs, the encoder is returned.
+    """
+
+    def differ(some: Sequence[Run], key: str) -> bool:
+        values, texts = {repr(run.config.get(key)) for run in some}, {repr(run.written.get(key)) for run in some}
+        return len(values) > 1 and len(texts) > 1
+
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(repr(sorted(run.choices.items())), []).append(run)
+    names = dict.fromkeys(name for run in runs for name in run.choices)
+    columns = [name for name in names if len({run.choices.get(name) for run in runs}) > 1]
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        # the path is always on the command line: it tells something only of runs with the same choices
+        given = key != "dataset.path" and any(key in run.given for run in runs)
+        if any(differ(some, key) for some in ([runs] if given else alike.values())):
+            columns.append(key)
+    return columns or ["encoder"]
+
+
+def value(run: Run, column: str) -> str:
+    """Returns what a run has in one of the columns of `differences`, as a command line would write it."""
+    found = run.choices.get(column) or run.config.get(column, NEVER)
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def table(groups: Sequence[Group], columns: Sequence[str], target: float) -> list[dict[str, str]]:
+    """Returns for each group a row, header → cell: the columns that tell it apart, then the numbers."""
+    rows = []
+    for group in groups:
+        row = {column: value(group[0], column) for column in columns} | {"runs": str(len(group))}
+        for name in ("final", "best"):
+            mean, deviation = spread([100 * run.summary[f"{name}_test_accuracy"] for run in group])
+            row[f"{name} accuracy"] = f"{mean:.2f} %" + (f" ± {deviation:.2f}" if len(group) > 1 else "")
+        for name, total in (("broadcast", "broadcasted"), ("upload", "aggregated")):
+            bits, ratio = (fmean(run.summary[key] for run in group) for key in (f"{total}_bits", f"{name}_ratio"))
+            row[name] = f"{human_bytes(bits)} {ratio:.2f}×"
+        reached = [point for run in group if (point := run.reaches(target))]
+        rounds, bits = (fmean(numbers) for numbers in zip(*reached, strict=True)) if reached else (0.0, 0.0)
+        of = f" ({len(reached)} of {len(group)})" if len(group) > 1 else ""
+        row[f"bytes to {100 * target:g} %"] = human_bytes(bits) if reached else NEVER
+        row[f"rounds to {100 * target:g} %"] = f"{rounds:.1f}{of}" if reached else NEVER
+        row["s/round"] = f"{fmean(run.summary['seconds'] / run.summary['rounds'] for run in group):.2f}"
+        rows.append(row)
+    return rows
+
+
+def spread(numbers: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and standard deviation (of a sample: n − 1), which is 0 for one number."""
+    return fmean(numbers), stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def show(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
+    """Prints the rows as a table; on a terminal too narrow for it, two numbers stand in one column."""
+    narrow = []
+    for row in rows:
+        runs, *numbers = [header for header in row if header not in columns]
+        pairs = zip(numbers[::2], [*numbers[1::2], runs], strict=True)
+        name = "\n".join(f"{column}={row[column]}" for column in columns if row[column] != NEVER)
+        narrow.append({"run": name} | {f"{a}\n{b}": f"{row[a]}\n{row[b]}" for a, b in pairs})
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)  # a pipe is wide enough
+    for layout in (rows, narrow):
+        shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=int(layout is narrow))
+        for header in layout[0]:
+            shown.add_column(header, overflow="fold", no_wrap=layout is narrow and header != "run")
+        for row in layout:
+            shown.add_row(*row.values())
+        if Measurement.get(console, console.options.update(max_width=10_000), shown).maximum <= console.width:
+            break
+    console.print(shown)
+
+
+def plot(axes: "Axes", groups: Sequence[Group], columns: Sequence[str], y: str, x: str = "rounds") -> None:
+    """Draws a metric of each group, mean and a band of ± one standard deviation, by the rounds done or by a metric."""
+    from matplotlib import colormaps
+
+    for i, group in enumerate(groups):
+        curves = [run.curve(y) for run in group]
+        rounds = [done for done in curves[0] if all(done in curve for curve in curves)]
+        points = [spread([curve[done] for curve in curves]) for done in rounds]
+        places = rounds if x == "rounds" else [fmean(run.curve(x)[done] for run in group) for done in rounds]
+        style, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+        color = colormaps["viridis"](0.65 * i / max(1, len(groups) - 1))  # from dark to light, in grey too
+        shown = [(column, value(group[0], column)) for column in columns]
+        name = ", ".join(f"{column}={text}" for column, text in shown if text != NEVER)
+        name += f" ({len(group)} runs)" if len(group) > 1 else ""
+        step = -(-len(rounds) // 10)
+        marks = range(i * step // len(groups), len(rounds), step)
+        axes.plot(
+            places, [m for m, _ in points], ls=style, marker=marker, markevery=marks, color=color, label=fill(name, 110)
+        )
+        axes.fill_between(places, [m - d for m, d in points], [m + d for m, d in points], color=color, alpha=0.15, lw=0)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("rounds done")
+    axes.set_ylabel(y.replace("/", " "))
+
+
+def bytes_ticks(axis: "Axis") -> None:
+    """Labels the ticks of an axis that shows bits as bytes with a unit."""
+    axis.set_major_formatter(lambda bits, _: human_bytes(bits).replace(".00", ""))
+
+
+def save(figure: "Figure", axes: "Axes", path: Path) -> None:
+    """Writes the figure as a PNG, taller by the legend of `axes`, which stands below."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.25 * sum(1 + text.count("\n") for text in labels))
+    figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise FedqError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: Path) -> None:
+    """Writes a PNG: test accuracy by round and by bytes sent."""
+    from matplotlib.figure import Figure  # not pyplot: Agg draws it, and no window opens anywhere
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, x in ((left, "rounds"), (right, "cumulative_bits")):
+        plot(axes, groups, columns, "test/accuracy", x)
+        if any(run.reaches(target) for group in groups for run in group):
+            axes.axhline(target, color="black", lw=0.8, ls=(0, (1, 4)), label=f"target {100 * target:g} %")
+    right.set(xlabel="bytes sent, both ways, all clients", ylabel="")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+    bytes_ticks(right.xaxis)
+    save(figure, left, path)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser("fedq-compare", description="Compares finished runs: a table and a picture.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a sweep's, or any above")
+    parser.add_argument("--target", type=float, default=0.95, help="test accuracy to reach (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        if not 0 < args.target <= 1:
+            raise FedqError(f"--target: {args.target} is not an accuracy, such as 0.95")
+        groups = group_by_seed(read_runs(args.runs))
+        columns = differences([group[0] for group in groups])
+        show(table(groups, columns, args.target), columns)
+        draw(groups, columns, args.target, args.output)
+        print(f"picture in {args.output}")
+    except FedqError as error:
+        sys.exit(f"fedq: {error}")
+
+
+if __name__ == "__main__":
+    main()
