@@ -25,8 +25,8 @@ def test_ones_own_stage_is_two_files_and_costs_one_bit(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     (command,) = [text for _, text in BLOCKS if "--config-dir" in text]
-    small = "dataset=writers dataset.clients=4 dataset.examples_per_client=5 model=mlp run.rounds=2 run.clients_per_round=2"
-    run(*command.split()[1:], *small.split(), cwd=tmp_path)
+    small = "dataset=writers dataset.clients=4 dataset.examples_per_client=5 model=mlp"
+    run(*command.split()[1:], *small.split(), "run.rounds=2", "run.clients_per_round=2", cwd=tmp_path)
     (metrics,) = tmp_path.rglob("metrics.jsonl")
     first = json.loads(metrics.read_text().splitlines()[0])
     message = 48 + (156_800 + 40_000) // 8 + 2 * 4 + 4 * (200 + 200 + 2000 + 10)

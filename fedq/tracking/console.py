@@ -5,7 +5,8 @@ import sys
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fedq.tracking.metrics import Metrics
 from fedq.tracking.units import human_bytes
@@ -18,11 +19,12 @@ class ConsoleProgress:
 
     def __init__(self, rounds: int) -> None:
         self._progress = Progress(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
+            TextColumn("round {task.completed}/{task.total}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            # in a narrow window the numbers give way at their end, the rounds and the time stay
+            TextColumn("{task.description}", table_column=Column(ratio=8, no_wrap=True, overflow="ellipsis")),
             TimeRemainingColumn(compact=True),
+            expand=True,
             console=Console(file=sys.stdout),
             disable=not sys.stdout.isatty(),
         )
@@ -37,8 +39,8 @@ class ConsoleProgress:
             self._tested = f" test {metrics['test/accuracy']:.3f}"
         text = (
             f"loss {metrics['train/loss']:.3f} acc {metrics['train/accuracy']:.3f}{self._tested} "
-            f"down {human_bytes(metrics['cumulative_broadcasted_bits'])} "
-            f"up {human_bytes(metrics['cumulative_aggregated_bits'])}"
+            f"↓{human_bytes(metrics['cumulative_broadcasted_bits'])} "
+            f"↑{human_bytes(metrics['cumulative_aggregated_bits'])}"
         )
         self._progress.update(self._task, advance=1, description=text)
         if self._progress.disable:

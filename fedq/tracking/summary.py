@@ -79,7 +79,8 @@ class Summary:
     def print(self) -> None:
         """Prints how the run ended, and the command that shows its curves."""
         values = self.values
-        table = Table(title="done", show_header=False, title_justify="left")
+        table = Table("", "", title="done", show_header=False, title_justify="left")
+        table.columns[1].overflow = "fold"  # a path must stay whole
         table.add_row("test accuracy", f"{values['final_test_accuracy']:.2%} (best {values['best_test_accuracy']:.2%})")
         for way, sent, ratio in (("down", "broadcasted", "broadcast"), ("up", "aggregated", "upload")):
             bits, rate = values[f"{sent}_bits"], values[f"{ratio}_ratio"]
