@@ -1,0 +1,420 @@
+"""One battery for every stage, coder and chain: each check takes an encoder, and raises AssertionError.
+
+`check_stage(stage)` and `check_encoder(encoder)` run all of them. `bound(x)`, where given, is the largest error
+that a stage may make on the elements of `x`; a lossless chain's is 0.
+"""
+
+import dataclasses
+import math
+import random
+import struct
+from collections.abc import Callable, Iterator
+
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedq.encoding import (
+    AdaptiveEncodingStage,
+    Coder,
+    EncodeError,
+    Encoder,
+    EncodingStage,
+    FixedWidth,
+    Key,
+    Raw,
+    StateDictEncoder,
+    TensorSpec,
+    schema_of,
+)
+from fedq.encoding.message import OVERHEAD
+
+Bound = Callable[[Tensor], float]
+
+KEY = Key(seed=2**64 - 1, round=7, client=3)
+DRAWS, KEYS = 10_000, 100  # what a claim of unbiasedness is tested with: draws of each value, in as many tensors
+
+
+def wave(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns values in (−1, 1), all different, from arithmetic."""
+    n = math.prod(shape)
+    return ((torch.arange(n, dtype=torch.float64) * 0.6180339887498949) % 2 - 1).reshape(shape).to(dtype)
+
+
+def floating_inputs() -> dict[str, Tensor]:
+    """Returns the finite floating tensors that every chain takes."""
+    f64 = torch.float64
+    return {
+        "zeros": torch.zeros(3, 4),
+        "minus zero": torch.full((5,), -0.0),
+        "constant": torch.full((50,), 0.1),
+        "negative constant": torch.full((50,), -0.1),
+        "one element": torch.tensor([-2.5]),
+        "0-d": torch.tensor(2.5),
+        "empty": torch.zeros(0),
+        "empty matrix": torch.zeros(3, 0, 2),
+        "two values": torch.tensor([-1.0, 3.0]),
+        "vector": wave(1001),
+        "transposed": wave(7, 5).t(),
+        "every third": wave(90)[::3],
+        "one of a column": wave(3, 2)[1:2, 1],
+        "none of a column": wave(3, 2)[3:, 1],
+        "expanded": wave(5).expand(4, 5),
+        "channels last": wave(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "float16": wave(101, dtype=torch.float16),
+        "float16 at its limits": torch.tensor([-65504.0, 0.0, 6e-8, 65504.0], dtype=torch.float16),
+        "bfloat16": wave(101, dtype=torch.bfloat16),
+        "float64": wave(101, dtype=f64),
+        "far from zero": 1e6 + wave(101),
+        "huge": torch.tensor([-3e38, 1.0, 3e38]),
+        "float32's maximum": torch.tensor([torch.finfo(torch.float32).min, torch.finfo(torch.float32).max]),
+        "huge bfloat16": torch.tensor([-3e38, 1.0, 3e38], dtype=torch.bfloat16),
+        "huge float64": torch.tensor([0.0, 1.0, 1e308], dtype=f64),
+        "float64's maximum": torch.tensor([0.0, 3e307, torch.finfo(f64).max], dtype=f64),
+        "denormal": wave(101) * 1e-40,
+        "denormal float16": torch.arange(9, dtype=torch.float16) * 6e-8,
+        "denormal float64": wave(101, dtype=f64) * 1e-309,
+        "the smallest": torch.tensor([0.0, 5e-324, 1e-323], dtype=f64),
+    }
+
+
+def large_input() -> Tensor:
+    """Returns a tensor larger than what a stage may work on at a time."""
+    return wave(131_072 + 5)
+
+
+def exact_inputs() -> dict[str, Tensor]:
+    """Returns the integer and boolean tensors that travel exact whatever the chain."""
+    return {
+        "int64 0-d": torch.tensor(2**62 + 1),
+        "int64": torch.arange(-500, 501) * (2**53 + 1),
+        "int32": torch.arange(-50, 51, dtype=torch.int32),
+        "int16 transposed": torch.arange(24, dtype=torch.int16).reshape(4, 6).t(),
+        "uint8": torch.arange(256).to(torch.uint8),
+        "bool": torch.arange(101) % 3 == 0,
+        "bool 0-d": torch.tensor(True),
+        "one int64 of a column": torch.arange(6).reshape(3, 2)[1:2, 1],
+        "no int64": torch.zeros(0, 3, dtype=torch.int64),
+    }
+
+
+def refused_inputs() -> dict[str, Tensor]:
+    """Returns floating tensors that are never sent."""
+    bad = {"NaN": math.nan, "infinity": math.inf, "minus infinity": -math.inf}
+    inputs = {name: torch.tensor([0.0, value, 1.0]) for name, value in bad.items()}
+    inputs |= {f"{name} alone": torch.tensor(value) for name, value in bad.items()}
+    inputs |= {f"{name} in float16": torch.tensor([1.0, value], dtype=torch.float16) for name, value in bad.items()}
+    return inputs | {"both infinities": torch.tensor([math.inf, -math.inf], dtype=torch.float64)}
+
+
+def check_stage(stage: EncodingStage, bound: Bound | None = None, coder: Coder | None = None) -> None:
+    """Runs the whole battery over a stage, with `coder` or the one that fits its symbols."""
+    check_encoder(Encoder([stage], coder or coder_for(stage)), bound)
+
+
+def check_encoder(encoder: Encoder, bound: Bound | None = None) -> None:
+    """Runs the whole battery over a chain and its coder."""
+    for check in CHECKS:
+        check(encoder, bound)
+
+
+def coder_for(stage: EncodingStage) -> Coder:
+    """Returns the plain coder of what `stage` gives."""
+    x = wave(4)
+    levels = stage.encoded_spec(TensorSpec.of(x), stage.encode(x, KEY)[1]).levels
+    return Raw() if levels is None else FixedWidth()
+
+
+# ---------------------------------------------------------------------------------------------- the checks
+
+
+def check_dataclasses(encoder: Encoder, bound: Bound | None) -> None:
+    """Stages and coder are frozen, equal to their copies, and their repr tells all arguments."""
+    for part in (*encoder.stages, encoder.coder):
+        assert part == dataclasses.replace(part), f"{part} differs from its copy"
+        assert getattr(part, "__dataclass_params__").frozen, f"{type(part).__name__} is not frozen"  # noqa: B009
+        for field in dataclasses.fields(part):
+            assert field.repr, f"{type(part).__name__} hides {field.name} from its repr, hence from the schema"
+        assert "0x" not in repr(part), f"the repr of {type(part).__name__} holds an address: {part!r}"
+
+
+def check_round_trip(encoder: Encoder, bound: Bound | None) -> None:
+    """Shape and dtype come back, contiguous or not; values within the bound."""
+    for name, x in (floating_inputs() | {"large": large_input()}).items():
+        _round_trip(encoder, bound, name, x)
+
+
+def check_arbitrary_arrays(encoder: Encoder, bound: Bound | None) -> None:
+    """The same for whatever hypothesis thinks of."""
+    dtypes = st.sampled_from([np.float16, np.float32, np.float64])
+    shapes = arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
+
+    def elements(dtype: type) -> st.SearchStrategy:
+        width = np.dtype(dtype).itemsize * 8
+        return arrays.arrays(dtype, shapes, elements=st.floats(width=width, allow_nan=False, allow_infinity=False))
+
+    @settings(max_examples=20, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(dtypes.flatmap(elements))
+    def check(array: np.ndarray) -> None:
+        _round_trip(encoder, bound, f"hypothesis's {array!r}", torch.from_numpy(array))
+
+    check()
+
+
+def check_exact_tensors(encoder: Encoder, bound: Bound | None) -> None:
+    """Integers and booleans travel exact in their own dtype, whatever their number."""
+    for name, x in exact_inputs().items():
+        by_dtype = StateDictEncoder(encoder, threshold=0)
+        message, _ = by_dtype.encode({"x": x}, KEY)
+        assert _same(by_dtype.decode(message, KEY, schema_of({"x": x}))[0]["x"], x), f"{name} is not exact"
+
+
+def check_refusals(encoder: Encoder, bound: Bound | None) -> None:
+    """NaN and infinity are an EncodeError that names the tensor."""
+    for name, x in refused_inputs().items():
+        try:
+            _message(encoder, x)
+        except EncodeError as error:
+            if "'x'" not in str(error):
+                raise AssertionError(f"{name}: the error does not name the tensor: {error}") from error
+        else:
+            raise AssertionError(f"{name} is sent")
+
+
+def check_input_untouched(encoder: Encoder, bound: Bound | None) -> None:
+    """Neither encode nor decode writes to what it is given."""
+    for name, x in floating_inputs().items():
+        before, version = x.clone(), x._version
+        for y, side, stage, spec, key in _steps(encoder, x):
+            given = [y.clone(), *(value.clone() for value in side.values())]
+            stage.decode(y, side, spec, key)
+            assert all(map(_same, given, [y, *side.values()])), f"{name}: {type(stage).__name__}.decode wrote to y"
+        assert _same(x, before), f"{name} is changed"
+        assert x._version == version, f"{name} is written to"
+
+
+def check_aliasing(encoder: Encoder, bound: Bound | None) -> None:
+    """What is decoded is the receiver's own: writing to it changes neither the message nor the input."""
+    for name, x in floating_inputs().items():
+        message, before = _message(encoder, x), x.clone()
+        copy, first = bytes(bytearray(message)), _decode(encoder, message, x)
+        again = first.clone()
+        first.fill_(1)
+        assert message == copy, f"{name}: the message is changed"
+        assert _same(_decode(encoder, message, x), again), f"{name}: decodes to something else the second time"
+        assert _same(x, before), f"{name} is changed"
+
+
+def check_same_key(encoder: Encoder, bound: Bound | None) -> None:
+    """The same key gives the same bytes, from an equal encoder too, and leaves global random states alone."""
+    inputs = floating_inputs() | {"large": large_input()}
+    states = _global_random_states()
+    messages = {name: _message(encoder, x) for name, x in inputs.items()}
+    for name, x in inputs.items():
+        _decode(encoder, messages[name], x)
+    assert _global_random_states() == states, "a global random state is used"
+    equal = Encoder([dataclasses.replace(stage) for stage in encoder.stages], dataclasses.replace(encoder.coder))
+    for name, x in inputs.items():
+        assert _message(equal, x) == messages[name], f"{name}: the same key gives other bytes"
+        assert _message(encoder, x.contiguous()) == messages[name], f"{name}: the layout in memory matters"
+
+
+def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
+    """Another seed, round, client or tensor gives other bytes where the chain is random."""
+    if lossless(encoder) or not unbiased(encoder):
+        return
+    x = wave(1000)
+    keys = [KEY, KEY._replace(seed=1), KEY._replace(round=8), KEY._replace(client=4), KEY.fold("x"), KEY.fold("y")]
+    payloads = {encoder.encode(x, key, {})[0] for key in keys}
+    assert len(payloads) == len(keys), "two keys give the same bytes"
+
+
+def check_length(encoder: Encoder, bound: Bound | None) -> None:
+    """A message is its frame, and for each tensor side values of at most 16 bytes and the coder's bytes."""
+    for name, x in floating_inputs().items():
+        spec, side_bytes = TensorSpec.of(x), 0
+        for _, side, stage, _, _ in _steps(encoder, x):
+            side_bytes += sum(value.numel * value.dtype.itemsize for value in stage.side_spec(spec).values())
+            spec = stage.encoded_spec(spec, side)
+        size = encoder.coder.size(spec)
+        message = _message(encoder, x)
+        if size is not None:
+            assert len(message) == OVERHEAD + side_bytes + size, f"{name}: {len(message)} bytes"
+        # the range of a float64 tensor fills the 16 bytes: a length comes on top of it
+        allowed = 20 if size is None and x.dtype == torch.float64 else 16
+        assert side_bytes + (4 if size is None else 0) <= allowed, f"{name}: {side_bytes} bytes beside the symbols"
+        if isinstance(encoder.coder, FixedWidth):
+            assert spec.levels is not None
+            bits = max(1, math.ceil(math.log2(spec.levels)))
+            assert size == math.ceil(spec.numel * bits / 8), f"{name}: {size} bytes for {spec.numel} × {bits} bits"
+    assert len(StateDictEncoder(encoder).encode({}, KEY)[0]) <= 64, "the frame has more than 64 bytes"
+
+
+def check_damage(encoder: Encoder, bound: Bound | None) -> None:
+    """A message that is cut, or has bytes left over, is a MessageError even where its frame is right."""
+    from fedq.encoding import MessageError
+
+    for name, x in {"vector": wave(101), "empty": wave(0), "one element": wave(1)}.items():
+        message = _message(encoder, x)
+        body = message[44:-4]
+        for damaged in (body + b"\0", body[:-1], body[:4], body + body):
+            if damaged != body:
+                try:
+                    _decode(encoder, reframe(message, damaged), x)
+                except MessageError:
+                    continue
+                raise AssertionError(f"{name}: {len(damaged)} bytes are taken for {len(body)}")
+
+
+def check_lossless(encoder: Encoder, bound: Bound | None) -> None:
+    """A chain whose stages all claim to be lossless gives back the same bits."""
+    if lossless(encoder):
+        for name, x in floating_inputs().items():
+            assert raw_bytes(_send(encoder, x)) == raw_bytes(x), (
+                f"{name} is not exact, but {encoder} claims to be lossless"
+            )
+
+
+def check_unbiased(encoder: Encoder, bound: Bound | None) -> None:
+    """A chain whose stages all claim to be unbiased is right on average: 10,000 draws, within 4 standard errors.
+
+    Each value stands 100 times in a tensor, and there are 100 keys. Draws under one key may depend on each other,
+    so that the standard error is that of the keys' means.
+    """
+    if not unbiased(encoder):
+        return
+    values = torch.tensor([-1.0, -0.99, -0.71, -0.2, 0.0, 0.013, 0.3331, 0.5, 0.97, 1.0], dtype=torch.float64)
+    x = values.float().repeat(DRAWS // KEYS)
+    means = torch.stack(
+        [_send(encoder, x, KEY.fold(str(i))).double().view(-1, len(values)).mean(0) for i in range(KEYS)]
+    )
+    error, standard = (means.mean(0) - x[: len(values)].double()).abs(), means.std(0) / math.sqrt(KEYS)
+    assert bool((error <= 4 * standard + 1e-6).all()), (
+        f"{encoder} claims to be unbiased, but its mean over {DRAWS} draws is off by {(error / standard).tolist()} "
+        "standard errors"
+    )
+
+
+def check_commutes_with_sum(encoder: Encoder, bound: Bound | None) -> None:
+    """A stage that claims so may be decoded once, after the sum: decode(encode(x) + encode(y))."""
+    for stage in encoder.stages:
+        if not stage.commutes_with_sum:
+            continue
+        assert isinstance(stage, EncodingStage)
+        for shape in ((), (1,), (0,), (13,), (64,), (3, 5)):
+            x, y = wave(*shape, dtype=torch.float64), wave(*shape, dtype=torch.float64).flip(0 if shape else ()) * 3 + 1
+            spec = TensorSpec.of(x)
+            (a, side), (b, other) = stage.encode(x, KEY), stage.encode(y, KEY)
+            assert not side and not other, f"{stage} claims to commute with the sum, but has side values"
+            apart = stage.decode(a, {}, spec, KEY) + stage.decode(b, {}, spec, KEY)
+            together = stage.decode(a + b, {}, spec, KEY)
+            assert torch.allclose(together, apart, rtol=1e-9, atol=1e-9), f"{stage} does not commute with the sum"
+
+
+CHECKS: tuple[Callable[[Encoder, Bound | None], None], ...] = (
+    check_dataclasses,
+    check_round_trip,
+    check_arbitrary_arrays,
+    check_exact_tensors,
+    check_refusals,
+    check_input_untouched,
+    check_same_key,
+    check_aliasing,
+    check_other_keys,
+    check_length,
+    check_damage,
+    check_lossless,
+    check_unbiased,
+    check_commutes_with_sum,
+)
+
+
+def check_coder(coder: Coder, levels: int | None, dtype: torch.dtype) -> None:
+    """A coder gives every tensor of symbols back, in the bytes that `size` tells, and leaves it alone."""
+    for shape in ((), (0,), (1,), (7,), (8,), (70,), (3, 0), (5, 3), (2, 3, 2, 2), (1000,)):
+        for strided in (False, True):
+            n = math.prod(shape)
+            symbols = (torch.arange(2 * n) * 40_503) % (levels or 251)
+            symbols = symbols.to(dtype).reshape(*shape, 2)[..., 0] if strided else symbols[:n].to(dtype).reshape(shape)
+            for x in (symbols, torch.zeros_like(symbols), torch.full_like(symbols, (levels or 251) - 1)):
+                spec, before = TensorSpec(shape, dtype, levels), x.clone()
+                data = coder.encode(x, spec)
+                assert coder.size(spec) in (None, len(data)), f"{coder} tells another size than {len(data)}"
+                back = coder.decode(memoryview(data), spec)
+                assert _same(back, before), f"{coder} gives another tensor of {shape}"
+                assert _same(x, before), f"{coder} writes to its input"
+                back.fill_(0)  # the receiver's own, writable without a warning
+                assert coder.encode(x, spec) == data, f"{coder} gives other bytes the second time"
+
+
+def lossless(encoder: Encoder) -> bool:
+    """Tells whether all stages claim to be lossless."""
+    return all(stage.lossless for stage in encoder.stages)
+
+
+def unbiased(encoder: Encoder) -> bool:
+    """Tells whether all stages claim to be unbiased or lossless, and there is one."""
+    return bool(encoder.stages) and all(stage.unbiased or stage.lossless for stage in encoder.stages)
+
+
+def reframe(message: bytes, body: bytes) -> bytes:
+    """Returns `message` with another body, its length and checksum made right."""
+    import zlib
+
+    head = message[:36] + struct.pack("<Q", len(body)) + body
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def _global_random_states() -> tuple[object, ...]:
+    _, words, place, *_ = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), words.tobytes(), place, random.getstate()
+
+
+def _steps(encoder: Encoder, x: Tensor) -> Iterator[tuple[Tensor, dict, EncodingStage, TensorSpec, Key]]:
+    """Yields what each stage of a chain gives for `x`: y, side values, the stage, its input's spec, its key."""
+    spec = TensorSpec.of(x)
+    for i, stage in enumerate(encoder.stages):
+        assert not isinstance(stage, AdaptiveEncodingStage)
+        key = KEY.fold("x").fold(str(i))
+        y, side = stage.encode(x, key)
+        yield y, dict(side), stage, spec, key
+        x, spec = y, stage.encoded_spec(spec, side)
+
+
+def _message(encoder: Encoder, x: Tensor, key: Key = KEY) -> bytes:
+    return StateDictEncoder(rules={"x": encoder}).encode({"x": x}, key)[0]
+
+
+def _decode(encoder: Encoder, message: bytes, x: Tensor, key: Key = KEY) -> Tensor:
+    return StateDictEncoder(rules={"x": encoder}).decode(message, key, schema_of({"x": x}))[0]["x"]
+
+
+def _send(encoder: Encoder, x: Tensor, key: Key = KEY) -> Tensor:
+    return _decode(encoder, _message(encoder, x, key), x, key)
+
+
+def _round_trip(encoder: Encoder, bound: Bound | None, name: str, x: Tensor) -> None:
+    try:
+        y = _send(encoder, x)
+    except EncodeError:
+        wide = x.double()
+        assert x.numel(), f"{name} is refused"
+        assert not math.isfinite(float(wide.max()) - float(wide.min())), f"{name} is refused"
+        return
+    assert y.shape == x.shape, f"{name}: {tuple(x.shape)} comes back as {tuple(y.shape)}"
+    assert y.dtype == x.dtype, f"{name}: {x.dtype} comes back as {y.dtype}"
+    if bound is not None and x.numel():
+        error = float((x.double() - y.double()).abs().max())
+        assert error <= bound(x), f"{name}: an error of {error}, at most {bound(x)} is allowed"
+
+
+def raw_bytes(x: Tensor) -> bytes:
+    """Returns the elements of `x`, in row-major order, as bytes."""
+    return torch.empty(x.numel(), dtype=x.dtype).copy_(x.reshape(-1)).view(torch.uint8).numpy().tobytes()
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.shape == y.shape and raw_bytes(x) == raw_bytes(y)

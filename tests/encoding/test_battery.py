@@ -1,0 +1,368 @@
+"""Every stage, every coder and every chain of conf/encoder passes the battery; and the battery finds what is wrong."""
+
+import hashlib
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import battery
+import numpy as np
+import pytest
+import torch
+from battery import CHECKS, KEY, Bound, check_coder, check_encoder, check_stage, floating_inputs, wave
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from toys import Negate, Reverse, Zlib
+
+import fedq.encoding.coders
+import fedq.encoding.stages
+from fedq.config import build_encoder
+from fedq.encoding import (
+    Encoder,
+    EncodingStage,
+    FixedWidth,
+    Key,
+    Raw,
+    StateDictEncoder,
+    TensorSpec,
+    UniformQuantization,
+    schema_of,
+)
+
+ROOT = Path(__file__).parents[2]
+
+STAGES = [UniformQuantization(bits, rounding) for bits in range(1, 17) for rounding in ("stochastic", "nearest")]
+CODERS = [(Raw(), None), (Zlib(), None), (Zlib(), 8)]
+CODERS += [(FixedWidth(), levels) for levels in (1, 2, 3, 4, 5, 8, 16, 100, 128, 255, 256)]
+WIDE_CODERS = [(FixedWidth(), levels) for levels in (256, 257, 1000, 4096, 10_000, 2**15, 2**16 - 1, 2**16)]
+
+
+def bound_of(encoder: Encoder) -> Bound | None:
+    """The error that a chain may make, as its stages' documentation has it."""
+    lossy = [stage for stage in encoder.stages if not stage.lossless]
+    if not lossy:
+        return lambda x: 0.0
+    if len(lossy) == 1 and isinstance(lossy[0], UniformQuantization):
+        return uniform_bound(lossy[0])
+    return None
+
+
+def uniform_bound(stage: UniformQuantization) -> Bound:
+    """One step for stochastic rounding, half a step for nearest, and what the dtype cannot hold."""
+
+    def bound(x: Tensor) -> float:
+        low, high, info = float(x.min()), float(x.max()), torch.finfo(x.dtype)
+        step = (high - low) / (2**stage.bits - 1)
+        slack = 4 * max(info.eps, 2**-52) * max(abs(low), abs(high)) + info.smallest_normal * info.eps
+        if stage.bits <= 12 and x.dtype != torch.float64:  # works in float32
+            slack += 4 * 2**-23 * max(abs(low), abs(high))
+        return step * (1 if stage.rounding == "stochastic" else 0.5) + slack + 2**stage.bits * 5e-324
+
+    return bound
+
+
+def configured() -> dict[str, Encoder]:
+    """Every chain of conf/encoder, of either direction, those of its rules too."""
+    chains = {}
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        for file in sorted((ROOT / "conf" / "encoder").glob("*.yaml")):
+            cfg = compose("config", [f"encoder={file.stem}"])
+            for direction in ("broadcast", "upload"):
+                built: StateDictEncoder = build_encoder(cfg, direction)
+                chains[f"{file.stem} {direction}"] = built.encoder
+                chains |= {f"{file.stem} {direction} {name}": chain for name, chain in built.rules.items()}
+    return chains
+
+
+CONFIGURED = configured()
+CHAINS = [
+    *(Encoder([stage], FixedWidth()) for stage in STAGES if stage.bits in (1, 8, 12)),
+    Encoder(),
+    Encoder([], Zlib()),
+    Encoder([UniformQuantization(5)], Zlib()),
+    Encoder([UniformQuantization(11, "nearest")], Raw()),
+    Encoder([Negate(), UniformQuantization(6)], FixedWidth()),
+    Encoder([UniformQuantization(3), Reverse()], FixedWidth()),  # what is coded was not the last stage's idea
+    Encoder([Reverse(), Negate(), UniformQuantization(9, "nearest"), Reverse()], Zlib()),
+    Encoder([Reverse(), Negate()]),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("encoder", CHAINS, ids=str)
+def test_chains(encoder: Encoder, check: Callable[[Encoder, Bound | None], None]) -> None:
+    check(encoder, bound_of(encoder))
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+def test_stages_of_every_width(stage: UniformQuantization) -> None:
+    encoder, bound = Encoder([stage], FixedWidth()), uniform_bound(stage)
+    for check in (battery.check_round_trip, battery.check_length, battery.check_unbiased, battery.check_other_keys):
+        check(encoder, bound)
+
+
+@pytest.mark.parametrize("encoder", {repr(chain): chain for chain in CONFIGURED.values()}.values(), ids=str)
+def test_configured_chains(encoder: Encoder) -> None:
+    check_encoder(encoder, bound_of(encoder))
+
+
+def test_no_stage_and_no_coder_is_left_out() -> None:
+    assert {type(stage).__name__ for stage in STAGES} == set(fedq.encoding.stages.__all__)
+    coders = {type(coder).__name__ for coder, _ in CODERS + WIDE_CODERS} | {"Coder", "Zlib"}
+    assert coders == {*fedq.encoding.coders.__all__, "Zlib"}
+    assert {"float32 upload", "uint8 broadcast", "uniform upload"} <= CONFIGURED.keys()
+
+
+@pytest.mark.parametrize(("coder", "levels"), CODERS, ids=str)
+def test_coders(coder: fedq.encoding.coders.Coder, levels: int | None) -> None:
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        check_coder(coder, levels, dtype)
+
+
+@pytest.mark.parametrize(("coder", "levels"), WIDE_CODERS, ids=str)
+def test_coders_of_many_symbols(coder: fedq.encoding.coders.Coder, levels: int) -> None:
+    for dtype in (torch.int32, torch.int64):
+        check_coder(coder, levels, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_raw_takes_any_dtype(dtype: torch.dtype) -> None:
+    check_coder(Raw(), None, dtype)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+def test_uniform_bytes_by_formula(stage: UniformQuantization) -> None:
+    for name, x in floating_inputs().items():
+        side = 16 if x.dtype == torch.float64 else 8
+        message, _ = StateDictEncoder(rules={"x": Encoder([stage], FixedWidth())}).encode({"x": x}, KEY)
+        assert len(message) == 48 + side + math.ceil(x.numel() * stage.bits / 8), name
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_uniform_refuses_integers(rounding: str) -> None:
+    # a counter rounded to a step and then truncated would be wrong without a word
+    for x in (torch.arange(5), torch.tensor([True, False]), torch.tensor(3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="floating"):
+            UniformQuantization(8, rounding).side_spec(TensorSpec.of(x))
+        with pytest.raises(ValueError, match="floating"):
+            Encoder([UniformQuantization(8, rounding)], FixedWidth()).encode(x, KEY, {})
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_uniform_ends_are_exact(bits: int) -> None:
+    x = wave(1000)
+    for rounding in ("stochastic", "nearest"):
+        stage = UniformQuantization(bits, rounding)
+        y, side = stage.encode(x, KEY)
+        back = stage.decode(y, side, TensorSpec.of(x), KEY)
+        assert (int(y.min()), int(y.max())) == (0, 2**bits - 1)
+        assert torch.equal(back[x.argmin()], x.min())
+        torch.testing.assert_close(back[x.argmax()], x.max(), rtol=3e-7, atol=0)
+        assert bool((back >= x.min()).all() & (back <= x.max()).all())
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(0, "nearest"), (17, "nearest"), (-1, "stochastic"), (8, "up")])
+def test_uniform_refuses_arguments(bits: int, rounding: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        UniformQuantization(bits, rounding)
+
+
+def test_another_process_decodes(tmp_path: Path) -> None:
+    own = [
+        chain for chain in CHAINS if not any(type(part).__module__ == "toys" for part in (*chain.stages, chain.coder))
+    ]
+    x = {"x": wave(20, 11), "h": wave(30, dtype=torch.float16), "n": torch.tensor(2**62 + 1)}
+    sent = []
+    for i, chain in enumerate([*own, *CONFIGURED.values()]):
+        encoder = StateDictEncoder(chain, threshold=10 * (i % 4))
+        message, _ = encoder.encode(x, KEY)
+        back, _ = encoder.decode(message, KEY, schema_of(x))
+        digest = hashlib.sha256(b"".join(map(battery.raw_bytes, back.values()))).hexdigest()
+        sent.append((repr(encoder), message.hex(), digest))
+    (tmp_path / "sent.json").write_text(json.dumps(sent))
+    program = f"""
+import hashlib, json, torch
+from fedq.encoding import *
+sent = json.load(open({str(tmp_path / "sent.json")!r}))
+schema = {{
+    "x": TensorSpec((20, 11), torch.float32), "h": TensorSpec((30,), torch.float16), "n": TensorSpec((), torch.int64)
+}}
+for encoder, message, digest in sent:
+    back, _ = eval(encoder).decode(bytes.fromhex(message), Key({KEY.seed}, {KEY.round}, {KEY.client}), schema)
+    raw = b"".join(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in back.values())
+    assert hashlib.sha256(raw).hexdigest() == digest, encoder
+print("decoded", len(sent))
+"""
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == f"decoded {len(sent)}\n", run.stderr
+
+
+# ---------------------------------------------------- the battery finds what is wrong: one liar for each check
+
+
+@dataclass(frozen=True)
+class Honest(EncodingStage):
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.clone(), {}
+
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y.clone()
+
+
+@dataclass(frozen=True)
+class WritesToInput(Honest):
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        y = x.clone()
+        if x.is_contiguous():
+            x.mul_(1)  # the same values: only the version tells
+        return y, {}
+
+
+@dataclass(frozen=True)
+class WritesToEncoded(Honest):
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y.neg_().clone()
+
+
+@dataclass(frozen=True)
+class GlobalRandom(Honest):
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x + torch.rand(()).to(x.dtype), {}
+
+
+@dataclass(frozen=True)
+class GlobalNumpyRandomInDecode(Honest):
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y + np.random.rand() * 1e-9
+
+
+@dataclass(frozen=True)
+class Clock(Honest):
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x + random.SystemRandom().random(), {}
+
+
+@dataclass(frozen=True)
+class LayoutMatters(Honest):
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return (x if x.is_contiguous() else -x).clone(), {}
+
+
+@dataclass(frozen=True)
+class Flat(Honest):
+    def encoded_spec(self, spec: TensorSpec, side: dict[str, Tensor]) -> TensorSpec:
+        return TensorSpec((spec.numel,), spec.dtype)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.reshape(-1).clone(), {}
+
+
+@dataclass(frozen=True)
+class Widens(Honest):
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y.double()
+
+
+@dataclass(frozen=True)
+class ClaimsLossless(Honest):
+    lossless = True
+
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y + 0  # −0.0 comes back as 0.0
+
+
+@dataclass(frozen=True)
+class ClaimsUnbiased(Honest):
+    unbiased = True
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = key.generator().random(tuple(x.shape)) - 0.48  # 0.02 too much: 7 standard errors
+        return (x.double() + torch.as_tensor(noise)).to(x.dtype), {}
+
+
+@dataclass(frozen=True)
+class OneDrawForAll(Honest):
+    """Ignores the key: all rounds and clients share their noise."""
+
+    unbiased = True
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = Key(0).generator().random(tuple(x.shape)) - 0.5
+        return (x.double() + torch.as_tensor(noise)).to(x.dtype), {}
+
+
+@dataclass(frozen=True)
+class ClaimsToCommute(Honest):
+    commutes_with_sum = True
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x + 1, {}
+
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y - 1
+
+
+@dataclass(frozen=True)
+class MuchBeside(Honest):
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {"beside": TensorSpec((3,), torch.float64)}
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.clone(), {"beside": torch.zeros(3, dtype=torch.float64)}
+
+
+@dataclass
+class NotFrozen(EncodingStage):
+    encode = Honest.encode
+    decode = Honest.decode
+
+
+@dataclass(frozen=True)
+class Rounds(UniformQuantization):
+    """Half a step is promised, a whole one taken."""
+
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        shift = (float(side["maximum"]) - float(side["minimum"])) / (2**self.bits - 1)
+        return super().decode(y, side, spec, key) + shift / 4
+
+
+def test_the_battery_takes_an_honest_stage() -> None:
+    check_stage(Honest(), lambda x: 0)
+
+
+LIARS = {
+    WritesToInput: "is written to",
+    WritesToEncoded: "wrote to y",
+    GlobalRandom: "global random state",
+    GlobalNumpyRandomInDecode: "global random state",
+    Clock: "other bytes",
+    LayoutMatters: "layout",
+    Flat: "comes back as",
+    Widens: "comes back as",
+    ClaimsLossless: "not exact",
+    ClaimsUnbiased: "unbiased",
+    OneDrawForAll: "two keys",
+    ClaimsToCommute: "commute",
+    MuchBeside: "beside the symbols",
+}
+
+
+@pytest.mark.parametrize("liar", LIARS, ids=lambda liar: liar.__name__)
+def test_the_battery_finds(liar: type[EncodingStage]) -> None:
+    with pytest.raises(AssertionError, match=LIARS[liar]):
+        check_stage(liar())
+
+
+def test_the_battery_finds_too_large_an_error() -> None:
+    with pytest.raises(AssertionError, match="is allowed"):
+        check_stage(Rounds(6, "nearest"), uniform_bound(UniformQuantization(6, "nearest")))
+
+
+def test_the_battery_finds_a_stage_that_is_not_frozen() -> None:
+    with pytest.raises(AssertionError, match="not frozen"):
+        battery.check_dataclasses(Encoder([NotFrozen()]), None)

@@ -1,0 +1,331 @@
+"""100,000 damaged messages: each is a MessageError and nothing else, in bounded time and memory.
+
+Only where the checksum was made right again may damage give another valid message, which then decodes to finite
+tensors of the right shape and within the range that it tells.
+"""
+
+import math
+import random
+import resource
+import struct
+import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from battery import reframe, wave
+from toys import PlusOneOverN, Statistics, Zlib
+
+from fedq.encoding import (
+    Encoder,
+    FixedWidth,
+    Key,
+    MessageError,
+    StateDictEncoder,
+    UniformQuantization,
+    schema_of,
+)
+from fedq.encoding.state_dict import flatten
+
+KEY = Key(11, 22, 33)
+HEADER, CHECKSUM = 44, 4
+
+
+class Case:
+    """A message, and how its receiver decodes it."""
+
+    def __init__(self, encoder: StateDictEncoder, tensors: dict[str, torch.Tensor], extra: dict[str, torch.Tensor]):
+        self.encoder, self.schema = encoder, schema_of(tensors)
+        params = encoder.params(self.schema, encoder.initial_state(self.schema))
+        attached = flatten(params) | extra
+        self.message, _ = encoder.encode(tensors, KEY, params, attached, report=True)
+        self.attached = schema_of(attached) | encoder.update_spec(self.schema)
+        self.body = self.message[HEADER:-CHECKSUM]
+        self.ranges: dict[str, tuple[int, str]] = {}  # where minimum and maximum stand in the body
+
+    def decode(self, message: bytes, key: Key = KEY) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return self.encoder.decode(message, key, self.schema, attached=self.attached)
+
+
+def plain() -> Case:
+    """Every kind of payload, quantised, entropy coded, exact; small."""
+    case = Case(
+        StateDictEncoder(
+            Encoder([UniformQuantization(3)], FixedWidth()),
+            threshold=6,
+            rules={
+                "z": Encoder([UniformQuantization(4)], Zlib()),
+                "h": Encoder([UniformQuantization(12)], FixedWidth()),
+            },
+        ),
+        {
+            "w": wave(5, 3),
+            "b": torch.tensor([True, False, True]),
+            "n": torch.tensor(7),
+            "h": wave(7, dtype=torch.float64),
+            "e": torch.zeros(0),
+            "s": wave(4, dtype=torch.float16),
+            "z": wave(9),
+        },
+        {},
+    )
+    case.ranges = {"w": (0, "f"), "h": (8 + 6 + 3 + 8, "d"), "z": (25 + 16 + 11 + 8, "f")}
+    return case
+
+
+def adaptive() -> Case:
+    """Params and updates of adaptive stages, and two other tensors attached."""
+    return Case(
+        StateDictEncoder(
+            rules={
+                "a": Encoder([PlusOneOverN()]),
+                "q": Encoder([UniformQuantization(5), Statistics()], FixedWidth()),
+            }
+        ),
+        {"a": wave(4), "q": wave(12)},
+        {"rate": torch.tensor(0.5), "flag": torch.tensor([True, False])},
+    )
+
+
+CASES = {"plain": plain(), "adaptive": adaptive()}
+
+
+def flips(random: random.Random, data: bytes) -> bytes:
+    """One to four bits the other way."""
+    damaged = bytearray(data)
+    for bit in {random.randrange(8 * len(data)) for _ in range(random.randint(1, 4))}:
+        damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def cuts(random: random.Random, data: bytes) -> bytes:
+    """A slice missing, at the end or elsewhere."""
+    start = random.randrange(len(data))
+    return data[:start] + data[random.choice((len(data), random.randint(start + 1, len(data)))) :]
+
+
+def insertions(random: random.Random, data: bytes) -> bytes:
+    """Some bytes too many."""
+    place = random.randint(0, len(data))
+    return data[:place] + random.randbytes(random.randint(1, 9)) + data[place:]
+
+
+def duplications(random: random.Random, data: bytes) -> bytes:
+    """A slice twice, or in another's place."""
+    start, place = random.randrange(len(data)), random.randint(0, len(data))
+    part = data[start : start + random.randint(1, 30)]
+    return data[:place] + part + data[place + random.choice((0, len(part))) :]
+
+
+def noise(random: random.Random, data: bytes) -> bytes:
+    """Random bytes of the right length, or a slice of them."""
+    start = random.choice((0, random.randrange(len(data))))
+    return data[:start] + random.randbytes(len(data) - start)
+
+
+def extremes(random: random.Random, data: bytes) -> bytes:
+    """A few bytes of ones, zeros or the like, as in lengths and floats out of all bounds."""
+    place, size = random.randrange(len(data)), random.choice((1, 2, 4, 8))
+    word = random.choice(
+        (b"\xff" * 8, bytes(8), b"\xff\xff\x7f\x7f" * 2, b"\x00\x00\x80\x7f" * 2, b"\0\0\0\0\0\0\xf0\x7f")
+    )
+    return data[:place] + word[:size] + data[place + size :]
+
+
+DAMAGES: list[Callable[[random.Random, bytes], bytes]] = [flips, cuts, insertions, duplications, noise, extremes]
+
+
+def with_checksum(data: bytes) -> bytes:
+    """Makes the checksum right again."""
+    return data[:-CHECKSUM] + struct.pack("<I", zlib.crc32(data[:-CHECKSUM]))
+
+
+def header_field(offset: int, code: str, values: Callable[[random.Random], int | bytes]) -> Callable:
+    """Returns a damage that writes another value into a field of the header; the checksum is right."""
+
+    def write(random: random.Random, data: bytes) -> bytes:
+        damaged = bytearray(data)
+        struct.pack_into(f"<{code}", damaged, offset, values(random))
+        return with_checksum(bytes(damaged))
+
+    return write
+
+
+HEADERS: dict[str, Callable[[random.Random, bytes], bytes]] = {
+    "magic": header_field(0, "4s", lambda random: random.randbytes(4)),
+    "version": header_field(4, "H", lambda random: random.choice((0, 2, 3, 256, 65_535))),
+    "reserved": header_field(6, "H", lambda random: random.randint(1, 65_535)),
+    "fingerprint": header_field(8, "8s", lambda random: random.randbytes(8)),
+    "seed": header_field(16, "Q", lambda random: random.randrange(12, 2**64)),
+    "round": header_field(24, "I", lambda random: random.randrange(23, 2**32)),
+    "client": header_field(28, "Q", lambda random: random.randrange(34, 2**64)),
+    "length": header_field(36, "Q", lambda random: random.choice((2**60, 2**64 - 1, 2**63, 2**31, 0, 1, 2**20))),
+}
+
+# how many damaged messages of each kind, and over how many kinds of damage and of messages
+COUNTS = {
+    "as it comes": (6_200, len(DAMAGES) * len(CASES)),
+    "behind the checksum": (800, len(DAMAGES) * len(CASES)),
+    "header": (500, len(HEADERS) * len(CASES)),
+    "range": (2_000, 1),
+    "trailing": (500, len(CASES)),
+    "others": (2_500, len(CASES)),
+}
+
+
+@contextmanager
+def bounded_memory(mebibytes: int = 192) -> Iterator[None]:
+    """Lets the process grow by so much at most: larger allocations fail, with an error that is no MessageError."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + mebibytes * 2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refused(case: Case, message: bytes, key: Key = KEY) -> bool:
+    """Tells whether `message` is refused. If not, it must be as the schema has it, finite, within its own range."""
+    try:
+        tensors, front = case.decode(message, key)
+    except MessageError as error:
+        return bool(str(error))
+    assert schema_of(tensors) == case.schema
+    assert schema_of(front) == case.attached
+    for value in (*tensors.values(), *front.values()):
+        assert value.isfinite().all()
+    for name, (offset, code) in case.ranges.items():
+        low, high = struct.unpack_from(f"<2{code}", message, HEADER + offset)
+        slack = 1e-6 * max(abs(low), abs(high)) + 1e-40
+        assert low - slack <= float(tensors[name].min()), name
+        assert float(tensors[name].max()) <= high + slack, name
+    return False
+
+
+def test_there_are_100_000() -> None:
+    assert sum(count * kinds for count, kinds in COUNTS.values()) == 100_000
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_message_is_valid(name: str) -> None:
+    case = CASES[name]
+    assert not refused(case, case.message)
+    assert reframe(case.message, case.body) == with_checksum(case.message) == case.message
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", CASES)
+def test_damage_as_it_comes(name: str, damage: Callable) -> None:
+    case, draw = CASES[name], random.Random(f"{name} {damage.__name__}")
+    with bounded_memory():
+        for _ in range(COUNTS["as it comes"][0]):
+            while (message := damage(draw, case.message)) == case.message:
+                pass
+            assert refused(case, message)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", CASES)
+def test_damage_behind_the_checksum(name: str, damage: Callable) -> None:
+    case, draw, count = CASES[name], random.Random(f"{damage.__name__} {name}"), COUNTS["behind the checksum"][0]
+    with bounded_memory():
+        refusals = sum(refused(case, reframe(case.message, damage(draw, case.body))) for _ in range(count))
+    if damage in (cuts, insertions):  # another length
+        assert refusals == count
+    elif damage is noise:
+        assert refusals > count // 2
+    else:  # the deeper layers are reached, and some damage is another message
+        assert 0 < refusals < count
+
+
+@pytest.mark.parametrize("field", HEADERS)
+@pytest.mark.parametrize("name", CASES)
+def test_headers(name: str, field: str) -> None:
+    case, draw = CASES[name], random.Random(f"{name} {field}")
+    with bounded_memory():
+        for _ in range(COUNTS["header"][0]):
+            assert refused(case, HEADERS[field](draw, case.message))
+
+
+def test_ranges_that_are_none() -> None:
+    case, draw = CASES["plain"], random.Random("range")
+    bad = (math.nan, math.inf, -math.inf)
+    for _ in range(COUNTS["range"][0]):
+        body = bytearray(case.body)
+        name, number = draw.choice(list(case.ranges)), 10.0 ** draw.randint(-30, 30)
+        offset, code = case.ranges[name]
+        pairs = [(draw.choice(bad), number), (-number, draw.choice(bad)), (draw.choice(bad), draw.choice(bad))]
+        pairs += [(number, -number), (number, number / 2), (math.nan, math.nan)]
+        if name == "h":
+            pairs.append((-1.7e308, 1.7e308))  # finite, but not their difference
+        struct.pack_into(f"<2{code}", body, offset, *draw.choice(pairs))
+        with pytest.raises(MessageError, match=f"'{name}' cannot be decoded"):
+            case.decode(reframe(case.message, bytes(body)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trailing_bytes(name: str) -> None:
+    case, draw = CASES[name], random.Random(name)
+    for i in range(COUNTS["trailing"][0]):
+        tail = bytes(1 + i // 4) if i % 2 else draw.randbytes(1 + i // 4)
+        with pytest.raises(MessageError, match="left"):
+            case.decode(reframe(case.message, case.body + tail))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_messages_for_others(name: str) -> None:
+    case, other, draw = CASES[name], CASES["adaptive" if name == "plain" else "plain"], random.Random(name)
+    for i in range(COUNTS["others"][0]):
+        if i % 2:
+            with pytest.raises(MessageError, match="expected seed"):
+                case.decode(case.message, KEY._replace(**{draw.choice(Key._fields[:3]): draw.randrange(40, 2**32)}))
+        else:
+            message = StateDictEncoder().encode({f"w{i}": wave(draw.randint(0, 30))}, KEY)[0]
+            with pytest.raises(MessageError, match="schema"):
+                case.decode(draw.choice((message, other.message)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_stays_within_the_schemas(name: str) -> None:
+    # numpy's and Python's allocations; torch's are bounded by bounded_memory() above
+    case, draw = CASES[name], random.Random(name)
+    messages = [reframe(case.message, draw.choice(DAMAGES)(draw, case.body)) for _ in range(600)]
+    messages += [damage(draw, case.message) for damage in HEADERS.values() for _ in range(20)]
+    refused(case, case.message)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for message in messages:
+            refused(case, message)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - before < 2**17
+
+
+def test_a_length_on_the_wire_is_not_believed() -> None:
+    # the only length that travels within a body: that of a coder whose bytes depend on the values
+    x = {"x": wave(100)}
+    encoder = StateDictEncoder(rules={"*": Encoder([UniformQuantization(8)], Zlib())})
+    message, _ = encoder.encode(x, KEY)
+    body = message[HEADER:-CHECKSUM]
+    (length,) = struct.unpack_from("<I", body, 8)
+    assert length == len(body) - 12
+    with bounded_memory():
+        for lie in (0, 1, length - 1, length + 1, 2**31, 2**32 - 1):
+            with pytest.raises(MessageError, match="'x'|left over"):
+                encoder.decode(reframe(message, body[:8] + struct.pack("<I", lie) + body[12:]), KEY, schema_of(x))
+
+
+def test_what_is_not_bytes_at_all_or_too_short() -> None:
+    for message in (b"", b"FEDQ", bytes(47), bytes(48), CASES["plain"].message[:48], memoryview(b"FEDQ" + bytes(60))):
+        with pytest.raises(MessageError):
+            CASES["plain"].decode(message)

@@ -1,0 +1,91 @@
+"""The format is frozen: today's bytes are those stored in golden/, and those decode to the values stored beside them.
+
+A change here is a change of the format, and needs a new version number in fedq/encoding/message.py. Only then, or
+for a new file, write them anew:
+
+    FEDQ_WRITE_GOLDEN=1 python -m pytest tests/encoding/test_golden.py
+
+and read the difference before it is committed. Values are JSON numbers, which hold every float64 exactly.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from battery import raw_bytes
+
+from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQuantization, schema_of
+
+FOLDER = Path(__file__).parent / "golden"
+KEY = Key(seed=20_161_018, round=3, client=1_000)
+LARGE = ["ffcdf943e520ce06", "33e7d1fd49f0753b", "384d254986ef4bc4", "0302fcfbfb21be8a"]
+
+ENCODERS = {
+    "float32": StateDictEncoder(),
+    **{
+        f"uniform{bits}_nearest": StateDictEncoder(Encoder([UniformQuantization(bits, "nearest")], FixedWidth()), 100)
+        for bits in (1, 3, 8, 12)
+    },
+    "uniform8_stochastic": StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), 100),
+}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """From arithmetic in integers: exact in every dtype, on every machine."""
+
+    def numbers(n: int, dtype: torch.dtype) -> torch.Tensor:
+        return ((torch.arange(n) * 37 % 101 - 40).to(dtype)) / 16
+
+    return {
+        "layer.weight": numbers(132, torch.float32).reshape(12, 11),
+        "layer.bias": numbers(12, torch.float32),
+        "double": numbers(101, torch.float64),
+        "half": numbers(105, torch.float16),
+        "brain": numbers(5, torch.bfloat16),
+        "steps": torch.tensor(2**40 + 1),
+        "mask": torch.arange(9) % 2 == 0,
+        "bytes": torch.tensor([0, 127, 255], dtype=torch.uint8),
+        "nothing": torch.zeros(0, 3),
+    }
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_golden(name: str) -> None:
+    encoder, given = ENCODERS[name], tensors()
+    message, _ = encoder.encode(given, KEY)
+    binary, values = FOLDER / f"{name}.bin", FOLDER / f"{name}.json"
+    if os.environ.get("FEDQ_WRITE_GOLDEN"):
+        FOLDER.mkdir(exist_ok=True)
+        binary.write_bytes(message)
+        decoded, _ = encoder.decode(message, KEY, schema_of(given))
+        lists = {key: value.flatten().tolist() for key, value in decoded.items()}
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in lists.items()]
+        values.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    golden = binary.read_bytes()
+    assert len(golden) < 4096
+    assert message == golden
+    decoded, _ = encoder.decode(golden, KEY, schema_of(given))
+    stored = json.loads(values.read_text())
+    assert list(decoded) == list(stored)
+    for key, tensor in given.items():
+        expected = torch.tensor(stored[key], dtype=tensor.dtype).reshape(tensor.shape)
+        assert raw_bytes(decoded[key]) == raw_bytes(expected), key
+
+
+def test_all_golden_files_are_tested() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{n}.{end}" for n in ENCODERS for end in ("bin", "json")}
+
+
+def test_golden_hash_of_a_large_tensor() -> None:
+    # larger than what is worked on at a time: the random numbers must not depend on how it is cut
+    x = {"x": (torch.arange(300_001) * 7919 % 65_537 - 30_000).float() / 1024}
+    digests = []
+    for bits, rounding in ((8, "stochastic"), (12, "stochastic"), (16, "stochastic"), (5, "nearest")):
+        encoder = StateDictEncoder(Encoder([UniformQuantization(bits, rounding)], FixedWidth()))
+        message, _ = encoder.encode(x, KEY)
+        back, _ = encoder.decode(message, KEY, schema_of(x))
+        digests.append(hashlib.sha256(message + raw_bytes(back["x"])).hexdigest()[:16])
+    assert digests == LARGE

@@ -1,0 +1,285 @@
+"""A state_dict ↔ one message: what is exact, what is compressed, what is refused, who may read whom."""
+
+import dataclasses
+import math
+import struct
+
+import pytest
+import torch
+from battery import raw_bytes, reframe, wave
+from toys import Negate, Reverse, Zlib
+
+from fedq.encoding import (
+    BROADCAST,
+    EncodeError,
+    Encoder,
+    EncodingStage,
+    FixedWidth,
+    Key,
+    MessageError,
+    Raw,
+    StateDictEncoder,
+    TensorSpec,
+    UniformQuantization,
+    schema_of,
+)
+from fedq.encoding.message import OVERHEAD
+
+KEY = Key(1, 2, 3)
+UINT8 = Encoder([UniformQuantization(8)], FixedWidth())
+
+
+def state_dict() -> dict[str, torch.Tensor]:
+    """As of a network with batch normalisation, and every dtype besides."""
+    return {
+        "conv.weight": wave(4, 3, 5, 5),
+        "conv.bias": wave(4),
+        "bn.running_mean": wave(300) * 7,
+        "bn.num_batches_tracked": torch.tensor(2**53 + 1),
+        "mask": torch.arange(500) % 3 == 0,
+        "pixels": torch.arange(600).to(torch.uint8),
+        "table": (torch.arange(400) - 200) * (2**54 + 1),
+        "half": wave(200, dtype=torch.float16),
+        "brain": wave(200, dtype=torch.bfloat16),
+        "double": wave(200, dtype=torch.float64),
+        "nothing": torch.zeros(0, 7),
+        "scalar": torch.tensor(math.pi),
+    }
+
+
+def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.dtype == y.dtype and x.shape == y.shape and raw_bytes(x) == raw_bytes(y)
+
+
+def test_what_is_exact() -> None:
+    tensors, encoder = state_dict(), StateDictEncoder(UINT8, threshold=100)
+    back, front = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors))
+    assert front == {}
+    assert list(back) == list(tensors)
+    assert {name for name in tensors if not same(back[name], tensors[name])} == {
+        "conv.weight",
+        "bn.running_mean",
+        "half",
+        "brain",
+        "double",
+    }
+    for name, tensor in tensors.items():
+        assert back[name].shape == tensor.shape
+        assert back[name].dtype == tensor.dtype
+
+
+def test_parameters_that_require_gradients() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.BatchNorm1d(30))
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    encoder = StateDictEncoder(UINT8, threshold=100)
+    back, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors))
+    assert not any(tensor.requires_grad for tensor in back.values())
+    module.load_state_dict(back)
+
+
+def test_no_tensors_at_all() -> None:
+    message, updates = StateDictEncoder().encode({}, KEY)
+    assert (len(message), updates) == (OVERHEAD, {})
+    assert StateDictEncoder().decode(message, KEY, {}) == ({}, {})
+
+
+def test_rules_by_name() -> None:
+    tensors = {"a.weight": wave(500), "b.weight": wave(500), "a.bias": wave(5), "c.weight": wave(500)}
+    three = Encoder([UniformQuantization(3, "nearest")], FixedWidth())
+    encoder = StateDictEncoder(UINT8, 100, {"a.*": Encoder(), "*.weight": three, "b.weight": Encoder()})
+    spec = schema_of(tensors)
+    # the first that fits: neither the most exact pattern, nor the threshold
+    assert encoder.encoder_for("a.weight", spec["a.weight"]) == Encoder()
+    assert encoder.encoder_for("b.weight", spec["b.weight"]) is three
+    assert encoder.encoder_for("a.bias", spec["a.bias"]) == Encoder()
+    message, _ = encoder.encode(tensors, KEY)
+    assert len(message) == OVERHEAD + 2000 + 2 * (8 + 188) + 20
+    small = StateDictEncoder(UINT8, 100, {"a.bias": UINT8})  # a rule is above the threshold
+    assert len(small.encode({"a.bias": wave(5)}, KEY)[0]) == OVERHEAD + 8 + 5
+    assert encoder.encoder_for("A.bias", spec["a.bias"]) == Encoder()  # below the threshold; names have case
+
+
+def test_a_rule_that_quantises_a_counter_is_refused() -> None:
+    encoder = StateDictEncoder(UINT8, rules={"*": UINT8})
+    with pytest.raises(EncodeError, match=r"'bn.num_batches_tracked'.*int64"):
+        encoder.encode({"w": wave(3), "bn.num_batches_tracked": torch.tensor(7)}, KEY)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["conv.weight", "conv.bias", "half", "brain", "double", "scalar"])
+def test_what_is_not_finite_is_named(name: str, value: float) -> None:
+    tensors = state_dict()
+    tensors[name].view(-1)[-1] = value
+    with pytest.raises(EncodeError, match=f"'{name}'"):
+        StateDictEncoder(UINT8, threshold=100).encode(tensors, KEY)
+
+
+def test_infinities_of_both_signs_do_not_cancel() -> None:
+    with pytest.raises(EncodeError):
+        StateDictEncoder().encode({"x": torch.tensor([math.inf, -math.inf, 1.0])}, KEY)
+
+
+def test_a_sum_that_overflows_is_no_infinity() -> None:
+    for x in (torch.full((100,), 3e38), torch.full((100,), 6e4, dtype=torch.float16)):
+        back, _ = StateDictEncoder().decode(StateDictEncoder().encode({"x": x}, KEY)[0], KEY, schema_of({"x": x}))
+        assert same(back["x"], x)
+
+
+def test_a_range_too_wide_is_named() -> None:
+    with pytest.raises(EncodeError, match=r"'wide'.*finite range"):
+        StateDictEncoder(UINT8, 0).encode({"wide": torch.tensor([-1e308, 1e308], dtype=torch.float64)}, KEY)
+
+
+def test_an_attached_tensor_that_is_not_finite_is_named() -> None:
+    with pytest.raises(EncodeError, match="'rate'"):
+        StateDictEncoder().encode({"x": wave(3)}, KEY, attached={"rate": torch.tensor(math.nan)})
+
+
+def test_a_side_value_that_is_not_finite_is_not_sent() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Norm(EncodingStage):
+        def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+            return {"norm": TensorSpec((), torch.float32)}
+
+        def encode(self, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            norm = x.square().sum()  # overflows
+            return x / norm, {"norm": norm}
+
+        def decode(self, y: torch.Tensor, side: dict[str, torch.Tensor], spec: TensorSpec, key: Key) -> torch.Tensor:
+            return y * side["norm"]
+
+    with pytest.raises(EncodeError, match=r"'big'.*Norm.*'norm'"):
+        StateDictEncoder(Encoder([Norm()]), 0).encode({"big": torch.tensor([1e38, 2e38])}, KEY)
+
+
+def test_attached_tensors_of_any_name() -> None:
+    attached = {"rate": torch.tensor(0.5), "a/b": torch.arange(3), "a/b/c/d": torch.tensor([True])}
+    message, _ = StateDictEncoder().encode({"x": wave(3)}, KEY, attached=attached)
+    assert len(message) == OVERHEAD + 12 + 4 + 24 + 1
+    for params in (None, {}):
+        back, front = StateDictEncoder().decode(
+            message, KEY, schema_of({"x": wave(3)}), params=params, attached=schema_of(attached)
+        )
+        assert same(back["x"], wave(3))
+        assert list(front) == list(attached)
+        assert all(same(front[name], attached[name]) for name in attached)
+    with pytest.raises(MessageError, match="schema"):
+        StateDictEncoder().decode(message, KEY, schema_of({"x": wave(3)}))
+
+
+SIDES = {"first": 8, "second": 16, "last": 8}
+
+
+def test_one_byte_changes_one_tensor() -> None:
+    tensors = {
+        "first": wave(40),
+        "counter": torch.tensor(12),
+        "second": wave(6, dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+        "last": wave(33),
+    }
+    encoder = StateDictEncoder(Encoder([UniformQuantization(3)], FixedWidth()), threshold=5)
+    message, _ = encoder.encode(tensors, KEY)
+    sizes = {"first": 8 + 15, "counter": 8, "second": 16 + 3, "flags": 3, "last": 8 + 13}
+    assert len(message) == OVERHEAD + sum(sizes.values())
+    owners = [name for name, size in sizes.items() for _ in range(size)]
+    sides = {name: range(owners.index(name), owners.index(name) + side) for name, side in SIDES.items()}
+    before, _ = encoder.decode(message, KEY, schema_of(tensors))
+    body, refused = message[44:-4], 0
+    for place, owner in enumerate(owners):
+        for bit in (0, 3, 7):
+            damaged = bytearray(body)
+            damaged[place] ^= 1 << bit
+            try:
+                after, _ = encoder.decode(reframe(message, bytes(damaged)), KEY, schema_of(tensors))
+            except MessageError as error:
+                assert f"{owner!r}" in str(error)  # noqa: PT017
+                refused += 1
+            else:
+                changed = {name for name in tensors if not same(before[name], after[name])}
+                # the last bits of a range may be lost in rounding
+                assert changed == {owner} or (not changed and place in sides[owner])
+    assert 0 < refused < len(owners)
+
+
+QUANTISED = StateDictEncoder(UINT8, threshold=10, rules={"b": Encoder([UniformQuantization(4)], FixedWidth())})
+AGREED = {"a": TensorSpec((20,), torch.float32), "b": TensorSpec((2, 3), torch.float32)}
+OTHER_SCHEMAS = {
+    "a name": {"c": AGREED["a"], "b": AGREED["b"]},
+    "the order": {"b": AGREED["b"], "a": AGREED["a"]},
+    "a shape of as many elements": {"a": TensorSpec((4, 5), torch.float32), "b": AGREED["b"]},
+    "a dtype of as many bytes": {"a": AGREED["a"], "b": TensorSpec((2, 3), torch.int32)},
+    "one tensor less": {"a": AGREED["a"]},
+    "one empty tensor more": {**AGREED, "c": TensorSpec((0,), torch.float32)},
+}
+OTHER_ENCODERS = {
+    "bits": dataclasses.replace(QUANTISED, encoder=Encoder([UniformQuantization(7)], FixedWidth())),
+    "rounding": dataclasses.replace(QUANTISED, encoder=Encoder([UniformQuantization(8, "nearest")], FixedWidth())),
+    "coder": dataclasses.replace(QUANTISED, encoder=Encoder([UniformQuantization(8)], Raw())),
+    "another coder": dataclasses.replace(QUANTISED, encoder=Encoder([UniformQuantization(8)], Zlib())),
+    "a stage more": dataclasses.replace(QUANTISED, encoder=Encoder([Negate(), *UINT8.stages], FixedWidth())),
+    "the stages' order": dataclasses.replace(QUANTISED, encoder=Encoder([*UINT8.stages, Reverse()], FixedWidth())),
+    "a threshold that leaves a out": dataclasses.replace(QUANTISED, threshold=20),
+    "no rule": dataclasses.replace(QUANTISED, rules={}),
+    "a rule for all": dataclasses.replace(QUANTISED, rules={"*": UINT8}),
+}
+
+
+def message_of() -> bytes:
+    return QUANTISED.encode({"a": wave(20), "b": wave(2, 3)}, KEY)[0]
+
+
+@pytest.mark.parametrize("other", OTHER_SCHEMAS)
+def test_another_schema_is_refused(other: str) -> None:
+    with pytest.raises(MessageError, match="differ in model, encoder or version"):
+        QUANTISED.decode(message_of(), KEY, OTHER_SCHEMAS[other])
+
+
+@pytest.mark.parametrize("other", OTHER_ENCODERS)
+def test_another_encoder_is_refused(other: str) -> None:
+    with pytest.raises(MessageError, match="differ in model, encoder or version"):
+        OTHER_ENCODERS[other].decode(message_of(), KEY, AGREED)
+
+
+def test_all_fingerprints_differ() -> None:
+    prints = [QUANTISED._fingerprint(AGREED, {})]
+    prints += [QUANTISED._fingerprint(schema, {}) for schema in OTHER_SCHEMAS.values()]
+    prints += [encoder._fingerprint(AGREED, {}) for encoder in OTHER_ENCODERS.values()]
+    prints += [QUANTISED._fingerprint(AGREED, {"c": AGREED["a"]})]
+    assert len(set(prints)) == len(prints)
+
+
+def test_what_gives_the_same_chains_is_the_same_schema() -> None:
+    # the threshold is only how to choose: what was chosen must agree
+    for same_choice in (dataclasses.replace(QUANTISED, threshold=19), dataclasses.replace(QUANTISED, threshold=6)):
+        back, _ = same_choice.decode(message_of(), KEY, AGREED)
+        assert back.keys() == AGREED.keys()
+
+
+@pytest.mark.parametrize(
+    "key", [Key(0, 2, 3), Key(1, 3, 3), Key(1, 2, 4), Key(1, 2, BROADCAST), Key(1, 2), Key(2**64 - 1, 2, 3)], ids=str
+)
+def test_another_key_is_refused(key: Key) -> None:
+    with pytest.raises(MessageError, match=r"expected seed|seed 1, round 2, client 3"):
+        QUANTISED.decode(message_of(), key, AGREED)
+
+
+def test_each_tensor_has_random_numbers_of_its_own() -> None:
+    x = wave(1000)
+    encoder = StateDictEncoder(UINT8, threshold=10)
+    message, _ = encoder.encode({"a": x, "b": x}, KEY)
+    body = message[44:-4]
+    assert body[: len(body) // 2] != body[len(body) // 2 :]
+
+
+def test_the_header_is_as_documented() -> None:
+    message = message_of()
+    fields = struct.unpack_from("<4sHH8sQIQQ", message)
+    assert fields == (b"FEDQ", 1, 0, QUANTISED._fingerprint(AGREED, {}), 1, 2, 3, len(message) - 48)
+
+
+def test_the_decoded_are_on_the_device_asked_for() -> None:
+    tensors = {"x": wave(30)}
+    encoder = StateDictEncoder(UINT8, threshold=10)
+    back, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors), device="cpu")
+    assert back["x"].device == torch.device("cpu")
