@@ -269,9 +269,7 @@ def test_a_cache_that_cannot_be_made_is_told(server: Server, cache: Path) -> Non
     assert_says_what_to_do(caught.value, server.url, cache)
 
 
-def test_no_final_file_after_a_failure_to_unpack(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_final_file_after_a_failure_to_unpack(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: io.BufferedReader, file: io.BufferedWriter) -> None:
         file.write(source.read(500))
         raise OSError(28, "No space left on device")

@@ -165,9 +165,7 @@ ZEROS = np.zeros((3, 28, 28), np.float32)
     ],
 )
 @pytest.mark.parametrize("name", [TRAIN, TEST])
-def test_a_damaged_client_is_named(
-    folder: Path, name: str, change: Callable[[h5py.Group], None], says: str
-) -> None:
+def test_a_damaged_client_is_named(folder: Path, name: str, change: Callable[[h5py.Group], None], says: str) -> None:
     shutil.copy(folder / TRAIN, folder / TEST)
     with h5py.File(folder / name, "a") as file:
         change(file["examples/writer_a"])
