@@ -1,10 +1,11 @@
 """Times a round of federated averaging against the same local SGD in bare PyTorch.
 
 All in one process and alternating, so that a machine whose speed drifts treats all alike: the bare loop (two threads
-with one intra-op thread each, no fedq, no messages, no averaging), a float32 round, a uint8 round. Prints medians,
-ratios of each pair of neighbours, and where a round's time goes.
+with one intra-op thread each; every client from the same weights, over its examples in random order; no fedq, no
+messages, no averaging), a float32 round, a uint8 round. Prints medians, the median ratio to the row above, and where a
+round's time goes.
 
-python experiments/round_time/round_time.py [--repeats 15]
+python -m experiments.round_time.round_time [--repeats 15]
 """
 
 import argparse
@@ -29,12 +30,15 @@ from fedq.simulation.workers import Workers
 CLIENTS, EXAMPLES, BATCH, WORKERS, RATE = 10, 100, 20, 2, 0.02
 
 
-def bare_round(models: list[nn.Module], data: list[Examples]) -> None:
-    """Trains each client's examples from the models' present weights: local SGD and nothing else."""
+def bare_round(models: list[nn.Module], weights: dict[str, torch.Tensor], data: list[Examples]) -> None:
+    """Trains every client from the same weights: local SGD and nothing else."""
 
     def work(model: nn.Module, mine: list[Examples]) -> None:
         torch.set_num_threads(1)
-        for x, y in mine:
+        for client in mine:
+            model.load_state_dict(weights)
+            order = torch.randperm(EXAMPLES)
+            x, y = client.x[order], client.y[order]
             optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
             for start in range(0, EXAMPLES, BATCH):
                 optimizer.zero_grad()
@@ -81,9 +85,10 @@ def main() -> None:
     uint8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
     # the bare loop gets the faster memory layout too
     models: list[nn.Module] = [FedAvgCNN(10).to(memory_format=torch.channels_last) for _ in range(WORKERS)]
+    weights = {name: value.clone() for name, value in models[0].state_dict().items()}
     with Workers(WORKERS) as workers:
         rounds: dict[str, Callable[[], dict[str, float] | None]] = {
-            "bare PyTorch": lambda: bare_round(models, data),
+            "bare PyTorch": lambda: bare_round(models, weights, data),
             "float32": fedq_round(StateDictEncoder(), data, workers),
             "uint8": fedq_round(uint8, data, workers),
         }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders import Coder, Raw
+from fedq.encoding.coders.coder import Buffer
 from fedq.encoding.message import Reader
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage, Tensors, TensorSpec
 from fedq.keys import Key
@@ -40,12 +41,12 @@ class Encoder:
         """Returns the adaptive stages by their place in the chain."""
         return {i: stage for i, stage in enumerate(self.stages) if isinstance(stage, AdaptiveEncodingStage)}
 
-    def encode(self, x: Tensor, key: Key, params: ByStage) -> tuple[bytes, ByStage]:
-        """Returns the payload of `x` (finite, any shape and dtype the stages take) and the state updates.
+    def encode(self, x: Tensor, key: Key, params: ByStage) -> tuple[list[Buffer], ByStage]:
+        """Returns the payload of `x` (finite, any shape and dtype the stages take), in parts, and the state updates.
 
         Raises ValueError for an `x` that a stage does not take.
         """
-        parts: list[bytes] = []
+        parts: list[Buffer] = []
         updates: dict[int, Tensors] = {}
         first = spec = TensorSpec.of(x)
         for i, stage in enumerate(self.stages):
@@ -67,7 +68,7 @@ class Encoder:
         body = self.coder.encode(x, spec)
         if self.coder.size(spec) is None:
             parts.append(struct.pack("<I", len(body)))
-        return b"".join((*parts, body)), updates
+        return [*parts, body], updates
 
     def decode(self, reader: Reader, spec: TensorSpec, key: Key, params: ByStage, device: torch.device) -> Tensor:
         """Reads one payload and returns the tensor of `spec`. Raises ValueError for bytes never encoded."""

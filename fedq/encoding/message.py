@@ -19,6 +19,7 @@ The checksum finds accidents, not forgery: every part of the body is checked aga
 
 import struct
 import zlib
+from collections.abc import Sequence
 
 from fedq.errors import FedqError
 from fedq.keys import Key
@@ -36,9 +37,9 @@ class MessageError(FedqError, ValueError):
     """The bytes are not a message that this schema and key could have produced; says why."""
 
 
-def pack(parts: list[bytes], fingerprint: bytes, key: Key) -> bytes:
+def pack(parts: Sequence[bytes | memoryview], fingerprint: bytes, key: Key) -> bytes:
     """Returns the message whose body is `parts` back to back. `fingerprint` has 8 bytes."""
-    length = sum(map(len, parts))
+    length = sum(memoryview(part).nbytes for part in parts)
     header = _HEADER.pack(_MAGIC, VERSION, 0, fingerprint, key.seed, key.round, key.client, length)
     checksum = zlib.crc32(header)
     for part in parts:

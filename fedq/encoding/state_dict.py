@@ -143,11 +143,12 @@ class StateDictEncoder:
                 payload, reported = encoder.encode(tensor, key.fold(name), (params or {}).get(name, {}))
             except ValueError as error:
                 raise EncodeError(f"tensor {name!r} cannot be encoded: {error}") from error
-            payloads.append(payload)
+            payloads += payload
             if reported:
                 updates[name] = reported
         front = dict(attached or {}) | (flatten(updates) if report else {})
-        parts = [Encoder().encode(_finite(name, tensor), key, {})[0] for name, tensor in front.items()]
+        exact = Encoder()
+        parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
         return frame.pack(parts + payloads, self._fingerprint(schema_of(tensors), schema_of(front)), key), updates
 
     def decode(

@@ -80,8 +80,10 @@ class LocalTraining:
 def update_of(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns what a client uploads: trained − received where floating, the trained value itself where not.
 
-    Integers and booleans (a batch norm's num_batches_tracked) would wrap in a difference of their own dtype.
+    Works in place: `trained` is used up, which spares a page fault for every 4 KiB of a large model. Integers and
+    booleans (a batch norm's num_batches_tracked) would wrap in a difference of their own dtype.
     """
     return {
-        name: value.detach() - received[name] if value.is_floating_point() else value for name, value in trained.items()
+        name: value.detach().sub_(received[name]) if value.is_floating_point() else value
+        for name, value in trained.items()
     }

@@ -34,10 +34,11 @@ class ServerState:
 def weighted(update: Mapping[str, Tensor], weights: Mapping[str, Tensor], weight: int) -> dict[str, Tensor]:
     """Returns a client's update (see `client.update_of`) times its weight, ready to be added to others'.
 
-    Integers and booleans become their change from `weights`, in int64, so that the sum is exact.
+    Works in place: `update` is used up. Integers and booleans become their change from `weights`, in int64, so that
+    the sum is exact.
     """
     return {
-        name: value * weight
+        name: value.mul_(weight)
         if value.is_floating_point()
         else (value.to(torch.int64) - weights[name].to(torch.int64)) * weight
         for name, value in update.items()
@@ -56,14 +57,14 @@ def server_step(
 
     The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 2). Other floating
     tensors (batch norm's running statistics) take the mean as it is; integers and booleans the mean to the nearest
-    integer, in exact arithmetic.
+    integer, in exact arithmetic. Works in place: `total` is used up.
     """
     leaves = {name: weights[name].clone().requires_grad_() for name in weights if name in parameters}
     optimizer = build(leaves.values())
     if state:
         optimizer.load_state_dict(deepcopy(dict(state)))
     for name, leaf in leaves.items():
-        leaf.grad = total[name] / -weight
+        leaf.grad = total[name].div_(-weight)
     optimizer.step()
     after = {}
     for name, value in weights.items():

@@ -49,6 +49,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "mask": torch.arange(9) % 2 == 0,
         "bytes": torch.tensor([0, 127, 255], dtype=torch.uint8),
         "nothing": torch.zeros(0, 3),
+        "constant": torch.full((101,), -2.5),
     }
 
 

@@ -167,6 +167,14 @@ def test_attached_tensors_of_any_name() -> None:
         StateDictEncoder().decode(message, KEY, schema_of({"x": wave(3)}))
 
 
+def test_a_boolean_that_is_neither_is_refused() -> None:
+    tensors = {"flags": torch.tensor([True, False, True])}
+    message, _ = StateDictEncoder().encode(tensors, KEY)
+    for byte in (2, 128, 255):
+        with pytest.raises(MessageError, match=r"'flags'.*neither 0 nor 1"):
+            StateDictEncoder().decode(reframe(message, bytes((1, byte, 0))), KEY, schema_of(tensors))
+
+
 SIDES = {"first": 8, "second": 16, "last": 8}
 
 

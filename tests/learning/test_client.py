@@ -85,5 +85,6 @@ def test_integers_are_uploaded_as_they_are():
     received = {"w": torch.ones(2), "n": torch.tensor(250, dtype=torch.uint8)}
     update = update_of({"w": torch.full((2,), 3.0), "n": torch.tensor(4, dtype=torch.uint8)}, received)
     assert update["w"].tolist() == [2.0, 2.0]
+    assert received["w"].tolist() == [1.0, 1.0]
     assert update["n"] == 4
     assert update["n"].dtype == torch.uint8

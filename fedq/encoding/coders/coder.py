@@ -6,6 +6,8 @@ from torch import Tensor
 
 from fedq.encoding.stage import TensorSpec
 
+Buffer = bytes | memoryview
+
 
 class Coder(ABC):
     """Turns the last stage's tensor into bytes, exactly. Make it a frozen dataclass, as a stage."""
@@ -15,8 +17,8 @@ class Coder(ABC):
         """Returns how many bytes a tensor of `spec` takes, or None where that depends on its values."""
 
     @abstractmethod
-    def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
-        """Returns the bytes of `symbols`, a tensor of `spec` on any device."""
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
+        """Returns the bytes of `symbols`, a tensor of `spec` on any device; they may share its memory."""
 
     @abstractmethod
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Coder
+from fedq.encoding.coders.coder import Buffer, Coder
 from fedq.encoding.stage import TensorSpec
 
 
@@ -23,13 +23,13 @@ class FixedWidth(Coder):
         """As Coder.size."""
         return -(-spec.numel * _width(spec) // 8)
 
-    def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode. Raises ValueError for a symbol out of range: it would spill into its neighbours."""
         width, values = _width(spec), symbols.reshape(-1).cpu().numpy()
         if len(values) and not 0 <= int(values.min()) <= int(values.max()) < (spec.levels or 0):
             raise ValueError(f"a symbol is not from 0 to {(spec.levels or 0) - 1}")
         if width in (8, 16):
-            return values.astype(f"<u{width // 8}", copy=False).tobytes()
+            return np.ascontiguousarray(values, f"<u{width // 8}").view(np.uint8).data
         group, stride = _group(width)
         groups = -(-len(values) // group)
         padded = np.zeros((groups, group), np.uint8 if width < 8 else np.uint32)
@@ -38,7 +38,7 @@ class FixedWidth(Coder):
         for symbol, byte, shift in _overlaps(width):
             column: np.ndarray = padded[:, symbol]
             packed[:, byte] |= (column << shift if shift >= 0 else column >> -shift).astype(np.uint8)
-        return packed.tobytes()[: self.size(spec)]
+        return packed.reshape(-1)[: self.size(spec)].data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """As Coder.decode."""

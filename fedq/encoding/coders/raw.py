@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Coder
+from fedq.encoding.coders.coder import Buffer, Coder
 from fedq.encoding.stage import TensorSpec
 
 
@@ -17,11 +17,11 @@ class Raw(Coder):
         """As Coder.size: elements × bytes an element."""
         return spec.numel * spec.dtype.itemsize
 
-    def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         # as_strided, as one element or none counts as contiguous whatever its stride, and view would refuse it
         flat = symbols.cpu().contiguous().as_strided((symbols.numel(),), (1,))
-        return flat.view(torch.uint8).numpy().tobytes()
+        return flat.view(torch.uint8).numpy().data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """As Coder.decode. Booleans must be the bytes 0 or 1."""
