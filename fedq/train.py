@@ -127,14 +127,17 @@ def _run_name() -> str:
 
 
 def _hparams(cfg: DictConfig) -> dict[str, str | float | bool]:
-    """Returns the choices of the groups and every single value of the configuration."""
+    """Returns what TensorBoard's table of runs shows: choices of groups, the encoder, what the command line set."""
     choices = HydraConfig.get().runtime.choices
+    given = {override.split("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
     values: dict[str, str | float | bool] = {}
     for group, node in plain(cfg).items():
         values[group] = str(choices[group])
         for key, value in node.items():
-            if isinstance(value, int | float | str) and not key.startswith("_"):
-                values[f"{group}.{key}"] = value
+            name = f"{group}.{key}"
+            shown = group == "encoder" or name in given or name in ("client.lr", "server.lr", "run.seed")
+            if shown and isinstance(value, int | float | str):
+                values[name] = value
     return values
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter, summary
 
 from fedq.tracking.metrics import Metrics
 
@@ -12,15 +12,17 @@ _HPARAM_METRICS = ("test/accuracy", "test/loss", "cumulative_broadcasted_bits", 
 
 
 class TensorBoard:
-    """Writes every number of every round as a scalar, and at the end the run's hparams with its last numbers.
+    """Writes every number of every round as a scalar, and the run's hparams, which refer to the same scalars.
 
     The files go into a subfolder `name` of the run's folder, because TensorBoard calls a run by its path.
     """
 
     def __init__(self, folder: Path, name: str, hparams: dict[str, str | float | bool]) -> None:
         self._writer = SummaryWriter(str(folder / name))
-        self._hparams = hparams
-        self._last: Metrics = {}
+        # torch's add_hparams would write the metrics once more, under other names and into a second file
+        experiment, start, self._end = summary.hparams(hparams, dict.fromkeys(_HPARAM_METRICS, 0.0))
+        for part in (experiment, start):
+            self._writer._get_file_writer().add_summary(part)
 
     def write(self, metrics: Metrics) -> None:
         """Adds one round."""
@@ -30,10 +32,8 @@ class TensorBoard:
                 self._writer.add_scalar(tag, value, step)
             if tag in TUTORIAL:
                 self._writer.add_scalar(TUTORIAL[tag], value, step)
-        self._last |= metrics
 
     def close(self) -> None:
-        """Writes the hparams and closes the files."""
-        last = {f"hparam/{tag}": self._last[tag] for tag in _HPARAM_METRICS if tag in self._last}
-        self._writer.add_hparams(self._hparams, last, run_name=".")
+        """Marks the run as ended and closes the file."""
+        self._writer._get_file_writer().add_summary(self._end)
         self._writer.close()
