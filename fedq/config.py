@@ -70,11 +70,15 @@ class RuleConfig:
 
 @dataclass(frozen=True)
 class DirectionConfig:
-    """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs."""
+    """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs.
+
+    joint: encode all tensors above the threshold as one vector.
+    """
 
     stages: list[Any]
     coder: dict[str, Any]
     rules: list[Any] = field(default_factory=list)
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     path = f"encoder.{direction}"
     patterns = [rule["pattern"] for rule in plain(cfg, path).get("rules", [])]
     rules = {pattern: chain(f"{path}.rules[{i}]") for i, pattern in enumerate(patterns)}
-    threshold = plain(cfg, "encoder")["threshold"]
-    return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules))
+    threshold, joint = plain(cfg, "encoder")["threshold"], plain(cfg, path).get("joint", False)
+    return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, joint))
 
 
 def explain(error: Exception) -> str:

@@ -7,7 +7,7 @@ when, or after what. Server and client can derive the same draw from the same ke
 
 import hashlib
 import struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,18 @@ class Key(NamedTuple):
         names = b"".join(struct.pack("<I", len(b)) + b for b in (name.encode() for name in self.path))
         digest = hashlib.blake2b(head + names, digest_size=16).digest()
         return np.random.SFC64(np.random.SeedSequence(int.from_bytes(digest, "little")))
+
+    def shared(self) -> "Key":
+        """Returns the same key for all clients of a round: what they draw from it, they draw alike."""
+        return self._replace(client=BROADCAST)
+
+    def bits(self, n: int, width: Literal[8, 16, 32, 64]) -> np.ndarray:
+        """Returns n unsigned integers of `width` random bits each (shape (n,)): both sides of the wire agree on them.
+
+        They are consecutive bits of the raw stream, least significant first, on every machine and for every device.
+        """
+        words = self.bit_generator().random_raw(-(-n * width // 64))
+        return words.astype("<u8", copy=False).view(f"<u{width // 8}")[:n]
 
     def generator(self) -> np.random.Generator:
         """Returns a numpy generator, for draws that only one side ever makes (data, sampling)."""

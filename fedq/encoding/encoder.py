@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders import Coder, Raw
+from fedq.encoding.adaptive import Adaptive
+from fedq.encoding.coders import AdaptiveCoder, Coder, Raw
 from fedq.encoding.coders.coder import Buffer
 from fedq.encoding.message import Reader
-from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage, Tensors, TensorSpec
+from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
 from fedq.keys import Key
 
-ByStage = Mapping[int, Tensors]
-"""Tensors of the adaptive stages of a chain, by the stage's place in it."""
+ByPlace = Mapping[int, Tensors]
+"""Tensors of the adaptive parts of a chain, by their place in it; the coder's is behind the last stage's."""
 
 _EXACT = Raw()
 
@@ -24,24 +26,24 @@ _EXACT = Raw()
 class Encoder:
     """A chain of stages, applied in order, and the coder of what the last one gives.
 
-    A payload is: for each stage its side values, exact; then the coder's bytes, behind their length (uint32)
-    where the coder cannot tell it from the spec. An encoder without stages and coder sends the tensor exact.
+    A payload is: for each stage its side values; then the coder's bytes. Whatever has a length that the spec does
+    not tell stands behind that length (uint32). An encoder without stages and coder sends the tensor exact.
     """
 
     stages: Sequence[EncodingStage | AdaptiveEncodingStage] = ()
-    coder: Coder = _EXACT
+    coder: Coder | AdaptiveCoder = _EXACT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         for part in (*self.stages, self.coder):
             if not dataclasses.is_dataclass(part):
-                raise TypeError(f"{type(part).__name__} must be a dataclass: its repr is part of the schema")
+                raise TypeError(f"{type(part).__name__} must be a dataclass: its arguments are part of the schema")
 
-    def adaptive(self) -> dict[int, AdaptiveEncodingStage]:
-        """Returns the adaptive stages by their place in the chain."""
-        return {i: stage for i, stage in enumerate(self.stages) if isinstance(stage, AdaptiveEncodingStage)}
+    def adaptive(self) -> dict[int, Adaptive]:
+        """Returns the adaptive stages, and the coder if it is adaptive, by their place in the chain."""
+        return {i: part for i, part in enumerate((*self.stages, self.coder)) if isinstance(part, Adaptive)}
 
-    def encode(self, x: Tensor, key: Key, params: ByStage) -> tuple[list[Buffer], ByStage]:
+    def encode(self, x: Tensor, key: Key, params: ByPlace) -> tuple[list[Buffer], ByPlace]:
         """Returns the payload of `x` (finite, any shape and dtype the stages take), in parts, and the state updates.
 
         Raises ValueError for an `x` that a stage does not take.
@@ -50,49 +52,56 @@ class Encoder:
         updates: dict[int, Tensors] = {}
         first = spec = TensorSpec.of(x)
         for i, stage in enumerate(self.stages):
+            name, side_spec = type(stage).__name__, stage.side_spec(spec)
             if isinstance(stage, AdaptiveEncodingStage):
                 y, side, update = stage.encode(x, key.fold(str(i)), params[i])
-                declared = stage.update_spec(first)
-                _check(stage, update, {name: value.spec for name, value in declared.items()})
-                updates[i] = {name: update[name] for name in declared}
+                updates[i] = _declared(stage, update, first)
             else:
                 y, side = stage.encode(x, key.fold(str(i)))
-            side_spec, encoded_spec = stage.side_spec(spec), stage.encoded_spec(spec, side)
-            _check(stage, side, side_spec)
-            _check(stage, {"encoded": y}, {"encoded": dataclasses.replace(encoded_spec, levels=None)})
-            for name, value in side_spec.items():
-                if not is_finite(side[name]):
-                    raise ValueError(f"{type(stage).__name__} makes the side value {name!r} NaN or infinite")
-                parts.append(_EXACT.encode(side[name], value))
-            x, spec = y, encoded_spec
-        body = self.coder.encode(x, spec)
-        if self.coder.size(spec) is None:
-            parts.append(struct.pack("<I", len(body)))
-        return [*parts, body], updates
+            check_declared(f"{name}.encode", side, side_spec)
+            spec = stage.encoded_spec(spec, side)
+            check_declared(f"{name}.encode", {"encoded": y}, {"encoded": spec})
+            for value, tensor in [(value, side[value]) for value in side_spec] + [("encoded", y)]:
+                if not is_finite(tensor):
+                    raise ValueError(f"{name} makes {value} NaN or infinite")
+            for value, own_spec in side_spec.items():
+                coder = stage.side_coder(value)
+                parts += _framed(coder, coder.encode(side[value], own_spec), own_spec)
+            x = y
+        if isinstance(self.coder, AdaptiveCoder):
+            body, update = self.coder.encode(x, spec, params[len(self.stages)])
+            updates[len(self.stages)] = _declared(self.coder, update, first)
+        else:
+            body = self.coder.encode(x, spec)
+        return [*parts, *_framed(self.coder, body, spec)], updates
 
-    def decode(self, reader: Reader, spec: TensorSpec, key: Key, params: ByStage, device: torch.device) -> Tensor:
+    def decode(self, reader: Reader, spec: TensorSpec, key: Key, params: ByPlace, device: torch.device) -> Tensor:
         """Reads one payload and returns the tensor of `spec`. Raises ValueError for bytes never encoded."""
         specs, sides = [spec], []
         for stage in self.stages:
-            side = {name: read_exact(reader, value) for name, value in stage.side_spec(specs[-1]).items()}
+            side = {
+                name: read(reader, value, stage.side_coder(name)) for name, value in stage.side_spec(specs[-1]).items()
+            }
             specs.append(stage.encoded_spec(specs[-1], side))
             sides.append(side)
-        size = self.coder.size(specs[-1])
-        if size is None:
-            (size,) = struct.unpack("<I", reader.read(4))
-        x = self.coder.decode(reader.read(size), specs[-1]).to(device)
+        if isinstance(self.coder, AdaptiveCoder):
+            x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1], params[len(self.stages)])
+        else:
+            x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1])
+        x = x.to(device)
         for i, stage in reversed(list(enumerate(self.stages))):
             folded = key.fold(str(i))
             if isinstance(stage, AdaptiveEncodingStage):
                 x = stage.decode(x, sides[i], specs[i], folded, params[i])
             else:
                 x = stage.decode(x, sides[i], specs[i], folded)
+            check_declared(f"{type(stage).__name__}.decode", {"decoded": x}, {"decoded": specs[i]})
         return x
 
 
-def read_exact(reader: Reader, spec: TensorSpec) -> Tensor:
+def read(reader: Reader, spec: TensorSpec, coder: Coder = _EXACT) -> Tensor:
     """Reads one exact tensor of `spec`, on the CPU. Raises ValueError where it holds NaN or infinity."""
-    tensor = _EXACT.decode(reader.read(spec.numel * spec.dtype.itemsize), spec)
+    tensor = coder.decode(_unframed(reader, coder, spec), spec)
     if not is_finite(tensor):
         raise ValueError("a value is NaN or infinite")
     return tensor
@@ -106,11 +115,34 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _check(stage: EncodingStage | AdaptiveEncodingStage, given: Tensors, declared: Mapping[str, TensorSpec]) -> None:
-    """Raises TypeError, naming the stage, where it gives other tensors than it declared."""
-    name = type(stage).__name__
+def check_declared(who: str, given: Tensors, declared: Mapping[str, TensorSpec]) -> None:
+    """Raises TypeError, naming the author's method, where it gives other tensors than the stage declares."""
     if given.keys() != declared.keys():
-        raise TypeError(f"{name} declares {sorted(declared)} but gives {sorted(given)}")
-    for key, spec in declared.items():
-        if TensorSpec.of(given[key]) != spec:
-            raise TypeError(f"{name} declares {key!r} as {spec} but gives {TensorSpec.of(given[key])}")
+        raise TypeError(f"{who} gives {sorted(given)}, but {sorted(declared)} are declared")
+    for name, spec in declared.items():
+        if tuple(given[name].shape) != spec.shape or given[name].dtype != spec.dtype:
+            raise TypeError(
+                f"{who} gives {name!r} with shape {tuple(given[name].shape)} and dtype {given[name].dtype}, "
+                f"but shape {spec.shape} and dtype {spec.dtype} are declared"
+            )
+
+
+def _declared(part: Adaptive, update: Tensors, spec: TensorSpec) -> dict[str, Tensor]:
+    """Returns the state updates in the order declared; raises TypeError where they are others."""
+    declared = {name: value.spec for name, value in part.update_spec(spec).items()}
+    check_declared(f"{type(part).__name__}.encode", update, declared)
+    return {name: update[name] for name in declared}
+
+
+def _framed(coder: Coder | AdaptiveCoder, body: Buffer, spec: TensorSpec) -> list[Buffer]:
+    """Returns `body` behind its length, where `coder` cannot tell it from `spec`."""
+    fixed = isinstance(coder, Coder) and coder.size(spec) is not None
+    return [body] if fixed else [struct.pack("<I", memoryview(body).nbytes), body]
+
+
+def _unframed(reader: Reader, coder: Coder | AdaptiveCoder, spec: TensorSpec) -> memoryview:
+    """Reads what `_framed` made."""
+    size = coder.size(spec) if isinstance(coder, Coder) else None
+    if size is None:
+        (size,) = struct.unpack("<I", reader.read(4))
+    return reader.read(size)

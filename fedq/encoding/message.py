@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from fedq.errors import FedqError
 from fedq.keys import Key
 
-VERSION = 1
+VERSION = 2
 OVERHEAD = 48
 """Bytes of a message that are not body."""
 

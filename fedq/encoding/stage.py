@@ -1,62 +1,25 @@
 """The two interfaces that an author of a compression scheme implements."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-import torch
 from torch import Tensor
 
+from fedq.encoding.adaptive import Adaptive
+from fedq.encoding.coders import Coder, Raw
+from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.keys import Key
 
-Tensors = Mapping[str, Tensor]
 
+class Stage:
+    """What both kinds of stage declare. Make a stage a frozen dataclass.
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What both sides know of a tensor before it is sent.
+    Its constructor's arguments become part of the schema that both sides must agree on.
 
-    `levels` tells a coder what symbols to expect: integers 0 … levels − 1, or None for any value of the dtype.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    levels: int | None = None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorSpec":
-        """Returns the spec of `tensor`."""
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
-class StateUpdate:
-    """What a client's encode reports to an adaptive stage's state: its spec and how a cohort's are combined.
-
-    `stack` puts the clients' tensors behind each other along a new first dimension, in the cohort's order.
-    """
-
-    spec: TensorSpec
-    aggregation: Literal["sum", "min", "max", "stack"]
-
-
-class EncodingStage(ABC):
-    """One step of a chain: a pure function from a tensor to a smaller one, and back.
-
-    Make a stage a frozen dataclass: its `repr`, hence its constructor's arguments, becomes part of the schema
-    that both sides must agree on. All a stage may use beside its input is those arguments and the key.
-    `decode` sees only what travelled (`y` and `side`), the agreed `spec` of the original, and the key.
-
-    A stage declares what it can do; each claim is tested:
+    A stage says what it can do; each claim is tested:
     lossless: decode(encode(x)) == x.
     unbiased: the mean of decode(encode(x)) over keys is x.
-    commutes_with_sum: with the same key, decode(encode(x) + encode(y)) == decode(encode(x)) + decode(encode(y)).
+    commutes_with_sum: with keys that differ at most in the client,
+        decode(encode(x) + encode(y)) == decode(encode(x)) + decode(encode(y)).
     """
 
     lossless: bool = False
@@ -64,8 +27,15 @@ class EncodingStage(ABC):
     commutes_with_sum: bool = False
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """Returns the specs of the side values for an input of `spec`; they travel exact, in this order."""
+        """Returns the specs of the side values for an input of `spec`; they travel exact, in this order.
+
+        Raises ValueError for a `spec` that the stage does not take.
+        """
         return {}
+
+    def side_coder(self, name: str) -> Coder:
+        """Returns the coder of a side value: exact as it is, unless it is a stream of symbols, such as a mask."""
+        return Raw()
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """Returns the spec of what `encode` makes of an input of `spec`; its length may depend on `side`.
@@ -74,9 +44,20 @@ class EncodingStage(ABC):
         """
         return spec
 
+
+class EncodingStage(Stage, ABC):
+    """One step of a chain: a pure function from a tensor to a smaller one, and back.
+
+    All a stage may use beside its input is its constructor's arguments and the key. `decode` sees only what
+    travelled (`y` and `side`), the agreed `spec` of the original, and the key.
+    """
+
     @abstractmethod
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """Returns the encoded tensor and its side values. `x` is finite and must not be changed."""
+        """Returns the encoded tensor and its side values. `x` is finite and must not be changed.
+
+        Raises ValueError for values that the stage cannot encode.
+        """
 
     @abstractmethod
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
@@ -86,41 +67,8 @@ class EncodingStage(ABC):
         """
 
 
-class AdaptiveEncodingStage(ABC):
-    """An encoding stage that learns over the rounds from state which the server keeps.
-
-    Each round the server sends `params(state)` to the clients, in the broadcast, where they are counted. Each
-    client's `encode` may report tensors (`update_spec`), which travel exact in its upload, are combined over the
-    cohort as declared, and give the next state. Otherwise as EncodingStage.
-    """
-
-    lossless: bool = False
-    unbiased: bool = False
-    commutes_with_sum: bool = False
-
-    @abstractmethod
-    def initial_state(self, spec: TensorSpec) -> Tensors:
-        """Returns the state before the first round, for a tensor that enters the chain with `spec`."""
-
-    @abstractmethod
-    def params(self, state: Tensors) -> Tensors:
-        """Returns what encode and decode need this round; shapes and dtypes are the same every round."""
-
-    @abstractmethod
-    def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
-        """Returns the next round's state. Not called in a round that has no reports."""
-
-    def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
-        """Returns what `encode` reports for a tensor that enters the chain with `spec`, in this order."""
-        return {}
-
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """As EncodingStage.side_spec."""
-        return {}
-
-    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """As EncodingStage.encoded_spec."""
-        return spec
+class AdaptiveEncodingStage(Stage, Adaptive):
+    """An encoding stage that learns over the rounds from state which the server keeps (see Adaptive)."""
 
     @abstractmethod
     def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:

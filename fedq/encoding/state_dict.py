@@ -1,25 +1,31 @@
 """Which tensor gets which encoder; a state_dict ↔ one message."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedq.encoding import message as frame
-from fedq.encoding.encoder import ByStage, Encoder, is_finite, read_exact
+from fedq.encoding.adaptive import StateUpdate
+from fedq.encoding.encoder import ByPlace, Encoder, is_finite, read
 from fedq.encoding.message import MessageError
-from fedq.encoding.stage import StateUpdate, Tensors, TensorSpec
+from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.errors import FedqError
 from fedq.keys import Key
 
 Schema = Mapping[str, TensorSpec]
 """The names of a state_dict's tensors, in order, with what both sides know of each."""
 
-ByTensor = Mapping[str, ByStage]
-"""State, params or updates of all adaptive stages: tensor's name → stage's place in its chain → tensors."""
+ByTensor = Mapping[str, ByPlace]
+"""State, params or updates of all that is adaptive: tensor's name → place in its chain → tensors."""
+
+JOINT = "*"
+"""The name of the vector of all that is encoded as one; no tensor of a module is called so."""
 
 
 class EncodeError(FedqError, ValueError):
@@ -56,7 +62,8 @@ class StateDictEncoder:
 
     Floating tensors of more than `threshold` elements go through `encoder`; all others, and every integer or
     boolean tensor, travel exact in their own dtype. `rules` override both: the first pattern (as in a shell) that
-    a tensor's name fits gives its encoder.
+    a tensor's name fits gives its encoder. With `joint`, what goes through `encoder` is encoded as one vector, the
+    tensors behind each other in the schema's order: so that top-k chooses among the whole model's elements.
 
     The body of a message is: the attached tensors, exact; then a payload a tensor, in the schema's order.
     """
@@ -64,32 +71,40 @@ class StateDictEncoder:
     encoder: Encoder = Encoder()
     threshold: int = 10_000
     rules: Mapping[str, Encoder] = field(default_factory=dict)
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if self.threshold < 0:
             raise ValueError(f"threshold must be 0 or more elements, not {self.threshold}")
 
-    def encoder_for(self, name: str, spec: TensorSpec) -> Encoder:
-        """Returns the encoder of the tensor called `name`."""
-        for pattern, encoder in self.rules.items():
-            if fnmatchcase(name, pattern):
-                return encoder
-        return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else Encoder()
+    def chains(self, schema: Schema) -> dict[str, tuple[TensorSpec, Encoder]]:
+        """Returns what is encoded, in order, with its encoder: the tensors, and the joint vector in the first's place.
+
+        Raises ValueError where tensors of different dtypes are to be joined.
+        """
+        chains: dict[str, tuple[TensorSpec, Encoder]] = {}
+        joined = self._joined(schema)
+        for name, spec in schema.items():
+            if name in joined:
+                chains[JOINT] = (joined[name], self.encoder)
+            else:
+                chains[name] = (spec, self._encoder_for(name, spec) or Encoder())
+        return chains
 
     def initial_state(self, schema: Schema) -> ByTensor:
-        """Returns the state of every adaptive stage before the first round."""
-        chains = {name: self.encoder_for(name, spec).adaptive() for name, spec in schema.items()}
+        """Returns the state of all that is adaptive before the first round."""
         return {
-            name: {i: stage.initial_state(schema[name]) for i, stage in chain.items()}
-            for name, chain in chains.items()
-            if chain
+            name: {i: part.initial_state(spec) for i, part in encoder.adaptive().items()}
+            for name, (spec, encoder) in self.chains(schema).items()
+            if encoder.adaptive()
         }
 
     def params(self, schema: Schema, state: ByTensor) -> ByTensor:
-        """Returns what the adaptive stages need this round, on both sides."""
+        """Returns what the adaptive parts need this round, on both sides."""
+        chains = self.chains(schema)
         return {
-            name: {i: self.encoder_for(name, schema[name]).adaptive()[i].params(own) for i, own in by_stage.items()}
-            for name, by_stage in state.items()
+            name: {i: chains[name][1].adaptive()[i].params(own) for i, own in by_place.items()}
+            for name, by_place in state.items()
         }
 
     def update_spec(self, schema: Schema) -> dict[str, TensorSpec]:
@@ -115,10 +130,10 @@ class StateDictEncoder:
 
     def update_state(self, schema: Schema, state: ByTensor, aggregated: Tensors) -> ByTensor:
         """Returns the state of the next round from the combined updates of a cohort of at least one."""
-        updates, after = unflatten(aggregated), {}
-        for name, by_stage in state.items():
-            chain, own_updates = self.encoder_for(name, schema[name]).adaptive(), updates.get(name, {})
-            after[name] = {i: chain[i].update_state(own, own_updates.get(i, {})) for i, own in by_stage.items()}
+        updates, chains, after = unflatten(aggregated), self.chains(schema), {}
+        for name, by_place in state.items():
+            adaptive, own_updates = chains[name][1].adaptive(), updates.get(name, {})
+            after[name] = {i: adaptive[i].update_state(own, own_updates.get(i, {})) for i, own in by_place.items()}
         return after
 
     def encode(
@@ -129,18 +144,20 @@ class StateDictEncoder:
         attached: Tensors | None = None,
         report: bool = False,
     ) -> tuple[bytes, ByTensor]:
-        """Returns the message of a state_dict and the state updates of the adaptive stages.
+        """Returns the message of a state_dict and the state updates of what is adaptive.
 
-        `params` are the adaptive stages'. `attached` tensors travel before the payloads; with `report`, so do the
+        `params` are the adaptive parts'. `attached` tensors travel before the payloads; with `report`, so do the
         updates. Raises EncodeError, naming the tensor, for NaN and infinity, which are never sent, and for what a
         stage does not take.
         """
-        payloads, updates = [], {}
-        for name, tensor in tensors.items():
-            tensor = _finite(name, tensor.detach())
-            encoder = self.encoder_for(name, TensorSpec.of(tensor))
+        schema, payloads, updates = schema_of(tensors), [], {}
+        chains = self.chains(schema)
+        tensors = {name: _finite(name, tensor.detach()) for name, tensor in tensors.items()}
+        if joined := self._joined(schema):
+            tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
+        for name, (_, encoder) in chains.items():
             try:
-                payload, reported = encoder.encode(tensor, key.fold(name), (params or {}).get(name, {}))
+                payload, reported = encoder.encode(tensors[name], key.fold(name), (params or {}).get(name, {}))
             except ValueError as error:
                 raise EncodeError(f"tensor {name!r} cannot be encoded: {error}") from error
             payloads += payload
@@ -149,7 +166,7 @@ class StateDictEncoder:
         front = dict(attached or {}) | (flatten(updates) if report else {})
         exact = Encoder()
         parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
-        return frame.pack(parts + payloads, self._fingerprint(schema_of(tensors), schema_of(front)), key), updates
+        return frame.pack(parts + payloads, self._fingerprint(schema, schema_of(front)), key), updates
 
     def decode(
         self,
@@ -169,12 +186,12 @@ class StateDictEncoder:
         front, tensors, name = {}, {}, ""
         try:
             for name, spec in (attached or {}).items():
-                front[name] = read_exact(reader, spec)
+                front[name] = read(reader, spec)
+            chains = self.chains(schema)
             if params is None:
-                own = {f"{name}/{i}" for name, spec in schema.items() for i in self.encoder_for(name, spec).adaptive()}
+                own = {f"{name}/{i}" for name, (_, encoder) in chains.items() for i in encoder.adaptive()}
                 params = unflatten({path: t for path, t in front.items() if path.rpartition("/")[0] in own})
-            for name, spec in schema.items():
-                encoder = self.encoder_for(name, spec)
+            for name, (spec, encoder) in chains.items():
                 tensor = encoder.decode(reader, spec, key.fold(name), params.get(name, {}), torch.device(device))
                 if not is_finite(tensor):
                     raise ValueError("a value is NaN or infinite")
@@ -183,20 +200,56 @@ class StateDictEncoder:
             reader.close()
         except ValueError as error:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
-        return tensors, front
+        if joined := self._joined(schema):
+            pieces = torch.split(tensors.pop(JOINT), [schema[name].numel for name in joined])
+            tensors |= {name: piece.reshape(schema[name].shape) for name, piece in zip(joined, pieces, strict=True)}
+        return {name: tensors[name] for name in schema}, front
+
+    def _encoder_for(self, name: str, spec: TensorSpec) -> Encoder | None:
+        """Returns the encoder of the tensor called `name`: a rule's, `self.encoder`, or None where it travels exact."""
+        for pattern, encoder in self.rules.items():
+            if fnmatchcase(name, pattern):
+                return encoder
+        return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
+
+    def _joined(self, schema: Schema) -> dict[str, TensorSpec]:
+        """Returns the names of the tensors that are encoded as one vector, each with that vector's spec."""
+        names = [name for name, spec in schema.items() if self.joint and self._encoder_for(name, spec) is self.encoder]
+        dtypes = {schema[name].dtype for name in names}
+        if len(dtypes) > 1:
+            raise ValueError(f"tensors of different dtypes cannot be joined: {sorted(map(str, dtypes))}")
+        return {name: TensorSpec((sum(schema[n].numel for n in names),), schema[name].dtype) for name in names}
 
     def _updates(self, schema: Schema) -> dict[str, StateUpdate]:
         return {
             f"{name}/{i}/{update}": value
-            for name, spec in schema.items()
-            for i, stage in self.encoder_for(name, spec).adaptive().items()
-            for update, value in stage.update_spec(spec).items()
+            for name, (spec, encoder) in self.chains(schema).items()
+            for i, part in encoder.adaptive().items()
+            for update, value in part.update_spec(spec).items()
         }
 
     def _fingerprint(self, schema: Schema, attached: Schema) -> bytes:
         """Hashes all that both sides must agree on before they can read each other's messages."""
-        agreed = [(name, spec, self.encoder_for(name, spec)) for name, spec in schema.items()]
-        return hashlib.blake2b(repr((agreed, list(attached.items()))).encode(), digest_size=8).digest()
+        agreed = (list(schema.items()), list(self.chains(schema).items()), list(attached.items()))
+        return hashlib.blake2b(_described(agreed).encode(), digest_size=8).digest()
+
+
+def _described(part: Any) -> str:
+    """Returns text that tells `part` from others: as repr, but arguments with their default value are left out.
+
+    So a new option of a stage leaves the messages of all who do not use it as they are.
+    """
+    if dataclasses.is_dataclass(part):
+        arguments = ((f, getattr(part, f.name)) for f in dataclasses.fields(part))
+        given = ", ".join(f"{f.name}={_described(value)}" for f, value in arguments if value != f.default)
+        return f"{type(part).__name__}({given})"
+    if isinstance(part, Mapping):
+        return _described(list(part.items()))
+    if isinstance(part, list | tuple):
+        return f"[{', '.join(map(_described, part))}]"
+    if not isinstance(part, str | int | float | torch.dtype | None):
+        raise TypeError(f"a stage's arguments must be plain values or stages, not {type(part).__name__}")
+    return repr(part)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

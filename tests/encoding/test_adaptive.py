@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from battery import raw_bytes, wave
 from torch import Tensor
 from toys import PlusOneOverN, Statistics, Zlib
 
@@ -22,6 +21,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.message import OVERHEAD
 from fedq.encoding.state_dict import flatten, unflatten
+from fedq.encoding.testing import raw_bytes, wave
 
 KEY = Key(1)
 TENSORS = {"a": wave(20), "b/c": wave(3, 4), "exact": wave(5)}
@@ -271,7 +271,7 @@ FAULTS = {
 def test_authors_errors_name_the_stage(fault: str, position: int) -> None:
     stages = [Author(), Author()]
     stages[position] = Author(fault)
-    with pytest.raises(TypeError, match=f"Author declares .*{FAULTS[fault]}"):
+    with pytest.raises(TypeError, match=f"Author.encode gives .*{FAULTS[fault]}"):
         StateDictEncoder(Encoder(stages), 0).encode({"b/c": wave(3, 4)}, KEY)
 
 
@@ -302,7 +302,7 @@ def test_authors_errors_in_updates_name_the_stage(fault: str) -> None:
 
     encoder = StateDictEncoder(rules={"a": Encoder([Careless()])})
     params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
-    with pytest.raises(TypeError, match="Careless declares"):
+    with pytest.raises(TypeError, match="Careless.encode gives"):
         encoder.encode(TENSORS, KEY, params)
 
 

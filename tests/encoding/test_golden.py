@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from battery import raw_bytes
 
 from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQuantization, schema_of
+from fedq.encoding.testing import raw_bytes
 
 FOLDER = Path(__file__).parent / "golden"
 KEY = Key(seed=20_161_018, round=3, client=1_000)
-LARGE = ["ffcdf943e520ce06", "33e7d1fd49f0753b", "384d254986ef4bc4", "0302fcfbfb21be8a"]
+LARGE = ["bfa02bb561ed6b04", "1596fdbbc731c51e", "5f7664c13f1d9b3e", "9341a180dc82f86a"]
 
 ENCODERS = {
     "float32": StateDictEncoder(),

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import struct
+from typing import Any
 
 import pytest
 import torch
-from battery import raw_bytes, reframe, wave
 from toys import Negate, Reverse, Zlib
 
 from fedq.encoding import (
@@ -24,6 +24,7 @@ from fedq.encoding import (
     schema_of,
 )
 from fedq.encoding.message import OVERHEAD
+from fedq.encoding.testing import raw_bytes, reframe, wave
 
 KEY = Key(1, 2, 3)
 UINT8 = Encoder([UniformQuantization(8)], FixedWidth())
@@ -87,16 +88,17 @@ def test_rules_by_name() -> None:
     tensors = {"a.weight": wave(500), "b.weight": wave(500), "a.bias": wave(5), "c.weight": wave(500)}
     three = Encoder([UniformQuantization(3, "nearest")], FixedWidth())
     encoder = StateDictEncoder(UINT8, 100, {"a.*": Encoder(), "*.weight": three, "b.weight": Encoder()})
-    spec = schema_of(tensors)
-    # the first that fits: neither the most exact pattern, nor the threshold
-    assert encoder.encoder_for("a.weight", spec["a.weight"]) == Encoder()
-    assert encoder.encoder_for("b.weight", spec["b.weight"]) is three
-    assert encoder.encoder_for("a.bias", spec["a.bias"]) == Encoder()
+    # the first that fits: neither the most exact pattern, nor the threshold; names have case
+    chains = encoder.chains(schema_of(tensors | {"A.bias": wave(5)}))
+    chosen = {name: chain for name, (_, chain) in chains.items()}
+    assert chosen == {
+        **dict.fromkeys(("a.weight", "a.bias", "A.bias"), Encoder()),
+        **dict.fromkeys(("b.weight", "c.weight"), three),
+    }
     message, _ = encoder.encode(tensors, KEY)
     assert len(message) == OVERHEAD + 2000 + 2 * (8 + 188) + 20
     small = StateDictEncoder(UINT8, 100, {"a.bias": UINT8})  # a rule is above the threshold
     assert len(small.encode({"a.bias": wave(5)}, KEY)[0]) == OVERHEAD + 8 + 5
-    assert encoder.encoder_for("A.bias", spec["a.bias"]) == Encoder()  # below the threshold; names have case
 
 
 def test_a_rule_that_quantises_a_counter_is_refused() -> None:
@@ -148,7 +150,7 @@ def test_a_side_value_that_is_not_finite_is_not_sent() -> None:
         def decode(self, y: torch.Tensor, side: dict[str, torch.Tensor], spec: TensorSpec, key: Key) -> torch.Tensor:
             return y * side["norm"]
 
-    with pytest.raises(EncodeError, match=r"'big'.*Norm.*'norm'"):
+    with pytest.raises(EncodeError, match=r"'big'.*Norm makes norm"):
         StateDictEncoder(Encoder([Norm()]), 0).encode({"big": torch.tensor([1e38, 2e38])}, KEY)
 
 
@@ -283,7 +285,7 @@ def test_each_tensor_has_random_numbers_of_its_own() -> None:
 def test_the_header_is_as_documented() -> None:
     message = message_of()
     fields = struct.unpack_from("<4sHH8sQIQQ", message)
-    assert fields == (b"FEDQ", 1, 0, QUANTISED._fingerprint(AGREED, {}), 1, 2, 3, len(message) - 48)
+    assert fields == (b"FEDQ", 2, 0, QUANTISED._fingerprint(AGREED, {}), 1, 2, 3, len(message) - 48)
 
 
 def test_the_decoded_are_on_the_device_asked_for() -> None:
@@ -291,3 +293,69 @@ def test_the_decoded_are_on_the_device_asked_for() -> None:
     encoder = StateDictEncoder(UINT8, threshold=10)
     back, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors), device="cpu")
     assert back["x"].device == torch.device("cpu")
+
+
+def test_joint_encodes_one_vector() -> None:
+    tensors = {"a": wave(20, 10), "bias": wave(7), "b": wave(300) * 9, "steps": torch.tensor(3), "empty": wave(0)}
+    apart, joint = StateDictEncoder(UINT8, 100), StateDictEncoder(UINT8, 100, joint=True)
+    message, _ = joint.encode(tensors, KEY)
+    assert len(message) == OVERHEAD + 8 + 500 + 7 * 4 + 8  # one range instead of two
+    assert len(apart.encode(tensors, KEY)[0]) == len(message) + 8
+    decoded, _ = joint.decode(message, KEY, schema_of(tensors))
+    assert list(decoded) == list(tensors)
+    by_hand, vector = StateDictEncoder(rules={"*": UINT8}), {"*": torch.cat((wave(200), wave(300) * 9))}
+    together = by_hand.decode(by_hand.encode(vector, KEY)[0], KEY, schema_of(vector))[0]["*"]
+    assert torch.equal(decoded["a"], together[:200].reshape(20, 10))
+    assert torch.equal(decoded["b"], together[200:])
+    for name in ("bias", "steps", "empty"):
+        assert torch.equal(decoded[name], tensors[name])
+
+
+def test_joint_leaves_rules_alone_and_refuses_two_dtypes() -> None:
+    tensors = {"a": wave(200), "b": wave(300), "c": wave(400)}
+    encoder = StateDictEncoder(UINT8, 100, {"b": Encoder()}, joint=True)
+    decoded, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors))
+    assert torch.equal(decoded["b"], tensors["b"])
+    assert not torch.equal(decoded["a"], tensors["a"])
+    with pytest.raises(ValueError, match="different dtypes"):
+        encoder.encode(tensors | {"c": wave(400).half()}, KEY)
+
+
+def test_a_joint_message_with_nan_names_the_tensor() -> None:
+    with pytest.raises(EncodeError, match="'b'"):
+        StateDictEncoder(UINT8, 1, joint=True).encode({"a": wave(5), "b": torch.tensor([0.0, math.nan])}, KEY)
+
+
+def test_the_fingerprint_tells_what_differs_and_nothing_else() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class UniformQuantizationOfTomorrow(UniformQuantization):
+        block: int | None = None  # a new option
+
+    UniformQuantizationOfTomorrow.__name__ = "UniformQuantization"
+
+    def fingerprint(*stages: EncodingStage, **more: Any) -> bytes:
+        schema = {"x": TensorSpec((20_000,), torch.float32)}
+        return StateDictEncoder(Encoder(stages, FixedWidth()), **more)._fingerprint(schema, {})
+
+    equal = (UniformQuantization(), UniformQuantization(8), UniformQuantizationOfTomorrow())
+    same = {fingerprint(stage) for stage in equal}
+    assert len(same) == 1
+    others = [
+        fingerprint(UniformQuantization(7)),
+        fingerprint(UniformQuantization(8, "nearest")),
+        fingerprint(UniformQuantizationOfTomorrow(block=3)),
+        fingerprint(UniformQuantization(), UniformQuantization()),
+        fingerprint(),
+        fingerprint(UniformQuantization(), threshold=10**6),
+        fingerprint(UniformQuantization(), joint=True),
+    ]
+    assert len({*same, *others}) == 1 + len(others)
+
+
+def test_arguments_that_repr_cannot_tell_apart_are_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Table(UniformQuantization):
+        table: torch.Tensor | None = None
+
+    with pytest.raises(TypeError, match="plain values"):
+        StateDictEncoder(Encoder([Table(table=wave(3))]), 0).encode({"x": wave(5)}, KEY)

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from fedq.encoding.stage import TensorSpec
+from fedq.encoding.adaptive import Adaptive
+from fedq.encoding.spec import Tensors, TensorSpec
 
 Buffer = bytes | memoryview
 
@@ -23,3 +24,18 @@ class Coder(ABC):
     @abstractmethod
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """Returns the tensor of `spec` on the CPU. Raises ValueError for bytes that `encode` never makes."""
+
+
+class AdaptiveCoder(Adaptive):
+    """A coder whose model of the symbols is agreed before they travel: it follows the rounds (see Adaptive).
+
+    Its length always depends on the values.
+    """
+
+    @abstractmethod
+    def encode(self, symbols: Tensor, spec: TensorSpec, params: Tensors) -> tuple[Buffer, Tensors]:
+        """As Coder.encode, with this round's params; returns the state-update tensors too."""
+
+    @abstractmethod
+    def decode(self, data: memoryview, spec: TensorSpec, params: Tensors) -> Tensor:
+        """As Coder.decode, with this round's params."""

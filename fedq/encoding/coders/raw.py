@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders.coder import Buffer, Coder
-from fedq.encoding.stage import TensorSpec
+from fedq.encoding.spec import TensorSpec
 
 
 @dataclass(frozen=True)

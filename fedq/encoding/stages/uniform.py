@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.stage import EncodingStage, Tensors, TensorSpec
+from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stage import EncodingStage
 from fedq.keys import Key
 
 _CHUNK = 1 << 17  # elements worked on at a time: the working set stays in the cache

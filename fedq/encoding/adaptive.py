@@ -1,0 +1,43 @@
+"""State that the server keeps for a stage or a coder, and that follows the rounds."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from fedq.encoding.spec import Tensors, TensorSpec
+
+
+@dataclass(frozen=True)
+class StateUpdate:
+    """What a client's encode reports to the state: its spec and how a cohort's are combined.
+
+    `stack` puts the clients' tensors behind each other along a new first dimension, in the cohort's order.
+    """
+
+    spec: TensorSpec
+    aggregation: Literal["sum", "min", "max", "stack"]
+
+
+class Adaptive(ABC):
+    """What AdaptiveEncodingStage and AdaptiveCoder share: state on the server that learns over the rounds.
+
+    Each round the server sends `params(state)` to the clients, in the broadcast, where they are counted. Each
+    client's `encode` may report tensors (`update_spec`), which travel exact in its upload, are combined over the
+    cohort as declared, and give the next state. `spec` is that of the tensor that enters the chain.
+    """
+
+    @abstractmethod
+    def initial_state(self, spec: TensorSpec) -> Tensors:
+        """Returns the state before the first round."""
+
+    @abstractmethod
+    def params(self, state: Tensors) -> Tensors:
+        """Returns what encode and decode need this round; shapes and dtypes are the same every round."""
+
+    @abstractmethod
+    def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
+        """Returns the next round's state. Not called in a round that has no reports."""
+
+    def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
+        """Returns what `encode` reports, in this order."""
+        return {}
