@@ -25,6 +25,10 @@ class Coder(ABC):
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """Returns the tensor of `spec` on the CPU. Raises ValueError for bytes that `encode` never makes."""
 
+    def model_size(self, data: memoryview) -> int:
+        """Returns how many bytes of `encode`'s `data` tell the model (a table, parameters) and not the symbols."""
+        return 0
+
 
 class AdaptiveCoder(Adaptive):
     """A coder whose model of the symbols is agreed before they travel: it follows the rounds (see Adaptive).

@@ -1,0 +1,256 @@
+"""Every encoder's place on the plane of rate and distortion, in real bytes: a table, a CSV file and a picture.
+
+python -m fedq.bench                                  all of conf/encoder, its upload chains, on every source
+python -m fedq.bench eden qsgd:levels=2 --sources normal,update
+
+The rate is that of one tensor's payload, tables and side values included: 8 × bytes / elements. The distortion is the
+normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE), of one client and of the mean of several that send the same
+tensor with keys of their own: unbiased schemes gain by the mean, biased ones do not.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fedq.config import build, build_encoder, build_run, explain
+from fedq.encoding import AdaptiveCoder, Encoder, Key, StateDictEncoder, TensorSpec
+from fedq.encoding.message import Reader
+from fedq.errors import FedqError
+from fedq.train import CONF
+
+if TYPE_CHECKING:  # matplotlib takes a second to load: only the picture waits for it
+    from matplotlib.axes import Axes
+
+Draw = Callable[[int], Tensor]
+"""Returns the tensor numbered i of a source: draws of one distribution, or clients' updates of one round."""
+
+SHAPE = (1024, 1024)
+BITS = (1, 2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One encoder on one source. Rates in bits an element; times in milliseconds, once, to give an idea."""
+
+    encoder: str
+    source: str
+    bits: float
+    table_bits: float  # of them, what a coder's table takes
+    nmse: float
+    nmse_of_mean: float
+    encode_ms: float
+    decode_ms: float
+
+
+def synthetic(name: str) -> Draw:
+    """Returns draws of SHAPE of a distribution with variance 1: normal, laplace, student (3 degrees) or sparse.
+
+    sparse: one value in twenty is normal, the others are zero.
+    """
+
+    def draw(i: int) -> Tensor:
+        numbers = Key(i).fold(name).generator()
+        values = {
+            "normal": lambda: numbers.standard_normal(SHAPE),
+            "laplace": lambda: numbers.laplace(scale=2**-0.5, size=SHAPE),
+            "student": lambda: numbers.standard_t(3, SHAPE) / 3**0.5,
+            "sparse": lambda: numbers.standard_normal(SHAPE) * (numbers.random(SHAPE) < 0.05) * 20**0.5,
+        }[name]()
+        return torch.from_numpy(values.astype(np.float32))
+
+    return draw
+
+
+def real_updates(rounds: int) -> Draw:
+    """Trains the default configuration for some rounds; returns clients' updates of its largest tensor after them."""
+    from fedq.learning import FederatedAveraging
+    from fedq.learning.client import update_of
+    from fedq.simulation.loop import rounds as trained
+    from fedq.simulation.workers import Workers
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["encoder=float32", f"run.rounds={rounds}", f"run.evaluate_every={rounds}"])
+    dataset, training = build(cfg, "dataset"), build(cfg, "client")
+    model = build(cfg, "model", num_classes=dataset.num_classes)
+    with Workers() as workers:
+        process = FederatedAveraging(model, training, build(cfg, "server"), map=workers.map)
+        for state, _ in trained(process, process.initialize(), dataset, build_run(cfg)):  # noqa: B007
+            pass
+    largest = max(state.weights, key=lambda name: state.weights[name].numel())
+
+    def draw(i: int) -> Tensor:
+        network = model()
+        training.train(network, state.weights, dataset.client(i).load(), Key(0, rounds, i))
+        return update_of(network.state_dict(), state.weights)[largest]
+
+    return draw
+
+
+def measure(name: str, encoder: Encoder, source: str, draw: Draw, clients: int) -> Result:
+    """Sends one tensor from `clients` clients and returns what it cost and what arrived.
+
+    What is adaptive has seen one round of other tensors of the source before.
+    """
+    chain, spec = StateDictEncoder(rules={"x": encoder}), TensorSpec.of(draw(0))
+    schema, state = {"x": spec}, chain.initial_state({"x": spec})
+    if state:
+        params = chain.params(schema, state)
+        key = Key(0, 0, 0)
+        message, _ = chain.encode({"x": draw(0)}, key, params, report=True)
+        _, reports = chain.decode(message, key, schema, params, chain.update_spec(schema))
+        state = chain.update_state(schema, state, chain.report(schema, reports))
+    own = chain.params(schema, state).get("x", {})
+    x, mean, size, table = draw(1), torch.zeros(spec.shape, dtype=torch.float64), 0, 0
+    errors, encode, decode = [], [], []
+    for client in range(clients):
+        key = Key(0, 1, client)
+        started = perf_counter()
+        parts, _ = encoder.encode(x, key, own)
+        encode.append(perf_counter() - started)
+        payload = b"".join(parts)
+        started = perf_counter()
+        received = encoder.decode(Reader(memoryview(payload)), spec, key, own, torch.device("cpu"))
+        decode.append(perf_counter() - started)
+        size += len(payload)
+        table += 0 if isinstance(encoder.coder, AdaptiveCoder) else encoder.coder.model_size(memoryview(parts[-1]))
+        errors.append(_nmse(x, received))
+        mean += received / clients
+    rate = 8 / (spec.numel * clients)
+    milliseconds = [1000 * min(times) for times in (encode, decode)]
+    return Result(name, source, size * rate, table * rate, sum(errors) / clients, _nmse(x, mean), *milliseconds)
+
+
+def _nmse(x: Tensor, received: Tensor) -> float:
+    wide = x.double()
+    return float((wide - received.double()).square().sum() / wide.square().sum())
+
+
+def encoders(choices: list[str]) -> dict[str, Encoder]:
+    """Returns the upload chains of the encoders asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
+
+    All but those that only set another's knobs, as uint8 does uniform's.
+    One with a knob `bits` that is not set gives a chain for each of BITS that it takes. Raises FedqError.
+    """
+    chains: dict[str, Encoder] = {}
+    files = sorted((CONF / "encoder").glob("*.yaml"))
+    every = [path.stem for path in files if "defaults" not in OmegaConf.load(path)]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for choice in choices or every:
+            name, _, given = choice.partition(":")
+            overrides = [f"encoder.{override}" for override in given.split(",") if override]
+            sweep = not given and "bits" in compose("config", [f"encoder={name}"]).encoder
+            for bits in BITS if sweep else (None,):
+                knob = [] if bits is None else [f"encoder.bits={bits}"]
+                label = choice if bits is None else f"{name}:bits={bits}"
+                try:
+                    cfg = compose("config", [f"encoder={name}", *overrides, *knob])
+                    chains[label] = build_encoder(cfg, "upload").encoder
+                except FedqError:
+                    if bits is None:
+                        raise
+    return chains
+
+
+def table(results: list[Result]) -> Table:
+    """Returns the results on one source."""
+    shown = Table(title=results[0].source, box=SIMPLE_HEAD)
+    shown.add_column("encoder", no_wrap=True)
+    for heading in ("bits", "in table", "NMSE", "of mean", "ms", "to decode"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for r in results:
+        rates = (f"{r.bits:.4f}", f"{r.table_bits:.4f}")
+        errors = (f"{r.nmse:.3g}", f"{r.nmse_of_mean:.3g}")
+        shown.add_row(r.encoder, *rates, *errors, f"{r.encode_ms:.1f}", f"{r.decode_ms:.1f}")
+    return shown
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Draws one panel a source: NMSE in decibels against bits an element; Shannon's bound for the normal one."""
+    from matplotlib.figure import Figure
+
+    sources = list(dict.fromkeys(result.source for result in results))
+    names = list(dict.fromkeys(result.encoder.partition(":")[0] for result in results))
+    figure = Figure(figsize=(6.4 * min(len(sources), 2), 4.8 * -(-len(sources) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(sources) // 2), min(len(sources), 2), squeeze=False).flat
+    for panel in panels:
+        panel.set_axis_off()
+    for source, panel in zip(sources, panels, strict=False):
+        panel.set_axis_on()
+        _panel(panel, source, names, [result for result in results if result.source == source])
+    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _panel(panel: "Axes", source: str, names: list[str], results: list[Result]) -> None:
+    for i, name in enumerate(names):
+        own = sorted(
+            (r.bits, 10 * np.log10(max(r.nmse, 1e-12))) for r in results if r.encoder.partition(":")[0] == name
+        )
+        own = [point for point in own if point[0] <= 10]
+        style = {"color": f"C{i % 10}", "marker": "os^vDPX*"[i // 10 % 8], "markersize": 4, "linewidth": 0.8}
+        panel.plot([bits for bits, _ in own], [decibels for _, decibels in own], label=name, **style)  # type: ignore[arg-type]
+    if source == "normal":
+        rates = np.linspace(0, 8)
+        panel.plot(rates, -20 * rates * np.log10(2), color="black", linestyle=":", label="Shannon's bound")
+    panel.set(title=source, xlabel="bits an element, measured", ylabel="NMSE (dB)", ylim=(-55, 5))
+    panel.grid(alpha=0.3)
+
+
+def main() -> None:
+    """Runs the command line."""
+    sources: Mapping[str, Callable[[int], Draw]] = {
+        **{name: lambda _, name=name: synthetic(name) for name in ("normal", "laplace", "student", "sparse")},  # type: ignore[misc]
+        "update": real_updates,
+    }
+    parser = argparse.ArgumentParser(prog="python -m fedq.bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("encoders", nargs="*", metavar="ENCODER", help="an option of conf/encoder, or NAME:KEY=VALUE,…")
+    parser.add_argument("--sources", default=",".join(sources), help="which of %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of training before the updates are taken")
+    parser.add_argument("--clients", type=int, default=10, help="how many send the same tensor")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of bench.csv and bench.png")
+    arguments = parser.parse_args()
+    wanted = arguments.sources.split(",")
+    if unknown := set(wanted) - sources.keys():
+        parser.error(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(sources)}")
+    console = Console()
+    try:
+        chains = encoders(arguments.encoders)
+    except Exception as error:
+        sys.exit(f"fedq: {explain(error)}")
+    torch.set_num_threads(1)
+    results = []
+    with console.status("") as status:
+        for source in wanted:
+            status.update(f"{source}: preparing")
+            draw = sources[source](arguments.rounds)
+            for name, encoder in chains.items():
+                status.update(f"{source}: {name}")
+                results.append(measure(name, encoder, source, draw, arguments.clients))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "bench.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(results[0])))
+        writer.writeheader()
+        writer.writerows(map(asdict, results))
+    plot(results, arguments.out / "bench.png")
+    for source in wanted:
+        console.print(table([result for result in results if result.source == source]))
+    console.print(f"{arguments.out}/bench.csv and bench.png hold the same")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The table of rates and distortions: its numbers against mathematics, its choices, its files."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedq.bench import SHAPE, encoders, measure, real_updates, synthetic
+from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
+
+ROOT = Path(__file__).parents[1]
+N = SHAPE[0] * SHAPE[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "fourth_moment"), [("normal", 3), ("laplace", 6), ("sparse", 60), ("student", None)]
+)
+def test_sources_are_what_they_are_called(source, fourth_moment):
+    x = synthetic(source)(0).double()
+    assert x.shape == SHAPE
+    assert abs(float(x.mean())) < 5e-3
+    assert float(x.square().mean()) == pytest.approx(1, abs=0.05 if source == "student" else 0.02)
+    if fourth_moment:
+        assert float(x.pow(4).mean()) == pytest.approx(fourth_moment, rel=0.05)
+    else:  # infinite: tails as of Student's distribution with three degrees of freedom, P(|t| > 5.841) = 0.01
+        assert float((x.abs() * 3**0.5 > 5.841).double().mean()) == pytest.approx(0.01, rel=0.05)
+    assert (float((x == 0).double().mean()) > 0.94) == (source == "sparse")
+    assert not torch.equal(synthetic(source)(0), synthetic(source)(1))
+    assert torch.equal(synthetic(source)(1), synthetic(source)(1))
+
+
+def uniform(i):
+    """The values of a grid of 0 … 1 that is 1,000 times finer than six bits: errors as of a uniform variable."""
+    return torch.linspace(0, 1, 63_001).roll(i)
+
+
+@pytest.mark.parametrize(("rounding", "share"), [("nearest", 12), ("stochastic", 6)])
+def test_errors_are_those_of_the_formula(rounding, share):
+    result = measure("mine", Encoder([UniformQuantization(6, rounding)], FixedWidth()), "grid", uniform, clients=8)
+    power = float(uniform(1).double().square().mean())
+    assert result.nmse == pytest.approx(1 / 63**2 / share / power, rel=0.02)
+    # the clients' errors are independent where the rounding is random, and the same where it is not
+    assert result.nmse_of_mean == pytest.approx(result.nmse / (8 if rounding == "stochastic" else 1), rel=0.05)
+    assert result.bits == 8 * (8 + math.ceil(63_001 * 6 / 8)) / 63_001
+    assert (result.encoder, result.source, result.table_bits) == ("mine", "grid", 0)
+
+
+def test_a_table_is_told_apart():
+    class WithTable(Raw):
+        def model_size(self, data):
+            return len(data) // 4
+
+    result = measure("mine", Encoder([], WithTable()), "grid", uniform, clients=1)
+    assert (result.bits, result.table_bits, result.nmse) == (32, pytest.approx(8, rel=1e-4), 0)
+
+
+def test_every_option_is_there_with_its_bits():
+    chains = encoders([])
+    names = {path.stem for path in Path(ROOT, "conf", "encoder").glob("*.yaml")}
+    assert {label.partition(":")[0] for label in chains} == names - {"uint8"}
+    assert chains["uniform:bits=3"] == Encoder([UniformQuantization(3)], FixedWidth())
+    assert chains["float32"] == Encoder()
+    (label,) = chosen = encoders(["uniform:upload.bits=5,upload.rounding=nearest"])
+    assert chosen[label].stages == (UniformQuantization(5, "nearest"),)
+
+
+def test_updates_are_clients_of_a_trained_model():
+    draw = real_updates(1)
+    first, second = draw(0), draw(1)
+    assert first.shape == (512, 3136)
+    assert torch.equal(first, draw(0))
+    assert not torch.equal(first, second)
+    assert 0 < float(first.abs().mean()) < 0.01
+    # whole rows have not learnt anything: what a scheme may gain from
+    assert float((first == 0).all(1).double().mean()) > 0.02
+
+
+def test_the_command_writes_what_it_prints(tmp_path):
+    command = ("-m", "fedq.bench", "float32", "uniform:bits=4", "--sources", "sparse", "--clients", "2")
+    done = subprocess.run(
+        [sys.executable, *command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    with (tmp_path / "bench.csv").open() as file:
+        exact, four = csv.DictReader(file)
+    assert (exact["encoder"], float(exact["bits"]), float(exact["nmse"])) == ("float32", 32, 0)
+    assert (four["encoder"], float(four["bits"])) == ("uniform:bits=4", 4 + 64 / N)
+    x = synthetic("sparse")(1).double()
+    step = float(x.max() - x.min()) / 15
+    # zeros, too, are rounded: to the two values next to them
+    fraction = (x.numpy() - float(x.min())) / step % 1
+    expected = step**2 * np.mean(fraction * (1 - fraction)) / float(x.square().mean())
+    assert float(four["nmse"]) == pytest.approx(expected, rel=0.01)
+    assert f"{float(four['nmse']):.3g}" in done.stdout
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nothing"], "encoder/nothing"),
+        (["uniform:bits=17"], "bits must be from 1 to 16, not 17"),
+        (["uniform:bist=7"], "encoder.bist"),
+        (["--sources", "cauchy"], "no such source: cauchy"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_sentence(arguments, sentence, tmp_path):
+    command = [sys.executable, "-m", "fedq.bench", *arguments, "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
