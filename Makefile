@@ -11,7 +11,7 @@ run: $(VENV)/.installed
 	$(BIN)/python -m fedq.train encoder=uint8
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fedq.encoding.spec import Tensors, TensorSpec
+
+Aggregation = Literal["sum", "min", "max", "stack"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,11 @@ class StateUpdate:
     """
 
     spec: TensorSpec
-    aggregation: Literal["sum", "min", "max", "stack"]
+    aggregation: Aggregation
+
+    def __post_init__(self) -> None:
+        if self.aggregation not in get_args(Aggregation):
+            raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, not {self.aggregation!r}")
 
 
 class Adaptive(ABC):

@@ -4,6 +4,7 @@ import dataclasses
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Encoder:
         for part in (*self.stages, self.coder):
             if not dataclasses.is_dataclass(part):
                 raise TypeError(f"{type(part).__name__} must be a dataclass: its arguments are part of the schema")
+            described(part)  # raises TypeError for arguments that a schema cannot hold
 
     def adaptive(self) -> dict[int, Adaptive]:
         """Returns the adaptive stages, and the coder if it is adaptive, by their place in the chain."""
@@ -54,10 +56,10 @@ class Encoder:
         for i, stage in enumerate(self.stages):
             name, side_spec = type(stage).__name__, stage.side_spec(spec)
             if isinstance(stage, AdaptiveEncodingStage):
-                y, side, update = stage.encode(x, key.fold(str(i)), params[i])
+                y, side, update = _returned(name, 3, stage.encode(x, key.fold(str(i)), params.get(i, {})))
                 updates[i] = _declared(stage, update, first)
             else:
-                y, side = stage.encode(x, key.fold(str(i)))
+                y, side = _returned(name, 2, stage.encode(x, key.fold(str(i))))
             check_declared(f"{name}.encode", side, side_spec)
             spec = stage.encoded_spec(spec, side)
             check_declared(f"{name}.encode", {"encoded": y}, {"encoded": spec})
@@ -69,7 +71,7 @@ class Encoder:
                 parts += _framed(coder, coder.encode(side[value], own_spec), own_spec)
             x = y
         if isinstance(self.coder, AdaptiveCoder):
-            body, update = self.coder.encode(x, spec, params[len(self.stages)])
+            body, update = self.coder.encode(x, spec, params.get(len(self.stages), {}))
             updates[len(self.stages)] = _declared(self.coder, update, first)
         else:
             body = self.coder.encode(x, spec)
@@ -85,14 +87,14 @@ class Encoder:
             specs.append(stage.encoded_spec(specs[-1], side))
             sides.append(side)
         if isinstance(self.coder, AdaptiveCoder):
-            x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1], params[len(self.stages)])
+            x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1], params.get(len(self.stages), {}))
         else:
             x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1])
         x = x.to(device)
         for i, stage in reversed(list(enumerate(self.stages))):
             folded = key.fold(str(i))
             if isinstance(stage, AdaptiveEncodingStage):
-                x = stage.decode(x, sides[i], specs[i], folded, params[i])
+                x = stage.decode(x, sides[i], specs[i], folded, params.get(i, {}))
             else:
                 x = stage.decode(x, sides[i], specs[i], folded)
             check_declared(f"{type(stage).__name__}.decode", {"decoded": x}, {"decoded": specs[i]})
@@ -120,6 +122,8 @@ def check_declared(who: str, given: Tensors, declared: Mapping[str, TensorSpec])
     if given.keys() != declared.keys():
         raise TypeError(f"{who} gives {sorted(given)}, but {sorted(declared)} are declared")
     for name, spec in declared.items():
+        if not isinstance(given[name], Tensor):
+            raise TypeError(f"{who} gives {name!r} as a {type(given[name]).__name__}, not as a tensor")
         if tuple(given[name].shape) != spec.shape or given[name].dtype != spec.dtype:
             raise TypeError(
                 f"{who} gives {name!r} with shape {tuple(given[name].shape)} and dtype {given[name].dtype}, "
@@ -127,11 +131,45 @@ def check_declared(who: str, given: Tensors, declared: Mapping[str, TensorSpec])
             )
 
 
+def described(part: Any) -> str:
+    """Returns text that tells `part` from others: as repr, but arguments with their default value are left out.
+
+    So a new option of a stage leaves the messages of all who do not use it as they are. Raises TypeError for what has
+    no such text.
+    """
+    if dataclasses.is_dataclass(part):
+        given = []
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            try:
+                text = described(value)
+            except TypeError as error:
+                raise TypeError(f"{type(part).__name__}.{field.name}: {error}") from error
+            if value != field.default:
+                given.append(f"{field.name}={text}")
+        return f"{type(part).__name__}({', '.join(given)})"
+    if isinstance(part, Mapping):
+        return described(list(part.items()))
+    if isinstance(part, list | tuple):
+        return f"[{', '.join(map(described, part))}]"
+    if not isinstance(part, str | int | float | torch.dtype | None):
+        raise TypeError(f"arguments must be plain values, stages or coders, not {type(part).__name__}")
+    return repr(part)
+
+
 def _declared(part: Adaptive, update: Tensors, spec: TensorSpec) -> dict[str, Tensor]:
     """Returns the state updates in the order declared; raises TypeError where they are others."""
     declared = {name: value.spec for name, value in part.update_spec(spec).items()}
     check_declared(f"{type(part).__name__}.encode", update, declared)
     return {name: update[name] for name in declared}
+
+
+def _returned(name: str, count: int, result: Any) -> Any:
+    """Returns what a stage's encode gave; raises TypeError where that is not a tuple of `count`."""
+    if not isinstance(result, tuple) or len(result) != count:
+        parts = ("the encoded tensor", "side values", "state updates")[:count]
+        raise TypeError(f"{name}.encode must return {', '.join(parts)}")
+    return result
 
 
 def _framed(coder: Coder | AdaptiveCoder, body: Buffer, spec: TensorSpec) -> list[Buffer]:

@@ -1,18 +1,16 @@
 """Which tensor gets which encoder; a state_dict ↔ one message."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedq.encoding import message as frame
 from fedq.encoding.adaptive import StateUpdate
-from fedq.encoding.encoder import ByPlace, Encoder, is_finite, read
+from fedq.encoding.encoder import ByPlace, Encoder, described, is_finite, read
 from fedq.encoding.message import MessageError
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.errors import FedqError
@@ -231,25 +229,7 @@ class StateDictEncoder:
     def _fingerprint(self, schema: Schema, attached: Schema) -> bytes:
         """Hashes all that both sides must agree on before they can read each other's messages."""
         agreed = (list(schema.items()), list(self.chains(schema).items()), list(attached.items()))
-        return hashlib.blake2b(_described(agreed).encode(), digest_size=8).digest()
-
-
-def _described(part: Any) -> str:
-    """Returns text that tells `part` from others: as repr, but arguments with their default value are left out.
-
-    So a new option of a stage leaves the messages of all who do not use it as they are.
-    """
-    if dataclasses.is_dataclass(part):
-        arguments = ((f, getattr(part, f.name)) for f in dataclasses.fields(part))
-        given = ", ".join(f"{f.name}={_described(value)}" for f, value in arguments if value != f.default)
-        return f"{type(part).__name__}({given})"
-    if isinstance(part, Mapping):
-        return _described(list(part.items()))
-    if isinstance(part, list | tuple):
-        return f"[{', '.join(map(_described, part))}]"
-    if not isinstance(part, str | int | float | torch.dtype | None):
-        raise TypeError(f"a stage's arguments must be plain values or stages, not {type(part).__name__}")
-    return repr(part)
+        return hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ runs all of it over a stage and raises AssertionError, or the author's own error
 error that a stage may make on the elements of `x`; a lossless chain's is 0.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,7 +26,7 @@ from fedq.encoding.encoder import ByPlace, Encoder
 from fedq.encoding.message import OVERHEAD, MessageError
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
-from fedq.encoding.state_dict import EncodeError, StateDictEncoder, schema_of
+from fedq.encoding.state_dict import ByTensor, EncodeError, StateDictEncoder, flatten, schema_of
 from fedq.keys import Key
 
 Bound = Callable[[Tensor], float]
@@ -196,7 +197,7 @@ def check_refusals(encoder: Encoder, bound: Bound | None) -> None:
 
 def check_input_untouched(encoder: Encoder, bound: Bound | None) -> None:
     """Neither encode nor decode writes to what it is given."""
-    for name, x in floating_inputs().items():
+    for name, x in _taken(encoder).items():
         before, version = x.clone(), x._version
         for y, side, decode in _steps(encoder, x):
             given = [y.clone(), *(value.clone() for value in side.values())]
@@ -208,7 +209,7 @@ def check_input_untouched(encoder: Encoder, bound: Bound | None) -> None:
 
 def check_aliasing(encoder: Encoder, bound: Bound | None) -> None:
     """What is decoded is the receiver's own: writing to it changes neither the message nor the input."""
-    for name, x in floating_inputs().items():
+    for name, x in _taken(encoder).items():
         message, before = _message(encoder, x), x.clone()
         copy, first = bytes(bytearray(message)), _decode(encoder, message, x)
         again = first.clone()
@@ -219,17 +220,22 @@ def check_aliasing(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_same_key(encoder: Encoder, bound: Bound | None) -> None:
-    """The same key gives the same bytes, from an equal encoder too, and leaves global random states alone."""
-    inputs = floating_inputs() | {"large": large_input()}
+    """The same key gives the same bytes, from an equal encoder too, and leaves global random states alone.
+
+    What is decoded follows from the message: it is the same for a receiver of its own, after other messages.
+    """
+    inputs = _taken(encoder) | {"large": large_input()}
     states = _global_random_states()
-    messages = {name: _message(encoder, x) for name, x in inputs.items()}
-    for name, x in inputs.items():
-        _decode(encoder, messages[name], x)
+    receiver, messages = copy.deepcopy(encoder), {name: _message(encoder, x) for name, x in inputs.items()}
+    decoded = {name: _decode(receiver, messages[name], x) for name, x in inputs.items()}
     assert _global_random_states() == states, "a global random state is used"
     equal = copy.deepcopy(encoder)
     for name, x in inputs.items():
         assert _message(equal, x) == messages[name], f"{name}: the same key gives other bytes"
-        assert _message(encoder, x.contiguous()) == messages[name], f"{name}: the layout in memory matters"
+        assert _message(encoder, x.contiguous()) == messages[name], (
+            f"{name}: the layout in memory matters; torch adds up in its order, unless x.reshape(-1) comes first"
+        )
+        assert _same(_send(encoder, x), decoded[name]), f"{name}: something reaches decode beside the message"
 
 
 def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
@@ -238,7 +244,7 @@ def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
     Random is what claims to be right on average, but is not right each time. What commutes with the sum may draw
     the same for all clients of a round.
     """
-    x = wave(1000)
+    x = wave(25, 40)
     if not unbiased(encoder) or torch.allclose(_send(encoder, x), x, rtol=1e-5, atol=1e-5):
         return
     keys = [KEY, KEY._replace(seed=1), KEY._replace(round=8), KEY.fold("x"), KEY.fold("y")]
@@ -255,7 +261,7 @@ def check_length(encoder: Encoder, bound: Bound | None) -> None:
     Streams of side values, such as a mask or a range for each channel, come on top of the 16 bytes, as do the four
     bytes of length of each stream whose size depends on its values.
     """
-    for name, x in floating_inputs().items():
+    for name, x in _taken(encoder).items():
         spec, single, total, fixed = TensorSpec.of(x), 0, 0, True
         for stage, (_, side, _) in zip(encoder.stages, _steps(encoder, x), strict=True):
             for value, side_spec in stage.side_spec(spec).items():
@@ -276,8 +282,11 @@ def check_length(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_damage(encoder: Encoder, bound: Bound | None) -> None:
-    """A message that is cut, or has bytes left over, is a MessageError even where its frame is right."""
-    for name, x in {"vector": wave(101), "empty": wave(0), "one element": wave(1)}.items():
+    """A message that is cut, or has bytes left over, is a MessageError even where its frame is right.
+
+    One with other values decodes to a finite tensor of the right shape, or is a MessageError too, and nothing else.
+    """
+    for name, x in {"vector": wave(101), "matrix": wave(8, 13), "empty": wave(0), "one element": wave(1)}.items():
         message = _message(encoder, x)
         body = message[44:-4]
         for damaged in (body + b"\0", body[:-1], body[:4], body + body):
@@ -287,6 +296,13 @@ def check_damage(encoder: Encoder, bound: Bound | None) -> None:
                 except MessageError:
                     continue
                 raise AssertionError(f"{name}: {len(damaged)} bytes are taken for {len(body)}")
+        noise = KEY.bits(24 * len(body), 8).tobytes()
+        others = [bytes([value]) * len(body) for value in (0, 1, 127, 128, 255)]
+        others += [noise[i * len(body) :][: len(body)] for i in range(8)]
+        others += [body[:i] + noise[i : i + 1] + body[i + 1 :] for i in range(min(len(body), 24))]
+        for damaged in others:
+            with contextlib.suppress(MessageError):
+                _decode(encoder, reframe(message, damaged), x)
 
 
 def check_lossless(encoder: Encoder, bound: Bound | None) -> None:
@@ -307,11 +323,11 @@ def check_unbiased(encoder: Encoder, bound: Bound | None) -> None:
     if not unbiased(encoder):
         return
     values = torch.tensor([-1.0, -0.99, -0.71, -0.2, 0.0, 0.013, 0.3331, 0.5, 0.97, 1.0], dtype=torch.float64)
-    x = values.float().repeat(DRAWS // KEYS)
+    x = values.float().repeat(DRAWS // KEYS).view(-1, 4 * len(values))  # a matrix, as some stages need
     means = torch.stack(
         [_send(encoder, x, KEY.fold(str(i))).double().view(-1, len(values)).mean(0) for i in range(KEYS)]
     )
-    error, standard = (means.mean(0) - x[: len(values)].double()).abs(), means.std(0) / math.sqrt(KEYS)
+    error, standard = (means.mean(0) - values.float().double()).abs(), means.std(0) / math.sqrt(KEYS)
     assert bool((error <= 4 * standard + 1e-6).all()), (
         f"{encoder} claims to be unbiased, but its mean over {DRAWS} draws is off by {(error / standard).tolist()} "
         "standard errors"
@@ -325,7 +341,7 @@ def check_commutes_with_sum(encoder: Encoder, bound: Bound | None) -> None:
         if not stage.commutes_with_sum:
             continue
         assert isinstance(stage, EncodingStage), f"{stage} claims to commute with the sum, but has params"
-        for shape in ((), (1,), (0,), (13,), (64,), (3, 5)):
+        for shape in ((), (1,), (0,), (13,), (64,), (3, 5), (50, 70)):
             x, y = wave(*shape, dtype=torch.float64), wave(*shape, dtype=torch.float64).flip(0 if shape else ()) * 3 + 1
             spec = TensorSpec.of(x)
             (a, side), (b, other) = stage.encode(x, KEY), stage.encode(y, other_client)
@@ -336,32 +352,39 @@ def check_commutes_with_sum(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_state(encoder: Encoder, bound: Bound | None) -> None:
-    """An adaptive part's state takes the reports of cohorts of one, two and three clients, and is never written to.
+    """An adaptive part's state takes the reports of cohorts of one, two and three clients, and follows from them alone.
 
-    What the clients need of it has the same shapes and dtypes in every round.
+    What the clients need of it has the same shapes and dtypes in every round, is never written to, and serves every
+    round's messages as the first's: within the bound.
     """
     if not encoder.adaptive():
         return
-    chain, schema = StateDictEncoder(rules={"x": encoder}), schema_of({"x": wave(200)})
-    state = chain.initial_state(schema)
-    agreed = {name: schema_of(params) for name, params in chain.params(schema, state).get("x", {}).items()}
-    for clients in (1, 2, 3):
-        params, reports = chain.params(schema, state), []
+    chain, schema = StateDictEncoder(rules={"x": encoder}), schema_of({"x": wave(10, 20)})
+    state, agreed = chain.initial_state(schema), None
+    for clients in (1, 2, 3, 1):
+        for own in state["x"].values():
+            for name, value in own.items():
+                assert isinstance(value, Tensor), f"{encoder}: the state's {name!r} is not a tensor, but {value!r}"
+        params, reports, before = chain.params(schema, state), [], copy.deepcopy(state)
+        found = {place: schema_of(own) for place, own in params["x"].items()}
+        agreed = agreed or found
+        assert found == agreed, f"{encoder}: params change from {agreed} to {found}"
+        sent = copy.deepcopy(params)
         for client in range(clients):
             key = KEY._replace(round=clients, client=client)
-            x = {"x": wave(200) * (client - 1) - 0.01}
-            message, _ = chain.encode(x, key, params, report=True)
-            _, own = chain.decode(message, key, schema, params, chain.update_spec(schema))
+            x = wave(10, 20) * (client - 1) - 0.01
+            message, _ = chain.encode({"x": x}, key, params, report=True)
+            back, own = chain.decode(message, key, schema, params, chain.update_spec(schema))
             reports.append(chain.report(schema, own))
+            error, allowed = float((back["x"].double() - x.double()).abs().max()), bound(x) if bound else math.inf
+            assert error <= (0 if lossless(encoder) else allowed), f"{encoder}: an error of {error} once it has learnt"
+        assert _all_same(params, sent), f"{encoder}: encode or decode writes to params"
         total = reports[0]
         for own in reports[1:]:
             total = chain.combine(schema, total, own)
-        before = {place: {n: t.clone() for n, t in own.items()} for place, own in state["x"].items()}
-        after = chain.update_state(schema, state, total)
-        for place, own in before.items():
-            assert all(_same(own[n], state["x"][place][n]) for n in own), f"{encoder}: update_state writes to the state"
-        found = {name: schema_of(params) for name, params in chain.params(schema, after)["x"].items()}
-        assert found == agreed, f"{encoder}: params change from {agreed} to {found}"
+        after, again = (chain.update_state(schema, state, total) for _ in range(2))
+        assert _all_same(state, before), f"{encoder}: update_state writes to the state"
+        assert _all_same(after, again), f"{encoder}: update_state gives another state the second time"
         state = after
 
 
@@ -443,6 +466,16 @@ def _steps(encoder: Encoder, x: Tensor) -> Iterator[tuple[Tensor, Tensors, Calla
         x, spec = y, stage.encoded_spec(spec, side)
 
 
+def _taken(encoder: Encoder) -> dict[str, Tensor]:
+    """Returns the floating inputs without those that the chain refuses; check_round_trip tells which it may."""
+    taken = {}
+    for name, x in floating_inputs().items():
+        with contextlib.suppress(EncodeError):
+            _message(encoder, x)
+            taken[name] = x
+    return taken
+
+
 def _message(encoder: Encoder, x: Tensor, key: Key = KEY) -> bytes:
     chain, schema = StateDictEncoder(rules={"x": encoder}), schema_of({"x": x})
     return chain.encode({"x": x}, key, chain.params(schema, chain.initial_state(schema)))[0]
@@ -476,6 +509,11 @@ def _round_trip(encoder: Encoder, bound: Bound | None, name: str, x: Tensor) -> 
 def raw_bytes(x: Tensor) -> bytes:
     """Returns the elements of `x`, in row-major order, as bytes."""
     return torch.empty(x.numel(), dtype=x.dtype).copy_(x.reshape(-1)).view(torch.uint8).numpy().tobytes()
+
+
+def _all_same(x: ByTensor, y: ByTensor) -> bool:
+    flat, other = flatten(x), flatten(y)
+    return flat.keys() == other.keys() and all(_same(flat[path], other[path]) for path in flat)
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -1,7 +1,30 @@
 """Coders: integer symbols ↔ bytes."""
 
+from fedq.encoding.coders.ans import ANS
+from fedq.encoding.coders.best import Best
 from fedq.encoding.coders.coder import AdaptiveCoder, Coder
+from fedq.encoding.coders.elias import Elias
 from fedq.encoding.coders.fixed_width import FixedWidth
+from fedq.encoding.coders.golomb import Golomb, SparseMask
+from fedq.encoding.coders.huffman import Huffman
+from fedq.encoding.coders.learned import LearnedANS, LearnedHuffman
 from fedq.encoding.coders.raw import Raw
+from fedq.encoding.coders.zero_runs import ZeroRuns
+from fedq.encoding.coders.zstandard import Zstandard
 
-__all__ = ["AdaptiveCoder", "Coder", "FixedWidth", "Raw"]
+__all__ = [
+    "ANS",
+    "AdaptiveCoder",
+    "Best",
+    "Coder",
+    "Elias",
+    "FixedWidth",
+    "Golomb",
+    "Huffman",
+    "LearnedANS",
+    "LearnedHuffman",
+    "Raw",
+    "SparseMask",
+    "ZeroRuns",
+    "Zstandard",
+]

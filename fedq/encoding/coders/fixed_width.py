@@ -30,6 +30,13 @@ class FixedWidth(Coder):
             raise ValueError(f"a symbol is not from 0 to {(spec.levels or 0) - 1}")
         if width in (8, 16):
             return np.ascontiguousarray(values, f"<u{width // 8}").view(np.uint8).data
+        if width in (1, 2, 4):
+            padded = np.zeros(self.size(spec) * (8 // width), np.uint8)
+            padded[: len(values)] = values
+            words = padded.view(f"<u{8 // width}")  # each becomes one byte: its lowest
+            for shift, _ in _folds(width):
+                words = words | words >> shift
+            return words.astype(np.uint8).data
         group, stride = _group(width)
         groups = -(-len(values) // group)
         padded = np.zeros((groups, group), np.uint8 if width < 8 else np.uint32)
@@ -46,6 +53,11 @@ class FixedWidth(Coder):
         dtype = np.uint8 if width <= 8 else np.uint32
         if width in (8, 16):
             values = np.frombuffer(data, f"<u{width // 8}").astype(dtype)
+        elif width in (1, 2, 4):
+            words = np.frombuffer(data, np.uint8).astype(f"<u{8 // width}")
+            for shift, mask in reversed(_folds(width)):
+                words = (words | words << shift) & words.dtype.type(mask)
+            values = words.view(np.uint8)
         else:
             group, stride = _group(width)
             packed = np.zeros((-(-n // group), stride), np.uint8)
@@ -56,9 +68,9 @@ class FixedWidth(Coder):
                 unpacked[:, symbol] |= bits >> shift if shift >= 0 else bits << -shift
             unpacked &= dtype((1 << width) - 1)
             values = unpacked.reshape(-1)
-            if values[n:].any():
-                raise ValueError("the unused bits of the last byte are not zero")
-            values = values[:n]
+        if values[n:].any():
+            raise ValueError("the unused bits of the last byte are not zero")
+        values = values[:n]
         if n and int(values.max()) >= (spec.levels or 0):
             raise ValueError(f"a symbol is not below {spec.levels}")
         return torch.from_numpy(values.view(np.uint8 if width <= 8 else np.int32)).to(spec.dtype).reshape(spec.shape)
@@ -68,6 +80,19 @@ def _width(spec: TensorSpec) -> int:
     if spec.levels is None or not 1 <= spec.levels <= 1 << 16:
         raise TypeError(f"FixedWidth packs symbols of 1 to 65,536 levels, not {spec.levels}")
     return max(1, (spec.levels - 1).bit_length())
+
+
+def _folds(width: int) -> list[tuple[int, int]]:
+    """Lists what packs a word of 8 / width symbols, one a byte, into its lowest byte: shifts to the right.
+
+    Each doubles the symbols that stand together, from k to 2k; with it the mask of all that stand so before.
+    """
+    word = 64 // width
+    return [
+        (k * (8 - width), sum((1 << k * width) - 1 << place for place in range(0, word, 8 * k)))
+        for k in (1, 2, 4)
+        if 2 * k * width <= 8
+    ]
 
 
 def _group(width: int) -> tuple[int, int]:

@@ -1,0 +1,192 @@
+"""What the entropy coders share: symbols ↔ tokens of a small alphabet, and tables of numbers ↔ few bytes."""
+
+import importlib
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.encoding.spec import TensorSpec
+
+MOST = 4096
+"""The most levels that are tokens themselves."""
+
+WINDOW = struct.Struct("<HH")
+"""The first token that occurs, and how many more there are up to the last."""
+
+_SPLIT = 2 * 1199 + 1  # the tokens of 32-bit integers
+_CENTRE = struct.Struct("<i")
+
+
+def kernels() -> Any:
+    """Returns the module of compiled loops."""
+    try:
+        return importlib.import_module("fedq.encoding.coders._kernels")
+    except ImportError as error:
+        raise ImportError('the entropy coders need numba: pip install "fedq[coders]"') from error
+
+
+def alphabet(spec: TensorSpec) -> int:
+    """Returns how many tokens there are for symbols of `spec`.
+
+    Up to 4,096 levels, a symbol is its token. Other integers (32 bits, signed) are taken from a centre: those up to
+    1,023 below or above it each have their own token; beyond, one token stands for an eighth of a power of two, and
+    the bits below travel as they are, which costs next to nothing where the distribution is smooth over an eighth.
+    """
+    return _direct(spec) or _SPLIT
+
+
+def edges(spec: TensorSpec) -> np.ndarray:
+    """Returns where the integers of each token begin, half-way from those before, and where the last's end (float64).
+
+    Integers are told from 0, or from the centre where there is one.
+    """
+    if direct := _direct(spec):
+        return np.arange(direct + 1) - 0.5
+    octaves = np.ldexp(np.arange(8.0, 16.0), np.arange(7, 29)[:, None]).reshape(-1)  # from 2¹⁰ to 15/8 · 2³¹
+    upper = np.concatenate((np.arange(1.0, 1025.0), octaves[1:], [2.0**32])) - 0.5
+    return np.concatenate((-upper[::-1], upper))
+
+
+def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, bytes]:
+    """Returns the centre, the tokens (uint8 up to 256, else uint16; flat) and the low bits of at least one symbol.
+
+    Raises ValueError for a symbol out of range.
+    """
+    values = symbols.reshape(-1).cpu().numpy()
+    lowest, highest = _range(spec)
+    if not lowest <= int(values.min()) <= int(values.max()) <= highest:
+        raise ValueError(f"a symbol is not from {lowest} to {highest}")
+    if direct := _direct(spec):
+        return b"", values.astype(np.uint8 if direct <= 256 else np.uint16, copy=False), b""
+    sample = np.sort(values[:: len(values) // MOST + 1])
+    centre = int(sample[len(sample) // 2])
+    tokens, low = np.empty(len(values), np.uint16), np.empty(4 * len(values) + 1, np.uint8)
+    used = kernels().split(values.astype(np.int32, copy=False), centre, tokens, low)
+    return _CENTRE.pack(centre), tokens, low[:used].tobytes()
+
+
+def take_centre(data: memoryview, spec: TensorSpec) -> tuple[int, memoryview]:
+    """Reads the centre, where there is one; returns it and the rest."""
+    if _direct(spec):
+        return 0, data
+    (centre,), data = take(_CENTRE, data)
+    return centre, data
+
+
+def take(format_: struct.Struct, data: memoryview) -> tuple[tuple[int, ...], memoryview]:
+    """Reads a fixed number of bytes; returns what they hold and the rest. Raises ValueError where they are missing."""
+    if len(data) < format_.size:
+        raise ValueError(f"{format_.size} bytes are expected, {len(data)} are left")
+    return format_.unpack_from(data), data[format_.size :]
+
+
+def histogram(tokens: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Returns how often each token occurs. Raises ValueError for a token that symbols of `spec` do not have."""
+    size = alphabet(spec)
+    counts: np.ndarray = kernels().histogram(tokens, max(256, size))
+    return counts[:size]
+
+
+def window(counts: np.ndarray) -> tuple[int, int]:
+    """Returns the first and the last token that occur."""
+    used = np.flatnonzero(counts)
+    return int(used[0]), int(used[-1])
+
+
+def take_window(data: memoryview, spec: TensorSpec) -> tuple[int, int, memoryview]:
+    """Reads the first and the last token that occur; returns the rest of `data` too."""
+    (first, more), data = take(WINDOW, data)
+    if first + more >= alphabet(spec):
+        raise ValueError(f"there are no tokens {first} to {first + more}")
+    return first, first + more, data
+
+
+def empty(spec: TensorSpec) -> np.ndarray:
+    """Returns memory for the tokens of a tensor of `spec`."""
+    return np.empty(spec.numel, np.uint8 if alphabet(spec) <= 256 else np.uint16)
+
+
+def detokenise(centre: int, tokens: np.ndarray, low: memoryview, spec: TensorSpec) -> Tensor:
+    """Inverts `tokenise`. Raises ValueError where `low` is not what belongs to the tokens."""
+    values, used = tokens, 0
+    if not _direct(spec):
+        values = np.empty(len(tokens), np.int32)
+        used = kernels().join(tokens, centre, padded(low), *_range(spec), values)
+    if used != len(low):
+        raise ValueError("the bytes behind the tokens do not fit them")
+    if values.dtype == np.uint16:
+        values = values.astype(np.int32)  # torch knows little of uint16
+    return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
+
+
+def padded(data: memoryview) -> np.ndarray:
+    """Returns the bytes with 8 zeros behind them: what a loop may read of them without a check."""
+    values = np.zeros(len(data) + 8, np.uint8)
+    values[: len(data)] = data
+    return values
+
+
+def pack_numbers(numbers: np.ndarray) -> bytes:
+    """Returns integers from 0 to 2¹⁷ in few bytes: a first one tells how, the others hold their Golomb code.
+
+    They are coded as they are, or as differences where neighbours are alike.
+    """
+    steps = np.diff(numbers, prepend=0)
+    codes, out = [], np.empty(5 * len(numbers) + 6, np.uint8)
+    for delta, values in ((0, numbers), (16, np.where(steps < 0, -2 * steps - 1, 2 * steps))):
+        for order in range(16):
+            out[0] = delta + order
+            used = kernels().golomb_encode(values, order, out[1:])
+            codes.append(out[: 1 + used].tobytes())
+    return min(codes, key=len)
+
+
+def take_numbers(data: memoryview, count: int) -> tuple[np.ndarray, memoryview]:
+    """Inverts `pack_numbers`; returns the numbers (int64, any values) and the rest of `data`."""
+    if not len(data) or data[0] >= 32:
+        raise ValueError("a table is missing")
+    values = np.empty(count, np.int64)
+    used = kernels().golomb_decode(padded(data[1 : 6 * count + 7]), data[0] % 16, values)
+    if used < 0:
+        raise ValueError("a table is damaged")
+    if data[0] >= 16:
+        values = np.cumsum(np.where(values % 2, -(values + 1) // 2, values // 2))
+    return values, data[1 + used :]
+
+
+def normalise(counts: np.ndarray, bits: int) -> np.ndarray:
+    """Returns frequencies (int64) in proportion to `counts`, none below 1, whose sum is 2^bits.
+
+    Only integers, so that both sides find the same. `counts` are 0 or more, fewer than 2^bits, not all 0, and
+    sum to less than 2⁴⁷.
+    """
+    low, room, mass = np.zeros(len(counts), bool), 1 << bits, int(counts.sum())
+    while bool((few := ~low & (counts * room < mass)).any()):
+        low |= few
+        room, mass = (1 << bits) - int(low.sum()), int(counts[~low].sum())
+    shares = np.where(low, mass, counts * room)
+    frequencies = shares // mass
+    left = (1 << bits) - int(frequencies.sum())
+    frequencies[np.argsort(-(shares % mass), kind="stable")[:left]] += 1
+    return frequencies
+
+
+def _direct(spec: TensorSpec) -> int | None:
+    """Returns the number of levels where each is a token, None where there are too many."""
+    lowest, highest = _range(spec)
+    return highest + 1 if lowest == 0 and highest < MOST else None
+
+
+def _range(spec: TensorSpec) -> tuple[int, int]:
+    """Returns the least and the greatest symbol."""
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        raise TypeError(f"an entropy coder takes integers, not {spec.dtype}")
+    if spec.levels is not None:
+        return 0, spec.levels - 1
+    if spec.dtype == torch.bool:
+        return 0, 1
+    info = torch.iinfo(spec.dtype)
+    return max(info.min, -(2**31)), min(info.max, 2**31 - 1)

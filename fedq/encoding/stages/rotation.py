@@ -1,0 +1,226 @@
+"""Random rotations: they spread a tensor's energy evenly, so that what quantises it next wastes no range."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.encoding.encoder import is_finite
+from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.sums import working_dtype
+from fedq.keys import Key
+
+_CHUNK = 1 << 18  # elements worked on at a time: the working set stays in the cache
+
+
+@dataclass(frozen=True)
+class Rotation(EncodingStage):
+    """What the rotations share: rounds of random signs and an orthonormal transform in blocks, without padding.
+
+    Takes a floating tensor of n elements; gives n numbers (n,) in float32, float64 for float64. Blocks have `block`
+    elements, fewer in a small tensor. Where they do not fill it, one more overlaps the last of them, with fresh
+    signs: each step is orthogonal, hence the whole. The inverse is exact but for rounding, an error of a few
+    eps · ‖x‖₂. Refuses an x whose norm is beyond the dtype that it gives.
+
+    block: the most elements in a block. repeats: rounds; between two, each block is dealt out to all others, so that
+    a value spreads over block^repeats elements. shared: the same rotation for all clients of a round: they may be
+    summed before the inverse. Otherwise each has its own: what a biased quantiser does to one is independent of what
+    it does to the others, and averages out.
+    """
+
+    block: int | None = None
+    repeats: int = 1
+    shared: bool = True
+
+    unbiased = True
+
+    def __post_init__(self) -> None:
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"block must be 1 or more elements, not {self.block}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be 1 or more, not {self.repeats}")
+
+    @property
+    def commutes_with_sum(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+        """True where all clients rotate alike."""
+        return self.shared
+
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """None."""
+        working_dtype(self, spec)
+        return {}
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """As many numbers, in a row."""
+        return TensorSpec((spec.numel,), working_dtype(self, spec))
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        """As EncodingStage.encode."""
+        y, size = x.reshape(-1).to(working_dtype(self, TensorSpec.of(x)), copy=True), self._size(x.numel())
+        full = len(y) - len(y) % size  # what whole blocks fill
+        for i in range(self.repeats):
+            if i:
+                y[:full] = y[:full].view(-1, size).t().reshape(-1)
+            signs = self._signs(len(y), i, key, y.device)
+            for start, stop, sign in _windows(len(y), size):
+                self._rotate(y[start:stop].mul_(signs[sign : sign + stop - start]).view(-1, size))
+        return finite(y), {}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        size = self._size(spec.numel)
+        full = len(y) - len(y) % size
+
+        def inverse(y: Tensor) -> Tensor:
+            x = y.clone()
+            for i in reversed(range(self.repeats)):
+                signs = self._signs(len(x), i, key, x.device)
+                for start, stop, sign in reversed(_windows(len(x), size)):
+                    self._rotate_back(x[start:stop].view(-1, size))
+                    x[start:stop].mul_(signs[sign : sign + stop - start])
+                if i:
+                    x[:full] = x[:full].view(size, -1).t().reshape(-1)
+            return x
+
+        return decoded(inverse, y, spec)
+
+    def _signs(self, n: int, i: int, key: Key, device: torch.device) -> Tensor:
+        """Returns the signs of all the blocks of round i."""
+        size = self._size(n)
+        return random_signs(-(-n // size) * size, (key.shared() if self.shared else key).fold(str(i)), device)
+
+    @abstractmethod
+    def _size(self, n: int) -> int:
+        """Returns the elements in a block of a tensor of n, at least 1."""
+
+    @abstractmethod
+    def _rotate(self, rows: Tensor) -> None:
+        """Transforms each row, in place."""
+
+    @abstractmethod
+    def _rotate_back(self, rows: Tensor) -> None:
+        """The inverse of _rotate."""
+
+
+@dataclass(frozen=True)
+class HadamardRotation(Rotation):
+    """The randomised Hadamard transform, in blocks of a power of two (Konečný 2016, §4; Suresh 2017, §3).
+
+    A value v alone in a block of B becomes ±v/√B throughout, and whatever the block, each element is then nearly
+    Gaussian, of variance ‖block‖²/B. With energy spread over blocks alike, uniform quantisation to k levels behind it
+    has a squared error of at most ‖x‖² · (2·ln n + 2) / (k − 1)², where without it that is up to ‖x‖² · n / (k − 1)².
+    What it takes, gives and is told: see Rotation.
+    """
+
+    block: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block & (self.block - 1):
+            raise ValueError(f"block must be a power of two, not {self.block}")
+
+    def _size(self, n: int) -> int:
+        return min(self.block, 1 << max(n.bit_length() - 1, 0))
+
+    def _rotate(self, rows: Tensor) -> None:
+        hadamard_(rows)
+
+    def _rotate_back(self, rows: Tensor) -> None:
+        hadamard_(rows)
+
+
+@dataclass(frozen=True)
+class CosineRotation(Rotation):
+    """Random signs, then the orthonormal discrete cosine transform DCT-II, in blocks of any length.
+
+    A value v alone in a block of B becomes at most v·√(2/B) anywhere. Computed by a Fourier transform of the same
+    length (Makhoul 1980), numpy's: it gives the same bits on any number of threads, torch's does not. What it takes,
+    gives and is told: see Rotation; with block None the whole tensor is one block, which takes several times as long.
+    """
+
+    block: int | None = 4096
+
+    def _size(self, n: int) -> int:
+        return max(1, min(self.block or n, n))
+
+    def _rotate(self, rows: Tensor) -> None:
+        n = rows.shape[1]
+        # scaled at once: whatever follows stays within about the norm of the row
+        v = torch.cat((rows[:, ::2], rows[:, 1::2].flip(1)), 1).mul_(math.sqrt(2 / n))
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever calls looks for infinity
+            f = torch.view_as_real(torch.from_numpy(np.fft.rfft(v.cpu().numpy()))).to(rows)
+        cos, sin = _quarter_wave(rows)
+        rows[:, : n // 2 + 1] = f[..., 0] * cos + f[..., 1] * sin
+        rows[:, n // 2 + 1 :] = (f[..., 0] * sin - f[..., 1] * cos)[:, 1 : (n + 1) // 2].flip(1)
+        rows[:, 0] *= math.sqrt(0.5)
+
+    def _rotate_back(self, rows: Tensor) -> None:
+        n = rows.shape[1]
+        rows.mul_(math.sqrt(0.5 / n))[:, 0] *= math.sqrt(2)
+        low, high = rows[:, : n // 2 + 1], torch.zeros_like(rows[:, : n // 2 + 1])
+        high[:, 1:] = rows[:, (n + 1) // 2 :].flip(1)
+        cos, sin = _quarter_wave(rows)
+        f = torch.complex(low * cos + high * sin, low * sin - high * cos)
+        with np.errstate(over="ignore", invalid="ignore"):
+            v = torch.from_numpy(np.fft.irfft(f.cpu().numpy(), n, norm="forward")).to(rows)
+        rows[:, ::2] = v[:, : (n + 1) // 2]
+        rows[:, 1::2] = v[:, (n + 1) // 2 :].flip(1)
+
+
+def hadamard_(rows: Tensor) -> None:
+    """Transforms each row, of a power of two, by the orthonormal Hadamard matrix, its own inverse; in place."""
+    bits = rows.shape[1].bit_length() - 1
+    # the matrix is a Kronecker product of two small ones
+    left, right = (_hadamard_matrix(k).to(rows) for k in (bits // 2, bits - bits // 2))
+    blocks = rows.view(-1, len(left), len(right))
+    torch.matmul(left, (rows.view(-1, len(right)) @ right).view_as(blocks), out=blocks)
+
+
+def _hadamard_matrix(bits: int) -> Tensor:
+    """Returns the orthonormal Hadamard matrix of 2^bits rows, in Sylvester's order."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(bits):
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return h / math.sqrt(len(h))
+
+
+def _quarter_wave(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the cosine and the sine of πk / 2n for k = 0 … ⌊n/2⌋, where n is the length of a row."""
+    angle = torch.arange(rows.shape[1] // 2 + 1, dtype=torch.float64) * (math.pi / (2 * rows.shape[1]))
+    return angle.cos().to(rows), angle.sin().to(rows)
+
+
+def random_signs(n: int, key: Key, device: torch.device) -> Tensor:
+    """Returns n signs of 1 and −1 (int8, shape (n,)): one bit of the key's stream each, least significant first."""
+    bits = np.unpackbits(key.bits(-(-n // 8), 8), count=n, bitorder="little").view(np.int8)
+    return torch.from_numpy(1 - 2 * bits).to(device)
+
+
+def finite(y: Tensor) -> Tensor:
+    """Returns `y`. Raises ValueError where it overflowed."""
+    if not is_finite(y):
+        raise ValueError(f"its norm is beyond {y.dtype}")
+    return y
+
+
+def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) -> Tensor:
+    """Returns the tensor of `spec` that a linear `inverse` makes of `y`, cut off at the dtype's limits.
+
+    Quantised, or by an enemy's hand, `y` may be larger than what any tensor of `spec` gives.
+    """
+    x, limit = inverse(y), torch.finfo(spec.dtype).max
+    if not is_finite(x):
+        x = inverse(y * 2**-40).clamp_(-limit * 2**-40, limit * 2**-40).mul_(2.0**40)
+    return x.clamp_(-limit, limit).to(spec.dtype).view(spec.shape)
+
+
+def _windows(n: int, size: int) -> list[tuple[int, int, int]]:
+    """Lists (start, stop, the place of the first sign) of the rows of blocks to transform at a time, in order."""
+    full, step = n - n % size, max(1, _CHUNK // size) * size
+    windows = [(start, min(start + step, full), start) for start in range(0, full, step)]
+    return windows + [(n - size, n, full)] * (n > full)

@@ -1,0 +1,83 @@
+"""One bit an element."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.levels import look_up
+from fedq.encoding.stages.sums import check_scale, largest_magnitude, sums, working_dtype
+from fedq.keys import Key
+
+
+@dataclass(frozen=True)
+class ScaledSign(EncodingStage):
+    """Keeps the signs, and the mean magnitude of all elements (EF-signSGD, Karimireddy 2019).
+
+    Takes a floating tensor of any shape; gives symbols 0 (negative) and 1 (zero or positive) of the same shape, and
+    ‖x‖₁ / n as a side value. No other magnitude is nearer to x: the squared error is ‖x‖² − ‖x‖₁² / n, which is
+    1 − 2/π of ‖x‖² for a normal tensor. Biased.
+    """
+
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """The mean magnitude: float64 for a float64 tensor, else float32."""
+        return {"scale": TensorSpec((), working_dtype(self, spec))}
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """Symbols of the same shape."""
+        check_scale(side["scale"], spec)
+        return TensorSpec.symbols(spec.shape, 2)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        """As EncodingStage.encode."""
+        # in units of the largest, so that the sum of a float64 tensor does not overflow
+        unit = largest_magnitude(x)
+        (total,) = sums(x, lambda part: part.div(unit).abs_()) if unit else (0.0,)
+        scale = torch.tensor(unit * (total / max(x.numel(), 1)), dtype=working_dtype(self, TensorSpec.of(x)))
+        return _signs(x), {"scale": scale}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        return look_up(y, torch.stack((-side["scale"], side["scale"])), spec)
+
+
+@dataclass(frozen=True)
+class OneBitTwoMeans(EncodingStage):
+    """Keeps the signs, the mean of the negative elements and that of the others (1-bit SGD, Seide 2014).
+
+    Takes a floating tensor of any shape; gives symbols 0 (negative) and 1 (zero or positive) of the same shape, and
+    the two means as side values, for the whole tensor where the paper has them for each column. The sum over the
+    tensor is kept; the squared error is at most that of ScaledSign. Biased.
+    """
+
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """The magnitudes of the two means, 0 of no elements: float64 for a float64 tensor, else float32."""
+        mean = TensorSpec((), working_dtype(self, spec))
+        return {"negative": mean, "positive": mean}
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """Symbols of the same shape."""
+        check_scale(side["negative"], spec)
+        check_scale(side["positive"], spec)
+        return TensorSpec.symbols(spec.shape, 2)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        """As EncodingStage.encode."""
+        symbols, unit, dtype = _signs(x), largest_magnitude(x) or 1.0, working_dtype(self, TensorSpec.of(x))
+        positives = int(symbols.sum())
+        totals = sums(x, lambda part: part.div(-unit).clamp_(min=0), lambda part: part.div(unit).clamp_(min=0))
+        means = [
+            unit * (total / max(n, 1)) for total, n in zip(totals, (x.numel() - positives, positives), strict=True)
+        ]
+        negative, positive = torch.tensor(means, dtype=dtype)
+        return symbols, {"negative": negative, "positive": positive}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        return look_up(y, torch.stack((-side["negative"], side["positive"])), spec)
+
+
+def _signs(x: Tensor) -> Tensor:
+    return (x.contiguous() >= 0).view(torch.uint8)

@@ -1,0 +1,187 @@
+"""Sparsification: only some elements travel."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.encoding.coders import Coder, SparseMask
+from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.sums import largest_magnitude, sums, working_dtype
+from fedq.keys import Key
+
+
+@dataclass(frozen=True)
+class RandomMask(EncodingStage):
+    """Keeps elements that the key chooses, so that it costs no bytes to tell which (Konečný 2016, §4).
+
+    Takes a floating tensor of any shape; gives the k = fraction · n kept elements, rounded and at least one (shape
+    (k,), same dtype, in order). The n elements fall into k cells of neighbours, whose sizes differ by at most one, and
+    of each cell one element is kept. With `scale` it comes back times the size s of its cell, the others as 0:
+    unbiased, and of squared error Σ (s − 1)·x², about (n/k − 1)·‖x‖², as that of any unbiased random mask. What would
+    be beyond the dtype comes back as its largest value. Without `scale` kept elements come back as they are.
+
+    fraction: above 0, at most 1. shared: all clients of a round keep the same elements, so that their sum can be
+    decoded at once; the error of their mean is that of one.
+    """
+
+    fraction: float = 0.1
+    shared: bool = False
+    scale: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction)
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+        """True with `scale`."""
+        return self.scale
+
+    @property
+    def commutes_with_sum(self) -> bool:  # type: ignore[override]
+        """True where `shared`."""
+        return self.shared
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """The kept elements."""
+        working_dtype(self, spec)
+        return TensorSpec((_kept(self.fraction, spec.numel),), spec.dtype)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        """As EncodingStage.encode."""
+        places, _ = self._cells(x.numel(), key)
+        return x.reshape(-1)[places.to(x.device)], {}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        places, sizes = self._cells(spec.numel, key)
+        if self.scale:
+            limit = torch.finfo(spec.dtype).max
+            y = (y.to(working_dtype(self, spec)) * sizes.to(y.device)).clamp_(-limit, limit).to(spec.dtype)
+        return _scattered(places, y, spec)
+
+    def _cells(self, n: int, key: Key) -> tuple[Tensor, Tensor]:
+        """Returns of each cell the place of the element that is kept, and the number of elements."""
+        k = _kept(self.fraction, n)
+        size, larger = divmod(n, max(k, 1))  # so many cells have one more
+        sizes = np.full(k, size)
+        sizes[:larger] += 1
+        draws = (key.shared() if self.shared else key).bits(k, 32).astype(np.int64)
+        draws *= sizes
+        draws >>= 32
+        draws[1:] += np.cumsum(sizes[:-1])
+        return torch.from_numpy(draws), torch.from_numpy(sizes)
+
+
+class _Masked(EncodingStage):
+    """A stage that sends a mask of what it keeps beside the kept elements (in order, same dtype)."""
+
+    @abstractmethod
+    def _mask(self, x: Tensor) -> np.ndarray:
+        """Returns which elements of x, a vector, are kept (bool)."""
+
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """The mask: 1 where an element is kept."""
+        working_dtype(self, spec)
+        return {"mask": TensorSpec.symbols((spec.numel,), 2)}
+
+    def side_coder(self, name: str) -> Coder:
+        """The gaps in the mask."""
+        return SparseMask()
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """The kept elements: as many as the mask has ones."""
+        return TensorSpec((int(np.count_nonzero(side["mask"].numpy())),), spec.dtype)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        """As EncodingStage.encode."""
+        flat = x.reshape(-1)
+        mask = self._mask(flat)
+        places = torch.from_numpy(np.flatnonzero(mask))
+        return flat[places.to(x.device)], {"mask": torch.from_numpy(mask.view(np.uint8))}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        return _scattered(torch.from_numpy(np.flatnonzero(side["mask"].numpy().view(np.bool_))), y, spec)
+
+
+@dataclass(frozen=True)
+class TopK(_Masked):
+    """Keeps the elements of largest magnitude (Aji and Heafield 2017); the others come back as 0.
+
+    Takes a floating tensor of any shape; gives the k = fraction · n largest, rounded and at least one (shape (k,), same
+    dtype, in order), and a mask as a side value. Of equal magnitudes the first in order are kept. No other k elements
+    leave a smaller squared error: the sum of the others' squares. Biased: use it with error feedback.
+
+    fraction: above 0, at most 1.
+    """
+
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction)
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """The kept elements."""
+        kept, k = super().encoded_spec(spec, side), _kept(self.fraction, spec.numel)
+        if kept.numel != k:
+            raise ValueError(f"the mask keeps {kept.numel} elements, not {k}")
+        return kept
+
+    def _mask(self, x: Tensor) -> np.ndarray:
+        n, k = x.numel(), _kept(self.fraction, x.numel())
+        magnitudes = x.to(working_dtype(self, TensorSpec.of(x))).abs().cpu().numpy()
+        # the bits of floats from 0 are in the floats' order, and faster to sort
+        ranks = magnitudes.view(np.int32 if magnitudes.itemsize == 4 else np.int64)
+        if k == n:
+            return np.ones(n, np.bool_)
+        least = np.partition(ranks, n - k)[n - k]
+        mask: np.ndarray = ranks > least
+        mask[np.flatnonzero(ranks == least)[: k - int(np.count_nonzero(mask))]] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Threshold(_Masked):
+    """Keeps the elements whose magnitude is above a threshold (Strom 2015); the others come back as 0.
+
+    Takes a floating tensor of any shape; gives the kept elements (shape (k,) with k from 0 to n, same dtype, in order)
+    and a mask as a side value. No error is above the threshold. Biased: use it with error feedback.
+
+    threshold: from 0. relative: in units of the tensor's root mean square.
+    """
+
+    threshold: float = 1.0
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(f"threshold must be a finite number from 0, not {self.threshold}")
+
+    def _mask(self, x: Tensor) -> np.ndarray:
+        threshold, unit = self.threshold, largest_magnitude(x)
+        if self.relative and unit:
+            (total,) = sums(x, lambda part: part.div(unit).square_())  # in units of the largest: no overflow
+            threshold *= unit * math.sqrt(total / x.numel())
+        magnitudes = x.to(working_dtype(self, TensorSpec.of(x))).abs().cpu().numpy()
+        mask: np.ndarray = magnitudes > min(threshold, float(np.finfo(magnitudes.dtype).max))
+        return mask
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
+
+
+def _kept(fraction: float, n: int) -> int:
+    return min(n, max(1, round(fraction * n)))
+
+
+def _scattered(places: Tensor, values: Tensor, spec: TensorSpec) -> Tensor:
+    """Returns the tensor of `spec` with `values` at `places` and 0 elsewhere."""
+    flat = torch.zeros(spec.numel, dtype=values.dtype, device=values.device)
+    return flat.scatter_(0, places.to(values.device), values).reshape(spec.shape)

@@ -1,0 +1,122 @@
+"""Quantisation with a fixed step and no bound: for an entropy coder."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.sums import CHUNK, largest_magnitude, sums, working_dtype
+from fedq.encoding.stages.uniform import noise
+from fedq.keys import Key
+
+_MOST = 1 << 30  # steps from 0; twice that fits int32, so that a sum of two does
+
+
+@dataclass(frozen=True)
+class StepQuantization(EncodingStage):
+    """Rounds to multiples of a step, however many that makes: an entropy coder gives them the bits they deserve.
+
+    Takes a floating tensor of any shape; gives integers of any sign (int32 of the same shape, no levels). `step` is
+    absolute, or with `relative` in units of the tensor's root mean square; then the product is a side value.
+
+    rounding: "nearest"; "stochastic" or "dithered" as in UniformQuantization: unbiased, squared error up to step²/4
+        and always step²/12.
+    dead_zone: with "nearest", magnitudes below dead_zone · step become 0, those below (dead_zone + 1) · step become
+        1, and so on: ½ is plain rounding, more makes more zeros. Above 0, up to 1.
+    centroids: with "nearest", the decoder moves all but the zeros by what their magnitudes are larger on average, a
+        side value: on a source whose density falls, towards 0.
+
+    On a normal source the squared error and the entropy of the symbols are, with centroids and the best step, within
+    1 % of the best scalar quantiser (Farvardin & Modestino 1984): 0.348 of the variance at 1 bit, 0.0897 at 2, 0.0223
+    at 3. The best dead zone is ½ there, which relative steps of 2.5, 1.07 and 0.519 give; for heavier tails it is
+    larger. Raises ValueError for magnitudes of more than 2^30 steps.
+    """
+
+    step: float
+    relative: bool = True
+    rounding: Literal["nearest", "stochastic", "dithered"] = "nearest"
+    dead_zone: float = 0.5
+    centroids: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1e-37 <= self.step < math.inf:
+            raise ValueError(f"step must be from 1e-37 and finite, not {self.step}")
+        if self.rounding not in ("nearest", "stochastic", "dithered"):
+            raise ValueError(f"rounding must be nearest, stochastic or dithered, not {self.rounding!r}")
+        if not 0 < self.dead_zone <= 1:
+            raise ValueError(f"dead_zone must be above 0 and at most 1, not {self.dead_zone}")
+        if self.rounding != "nearest" and (self.dead_zone != 0.5 or self.centroids):
+            raise ValueError(f"rounding must be nearest for dead_zone and centroids, not {self.rounding}")
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+        """True unless it is rounded to nearest."""
+        return self.rounding != "nearest"
+
+    @property
+    def commutes_with_sum(self) -> bool:  # type: ignore[override]
+        """True where decoding is to multiply by a step that all share."""
+        return not (self.relative or self.centroids or self.rounding == "dithered")
+
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """The step, if relative, and the centroids' shift in steps, in float64 for a float64 tensor, else float32."""
+        value = TensorSpec((), working_dtype(self, spec))
+        return {name: value for name, given in (("step", self.relative), ("shift", self.centroids)) if given}
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """Integers of the same shape."""
+        if self.relative and not float(side["step"]) > 0:
+            raise ValueError(f"the step is {float(side['step'])}")
+        if self.centroids and not -1 <= float(side["shift"]) <= 1:
+            raise ValueError(f"the centroids are shifted by {float(side['shift'])} steps")
+        return TensorSpec(spec.shape, torch.int32)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        """As EncodingStage.encode."""
+        work, peak, side = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x), {}
+        step = self.step
+        if self.relative:
+            rms = peak * math.sqrt(sums(x, lambda v: (v / peak).square())[0] / x.numel()) if peak else 0.0
+            info = torch.finfo(work)
+            step = min(max(self.step * rms, info.smallest_normal * info.eps), info.max)
+            side["step"] = torch.tensor(step, dtype=work)
+            step = float(side["step"])
+        if peak > _MOST * step:
+            raise ValueError(f"{peak} is more than 2^30 steps of {step}")
+        symbols = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+        random = key.bit_generator()
+        for part, out in zip(torch.split(x.reshape(-1), CHUNK), torch.split(symbols.view(-1), CHUNK), strict=True):
+            scaled = part.to(work) / step
+            if self.rounding == "nearest":
+                # the cast cuts the fraction off, towards 0
+                out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
+            else:
+                out.copy_(scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17).floor_())
+        if self.centroids:
+            (excess,) = sums(x, lambda v: self._excess(v.abs() / step))
+            side["shift"] = torch.tensor(excess / max(1, int(symbols.count_nonzero())), dtype=work).clamp(-1, 1)
+        return symbols, side
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
+        step = float(side["step"]) if self.relative else self.step
+        decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
+        random = key.bit_generator()
+        for part, out in zip(torch.split(y.reshape(-1), CHUNK), torch.split(decoded.view(-1), CHUNK), strict=True):
+            value = part.to(work)
+            if self.centroids:
+                value.add_(part.sign(), alpha=float(side["shift"]))
+            elif self.rounding == "dithered":
+                value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
+            out.copy_(value.mul_(step).clamp_(-largest, largest))
+        return decoded
+
+    def _excess(self, steps: Tensor) -> Tensor:
+        """Returns by how much a magnitude in steps is more than its symbol; 0 for the symbol 0."""
+        symbol = (steps + (1 - self.dead_zone)).floor_()
+        return torch.where(symbol > 0, steps - symbol, 0)

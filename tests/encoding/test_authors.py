@@ -1,0 +1,332 @@
+"""What an author of a stage gets wrong is told early and plainly; more of it in test_adaptive and test_battery."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from toys import PlusOneOverN, Statistics
+
+from fedq.encoding import (
+    AdaptiveEncodingStage,
+    EncodeError,
+    Encoder,
+    EncodingStage,
+    FixedWidth,
+    Key,
+    Raw,
+    StateDictEncoder,
+    StateUpdate,
+    TensorSpec,
+    schema_of,
+    testing,
+)
+from fedq.encoding.state_dict import flatten, unflatten
+from fedq.encoding.testing import KEY, check_stage, wave
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Identity(EncodingStage):
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        return x.clone(), {}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        return y.clone()
+
+
+@dataclass(frozen=True)
+class Adapts(AdaptiveEncodingStage):
+    """Sends x exact, tells the clients the largest of all sums that they have reported."""
+
+    lossless = True
+
+    def initial_state(self, spec: TensorSpec) -> Tensors:
+        return {"largest": torch.tensor(0.0)}
+
+    def params(self, state: Tensors) -> Tensors:
+        return state
+
+    def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
+        return {"sum": StateUpdate(TensorSpec((), torch.float32), "max")}
+
+    def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
+        return {"largest": torch.maximum(state["largest"], aggregated["sum"])}
+
+    def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+        return x.clone(), {}, {"sum": x.clamp(-1, 1).float().abs().sum()}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key, params: Tensors) -> Tensor:
+        return y.clone()
+
+
+@dataclass(frozen=True)
+class Norm(Identity):
+    """Refuses what it cannot square, as a stage may."""
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        if not float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()) < torch.inf:
+            raise ValueError("the sum of squares overflows")
+        return x.clone(), {}
+
+
+def test_what_is_right_passes() -> None:
+    check_stage(Norm(), lambda x: 0)
+    check_stage(Identity(), lambda x: 0)
+    check_stage(Adapts(), lambda x: 0)
+    check_stage(PlusOneOverN())
+
+
+# ------------------------------------------------------------------------------------- told where it happens
+
+
+def sends(stage: EncodingStage | AdaptiveEncodingStage, x: Tensor) -> Tensor:
+    chain, schema = StateDictEncoder(rules={"x": Encoder([stage])}), schema_of({"x": x})
+    params = chain.params(schema, chain.initial_state(schema))
+    return chain.decode(chain.encode({"x": x}, KEY, params)[0], KEY, schema, params)[0]["x"]
+
+
+ENCODED: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "too long": (lambda x: (torch.cat((x, x)), {}), r"'encoded' with shape \(8,\) and dtype .*, but shape \(4,\)"),
+    "another dtype": (lambda x: (x.half(), {}), "'encoded' .* torch.float16, but .* torch.float32"),
+    "no tensor": (lambda x: (x.numpy().copy(), {}), "'encoded' as a ndarray, not as a tensor"),
+    "no side values": (lambda x: x.clone(), "must return the encoded tensor, side values$"),
+    "updates as well": (lambda x: (x.clone(), {}, {}), "must return the encoded tensor, side values$"),
+}
+
+
+@pytest.mark.parametrize("fault", ENCODED)
+def test_encode(fault: str) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Identity):
+        def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+            return ENCODED[fault][0](x)  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=f"^Wrong.encode {'gives ' if 'must' not in ENCODED[fault][1] else ''}") as told:
+        sends(Wrong(), wave(4))
+    assert told.match(ENCODED[fault][1])
+
+
+def test_encode_of_an_adaptive_stage_without_reports() -> None:
+    @dataclass(frozen=True)
+    class Wrong(PlusOneOverN):
+        def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+            return super().encode(x, key, params)[:2]  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=r"Wrong.encode must return the encoded tensor, side values, state updates$"):
+        sends(Wrong(), wave(4))
+
+
+@pytest.mark.parametrize("value", [1.0, np.float32(1), None])
+def test_a_side_value_that_is_no_tensor(value: object) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Identity):
+        def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+            return {"scale": TensorSpec((), torch.float32)}
+
+        def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+            return x.clone(), {"scale": value}  # type: ignore[dict-item]
+
+    with pytest.raises(TypeError, match=f"Wrong.encode gives 'scale' as a {type(value).__name__}, not as a tensor"):
+        sends(Wrong(), wave(4))
+
+
+DECODED: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "another shape": (lambda y: y.reshape(1, -1), r"with shape \(1, 4\) .* but shape \(4,\)"),
+    "another dtype": (lambda y: y.double(), ".* torch.float64, but .* torch.float32"),
+    "a tuple": (lambda y: (y, {}), "as a tuple, not as a tensor"),
+}
+
+
+@pytest.mark.parametrize("fault", DECODED)
+def test_decode(fault: str) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Identity):
+        def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+            return DECODED[fault][0](y)  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=f"Wrong.decode gives 'decoded' {DECODED[fault][1]}"):
+        sends(Wrong(), wave(4))
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1.0, 2.0]), np.zeros(2), {1, 2}, len])
+def test_an_argument_that_no_schema_can_hold(value: object) -> None:
+    @dataclass(frozen=True)
+    class Table(Identity):
+        values: object
+
+    @dataclass(frozen=True)
+    class Twice(Identity):
+        inner: EncodingStage = field(default_factory=Identity)
+
+    for part, name in ((Table(value), "Table.values"), (Twice(Table(value)), "Twice.inner: Table.values")):
+        with pytest.raises(TypeError, match=f"^{name}: arguments must be plain values, stages or coders, not "):
+            Encoder([part])
+    assert Encoder([Table((1, 2.5, "a", None))]) == Encoder([Table((1, 2.5, "a", None))])
+
+
+def test_values_that_a_stage_makes_infinite() -> None:
+    @dataclass(frozen=True)
+    class Squares(Identity):
+        def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+            return x.square(), {}
+
+    with pytest.raises(EncodeError, match="'x' cannot be encoded: Squares makes encoded NaN or infinite"):
+        sends(Squares(), torch.tensor([1e30, 1.0]))
+
+
+def test_an_aggregation_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"aggregation must be one of \('sum', 'min', 'max', 'stack'\), not 'mean'"):
+        StateUpdate(TensorSpec((), torch.float32), "mean")  # type: ignore[arg-type]
+
+
+def test_a_stage_that_reports_and_needs_nothing() -> None:
+    # its params are empty, and so not among what a broadcast attaches
+    @dataclass(frozen=True)
+    class Reports(Adapts):
+        def params(self, state: Tensors) -> Tensors:
+            return {}
+
+    check_stage(Reports(), lambda x: 0)
+    chain, tensors = StateDictEncoder(rules={"x": Encoder([Reports()])}), {"x": wave(3)}
+    schema = schema_of(tensors)
+    params = unflatten(flatten(chain.params(schema, chain.initial_state(schema))))
+    message, _ = chain.encode(tensors, KEY, params, report=True)
+    back, reports = chain.decode(message, KEY, schema, params, chain.update_spec(schema))
+    assert torch.equal(back["x"], wave(3))
+    assert list(reports) == ["x/0/sum"]
+
+
+# ------------------------------------------------------------------------------------ found by the battery
+
+STASH: dict[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Stashes(Identity):
+    """Sends zeros; what is decoded was left in the same process."""
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        STASH["x"] = x.clone()
+        return torch.zeros_like(x), {}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        return STASH["x"].clone() if STASH["x"].shape == spec.shape else y.clone()
+
+
+@dataclass(frozen=True)
+class Matrices(Identity):
+    """Does nothing to vectors; `encoded` to matrices, with a number that is uniform in [0, 1)."""
+
+    unbiased: bool = field(default=True, init=False)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        if x.dim() == 2:
+            return x + torch.from_numpy(key.bits(x.numel(), 16) / 2**16).to(x.dtype).reshape(x.shape), {}
+        return x.clone(), {}
+
+
+@dataclass(frozen=True)
+class LargeSums(Identity):
+    commutes_with_sum = True
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        return (y if y.numel() < 1000 else y.clamp(-2, 2)).clone()
+
+
+@dataclass(frozen=True)
+class Looks(Identity):
+    """Symbols that its decode looks up; the last is beyond its table, which a sender never makes."""
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        return TensorSpec.symbols(spec.shape, 4)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
+        return x.sign().add(1).to(torch.uint8), {}
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        return torch.tensor([-1.0, 0.0, 1.0], dtype=spec.dtype)[y.long()]
+
+
+FOUND: dict[type[EncodingStage], tuple[Callable, type[Exception], str]] = {
+    Stashes: (testing.check_same_key, AssertionError, "something reaches decode beside the message"),
+    Matrices: (testing.check_unbiased, AssertionError, "claims to be unbiased"),
+    LargeSums: (testing.check_commutes_with_sum, AssertionError, "does not commute"),
+    Looks: (testing.check_damage, IndexError, "out of bounds"),
+}
+
+
+@pytest.mark.parametrize("liar", FOUND, ids=lambda liar: liar.__name__)
+def test_the_battery_finds(liar: type[EncodingStage]) -> None:
+    check, error, text = FOUND[liar]
+    assert check in testing.CHECKS
+    with pytest.raises(error, match=text):
+        check(Encoder([liar()], FixedWidth() if liar is Looks else Raw()), None)
+
+
+def adaptive_fault(fault: str) -> AdaptiveEncodingStage:
+    @dataclass(frozen=True)
+    class Wrong(Adapts):
+        commutes_with_sum = fault == "commutes"
+
+        def initial_state(self, spec: TensorSpec) -> Tensors:
+            return {"largest": 0.0} if fault == "no tensor" else super().initial_state(spec)  # type: ignore[dict-item]
+
+        def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
+            return {"sum": StateUpdate(TensorSpec((), torch.float32), "stack" if fault == "stack" else "max")}
+
+        def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
+            if fault == "writes to the state":
+                state["largest"].add_(1)
+            if fault == "random":
+                return {"largest": torch.rand(())}
+            if fault == "other params":
+                return {**super().update_state(state, aggregated), "more": torch.zeros(())}
+            return super().update_state(state, aggregated)
+
+        def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
+            y, side, update = super().encode(x, key, params)
+            if fault == "writes to params":
+                params["largest"].add_(1)
+            return (y + 0.1 * params["largest"] if fault == "later" else y), side, update
+
+    return Wrong()
+
+
+ADAPTIVE = {
+    "no tensor": "the state's 'largest' is not a tensor, but 0.0",
+    "stack": "params change",  # forgets that it gets a row for each client
+    "writes to the state": "update_state writes to the state",
+    "random": "another state the second time",
+    "other params": "params change",
+    "writes to params": "writes to params",
+    "later": "once it has learnt",
+}
+
+
+@pytest.mark.parametrize("fault", ADAPTIVE)
+def test_the_battery_finds_in_an_adaptive_stage(fault: str) -> None:
+    assert testing.check_state in testing.CHECKS
+    with pytest.raises(AssertionError, match=ADAPTIVE[fault]):
+        testing.check_state(Encoder([adaptive_fault(fault)]), None)
+
+
+def test_an_adaptive_stage_cannot_commute_with_the_sum() -> None:
+    with pytest.raises(AssertionError, match="has params"):
+        testing.check_commutes_with_sum(Encoder([adaptive_fault("commutes")]), None)
+
+
+def test_the_largest_error_is_asked_of_every_round() -> None:
+    @dataclass(frozen=True)
+    class Drifts(PlusOneOverN):
+        def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key, params: Tensors) -> Tensor:
+            return y - 1  # the first round's
+
+    testing.check_round_trip(Encoder([Drifts()]), None)
+    with pytest.raises(AssertionError, match="once it has learnt"):
+        testing.check_state(Encoder([Drifts()]), lambda x: 1e-3)
+    testing.check_state(Encoder([PlusOneOverN()]), lambda x: 1e-3)
+    testing.check_state(Encoder([Statistics()]), lambda x: 0)
