@@ -1,6 +1,6 @@
 """What a client does: local training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fedq.data import Examples
 from fedq.keys import Key
+
+Projection = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From the gradients of a model's parameters to what a client can send of them."""
 
 
 class TrainingMetrics(NamedTuple):
@@ -26,7 +29,8 @@ class LocalTraining:
 
     Each epoch goes once over the client's examples in an order of its own; the last batch may be smaller. `lr` and
     `momentum` are torch.optim.SGD's; `proximal` is μ, which pulls towards the weights received. Of a client with more
-    than `max_examples` a random choice of so many is used each round.
+    than `max_examples` a random choice of so many is used each round. `structured` keeps every step within what the
+    client's upload can send, so that nothing of its update is lost (Konečný 2016, §2).
     """
 
     lr: float
@@ -35,6 +39,7 @@ class LocalTraining:
     momentum: float = 0.0
     proximal: float = 0.0
     max_examples: int | None = None
+    structured: bool = False
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -48,8 +53,18 @@ class LocalTraining:
         if not self.proximal >= 0:
             raise ValueError(f"proximal must be 0 or more, not {self.proximal}")
 
-    def train(self, model: nn.Module, weights: Mapping[str, Tensor], examples: Examples, key: Key) -> TrainingMetrics:
-        """Sets `model` to `weights` and trains it in place on `examples`, on the model's device."""
+    def train(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        examples: Examples,
+        key: Key,
+        project: Projection | None = None,
+    ) -> TrainingMetrics:
+        """Sets `model` to `weights` and trains it in place on `examples`, on the model's device.
+
+        With `project`, a projection on a linear subspace, each step takes the projected gradient.
+        """
         model.load_state_dict(weights)
         model.train()
         parameters = dict(model.named_parameters())
@@ -66,6 +81,10 @@ class LocalTraining:
                 logits = model(batch_x)
                 loss = F.cross_entropy(logits, batch_y)
                 torch.autograd.backward(loss)
+                if project is not None:
+                    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+                    for name, projected in project(gradients).items():
+                        gradients[name].copy_(projected)
                 if self.proximal:
                     for name, parameter in parameters.items():
                         if parameter.grad is not None:

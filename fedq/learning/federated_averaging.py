@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -76,7 +77,8 @@ class FederatedAveraging:
     state = process.initialize()
     state, metrics = process.next(state, clients)
 
-    model: builds the network, as a class or a `functools.partial` of one. client: local training. server: builds the
+    model: builds the network, as a class or a `functools.partial` of one. client: local training; where it is
+    `structured`, the upload must be a projection on a linear subspace, else FedqError is raised. server: builds the
     server optimizer. broadcast, upload: what encodes each direction. seed: of every random draw. map: applies a
     function to many clients; a pool's `map` trains them side by side, with the same result. min_clients: with fewer
     usable updates `next` raises TooFewClients.
@@ -108,6 +110,8 @@ class FederatedAveraging:
         self._parameters = frozenset(name for name, _ in self._model.named_parameters())
         self._initial = {name: value.detach().clone() for name, value in weights.items()}
         self._local = threading.local()
+        if client.structured:
+            self._check_projection()
 
     def initialize(self) -> ServerState:
         """Returns the state before the first round."""
@@ -226,7 +230,8 @@ class FederatedAveraging:
                 examples = client.load()
                 if not len(examples.y):
                     raise ClientFailure("it has no examples")
-                training = self.client.train(model, received, examples, key.fold("train"))
+                project = partial(self._project, received, key, params) if self.client.structured else None
+                training = self.client.train(model, received, examples, key.fold("train"), project)
                 update = update_of(model.state_dict(), received)
             with _timed(record.seconds, "encode"):
                 message, _ = self.upload.encode(update, key, params, report=True)
@@ -243,6 +248,28 @@ class FederatedAveraging:
             weight = min(len(examples.y), self.client.max_examples or len(examples.y))
             update = weighted(decoded, state.weights, weight)
             return Contribution(weight, update, self.upload.report(self._schema, reports)), record
+
+    def _project(
+        self, weights: Mapping[str, Tensor], key: Key, params: ByTensor, gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Returns what the server would decode of `gradients`; `weights` fill in for the schema's other tensors."""
+        message, _ = self.upload.encode({**weights, **gradients}, key, params)
+        decoded, _ = self.upload.decode(message, key, self._schema, params, device=self.device)
+        return {name: decoded[name] for name in gradients}
+
+    def _check_projection(self) -> None:
+        """Raises FedqError unless what two steps of a client add up to can be sent without loss."""
+        params = self.upload.params(self._schema, self.upload.initial_state(self._schema))
+        project = partial(self._project, self._initial, Key(self.seed), params)
+        steps = {name: self._initial[name] for name in self._parameters}
+        first, second = project(steps), project({name: step.roll(1) for name, step in steps.items()})
+        total = {name: first[name] + second[name] for name in steps}
+        for name, again in project(total).items():
+            if float((again - total[name]).norm()) > 1e-3 * float(total[name].norm()):
+                raise FedqError(
+                    f"client.structured: the upload of {name!r} is not a projection: it needs a chain such as "
+                    "RandomMask or RandomSubspace without scale, and nothing lossy behind it"
+                )
 
     def _add(self, left: Contribution, right: Contribution) -> Contribution:
         # The left operand is ours alone (fresh from `weighted`, or a sum): adding in place spares an allocation.

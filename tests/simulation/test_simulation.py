@@ -9,6 +9,8 @@ import torch
 
 from fedq.config import RunConfig
 from fedq.data import Client, Examples
+from fedq.encoding import Encoder, PowerSGD, StateDictEncoder
+from fedq.encoding.state_dict import flatten
 from fedq.learning import FederatedAveraging, LocalTraining, ServerState
 from fedq.models import MLP
 from fedq.simulation import checkpoint
@@ -147,6 +149,29 @@ def test_a_checkpoint_holds_all_there_is(tmp_path):
     # going on from it gives the same as never having stopped
     *_, (last, _) = rounds(make_process(), loaded, dataset, RUN)
     assert states_equal(last, states[4])
+
+
+def test_what_the_encoders_have_learnt_is_in_a_checkpoint(tmp_path):
+    def learning() -> FederatedAveraging:
+        chain = StateDictEncoder(Encoder([PowerSGD(2)]), 1000)
+        return FederatedAveraging(
+            partial(MLP, 10), LocalTraining(lr=0.1), partial(torch.optim.SGD, lr=1.0), chain, chain, seed=RUN.seed
+        )
+
+    process, dataset = learning(), Noise()
+    states = [state for state, _ in rounds(process, process.initialize(), dataset, RUN)]
+    loaded = checkpoint.load(checkpoint.save(states[2], tmp_path))
+    for direction in ("broadcast", "upload"):
+        start, kept, found = (flatten(getattr(s, direction)) for s in (process.initialize(), states[2], loaded))
+        assert kept.keys() == found.keys() == start.keys()
+        assert len(kept) == 3  # the layers above the threshold
+        for path, value in kept.items():
+            assert value.dtype == found[path].dtype
+            assert torch.equal(value, found[path])
+            assert not torch.equal(value, start[path])
+    *_, (last, _) = rounds(learning(), loaded, dataset, RUN)
+    assert all(torch.equal(value, last.weights[name]) for name, value in states[4].weights.items())
+    assert all(torch.equal(value, flatten(last.upload)[path]) for path, value in flatten(states[4].upload).items())
 
 
 def test_the_last_checkpoints_are_kept_and_no_half_written_one(tmp_path, monkeypatch):
