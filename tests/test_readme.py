@@ -18,19 +18,47 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_ones_own_stage_is_two_files_and_costs_one_bit(tmp_path):
+def write_files(folder: Path) -> None:
     for _, text in BLOCKS:
         if name := re.match(r"# (\S+\.(py|yaml))\n", text):
-            path = tmp_path / name[1]
+            path = folder / name[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+
+
+def train(folder: Path, encoder: str, rounds: int) -> list[dict]:
     (command,) = [text for _, text in BLOCKS if "--config-dir" in text]
-    small = "dataset=writers dataset.clients=4 dataset.examples_per_client=5 model=mlp"
-    run(*command.split()[1:], *small.split(), "run.rounds=2", "run.clients_per_round=2", cwd=tmp_path)
-    (metrics,) = tmp_path.rglob("metrics.jsonl")
-    first = json.loads(metrics.read_text().splitlines()[0])
-    message = 48 + (156_800 + 40_000) // 8 + 2 * 4 + 4 * (200 + 200 + 2000 + 10)
-    assert first["aggregated_bits"] == 8 * 2 * message
+    small = "dataset=writers dataset.clients=4 dataset.examples_per_client=5 model=mlp run.clients_per_round=2"
+    command = command.replace("mean_sign", encoder)
+    run(*command.split()[1:], *small.split(), f"run.rounds={rounds}", cwd=folder)
+    (metrics,) = folder.rglob("metrics.jsonl")
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+EXACT = 4 * (200 + 200 + 2000 + 10)  # bytes of the MLP's tensors below the threshold
+
+
+def test_ones_own_stage_is_two_files_and_costs_one_bit(tmp_path):
+    write_files(tmp_path)
+    message = 48 + (156_800 + 40_000) // 8 + 2 * 8 + EXACT
+    assert train(tmp_path, "mean_sign", 2)[0]["aggregated_bits"] == 8 * 2 * message
+
+
+def test_a_stage_that_learns_is_told_in_the_broadcast(tmp_path):
+    write_files(tmp_path)
+    files = {text for _, text in BLOCKS if re.match(r"# \S*plus_one.(py|yaml)\n", text)}
+    assert len(files) == 2
+    assert sum(bool(line) for text in files for line in text.splitlines()) <= 30
+    message = 48 + 4 * (156_800 + 40_000) + EXACT
+    for metrics in train(tmp_path, "plus_one", 3):
+        assert metrics["broadcast_bits"] == 8 * 2 * (message + 2 * 4)
+        assert metrics["aggregated_bits"] == 8 * 2 * message
+
+
+def test_the_stages_shown_pass_the_battery(tmp_path):
+    write_files(tmp_path)
+    assert "check_stage(PlusOneOverN())" in (tmp_path / "check.py").read_text()
+    run("check.py", cwd=tmp_path)
 
 
 def test_the_python_api_works_as_shown(tmp_path):
