@@ -1,0 +1,105 @@
+"""Times encoding and decoding against copying the same tensor, float32, with torch: one thread, alternating.
+
+Each row is timed directly behind a copy, the second of two, so that a machine whose speed drifts treats both alike, and
+the copy finds its memory in the cache where it fits; printed are the median time and the median of the ratios.
+
+python -m experiments.encoder_speed.encoder_speed [--repeats 31] [--large]
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fedq.encoding import Cast, Encoder, FixedWidth, Key, Raw, StepQuantization, TensorSpec, UniformQuantization
+from fedq.encoding.message import Reader
+
+SIZES = (1_605_632, 10_000_000)  # the CNN's largest layer, and one that no cache holds
+LARGE = 100_000_000
+KEY = Key(0)
+
+CHAINS = {
+    "uniform, 8 bits, stochastic": Encoder([UniformQuantization(8)], FixedWidth()),
+    "uniform, 8 bits, nearest": Encoder([UniformQuantization(8, "nearest")], FixedWidth()),
+    "uniform, 8 bits, dithered": Encoder([UniformQuantization(8, "dithered")], FixedWidth()),
+    "uniform, 8 bits, blocks of 1024": Encoder([UniformQuantization(8, block=1024)], FixedWidth()),
+    "uniform, 4 bits, clipped at 0.999": Encoder([UniformQuantization(4, quantile=0.999)], FixedWidth()),
+    "uniform, 4 bits, stochastic": Encoder([UniformQuantization(4)], FixedWidth()),
+    "uniform, 3 bits, stochastic": Encoder([UniformQuantization(3)], FixedWidth()),
+    "uniform, 1 bit, stochastic": Encoder([UniformQuantization(1)], FixedWidth()),
+    "step, with centroids, uncoded": Encoder([StepQuantization(0.5, centroids=True)], Raw()),
+    "float16": Encoder([Cast("float16")]),
+    "float8, scaled": Encoder([Cast("float8_e4m3fn", scale=True)]),
+}
+
+
+def rows(x: Tensor) -> list[tuple[str, Callable[[], object]]]:
+    """Lists what is timed on a tensor: name and what to call."""
+    listed: list[tuple[str, Callable[[], object]]] = []
+    spec = TensorSpec.of(x)
+    for name, encoder in CHAINS.items():
+        payload = b"".join(encoder.encode(x, KEY, {})[0])
+
+        def encode(encoder: Encoder = encoder) -> object:
+            return encoder.encode(x, KEY, {})
+
+        def decode(encoder: Encoder = encoder, payload: bytes = payload) -> object:
+            return encoder.decode(Reader(memoryview(payload)), spec, KEY, {}, x.device)
+
+        listed += [(f"{name}: encode", encode), (f"{name}: decode", decode)]
+    for levels in (2, 4, 8, 16):
+        symbols, packed = (x.abs() * 1000 % levels).to(torch.uint8), TensorSpec(spec.shape, torch.uint8, levels)
+        data = memoryview(FixedWidth().encode(symbols, packed))
+
+        def pack(symbols: Tensor = symbols, packed: TensorSpec = packed) -> object:
+            return FixedWidth().encode(symbols, packed)
+
+        def unpack(data: memoryview = data, packed: TensorSpec = packed) -> object:
+            return FixedWidth().decode(data, packed)
+
+        listed += [(f"pack {levels} levels", pack), (f"unpack {levels} levels", unpack)]
+    return listed
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Returns how long `work` takes."""
+    started = perf_counter()
+    work()
+    return perf_counter() - started
+
+
+def timed(x: Tensor, target: Tensor, work: Callable[[], object]) -> tuple[float, float]:
+    """Returns how long a copy and `work` take, one after the other."""
+    target.copy_(x)
+    return seconds(lambda: target.copy_(x)), seconds(work)
+
+
+def main() -> None:
+    """Prints a table for each size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--large", action="store_true", help=f"{LARGE:,} elements too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for size in (*SIZES, *([LARGE] if arguments.large else [])):
+        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        target = torch.empty_like(x)
+        repeats = max(3, arguments.repeats * SIZES[0] // size)
+        table = Table("", "milliseconds", "ratio to the copy", title=f"{size:,} elements, {repeats} repeats")
+        for name, work in rows(x):
+            work()  # warms up
+            pairs = [timed(x, target, work) for _ in range(repeats)]
+            copy, own = (statistics.median(column) for column in zip(*pairs, strict=True))
+            ratio = statistics.median(b / a for a, b in pairs)
+            table.add_row(name, f"{own * 1000:.2f}", f"{ratio:.1f}")
+        table.add_row("copy", f"{copy * 1000:.3f}", "1")
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The table and the picture of this experiment, from a sweep's runs.
+
+python -m experiments.encoders.table RUN… --output FIGURE.png > TABLE.md
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+
+from fedq.compare import Group, find_runs, group_by_seed, read_run, read_runs
+from fedq.errors import FedqError
+
+
+def row(group: Group) -> dict[str, str]:
+    """Returns what the table tells of the runs of one encoder."""
+    accuracies = [run.summary["final_test_accuracy"] for run in group]
+    spread = f" ± {100 * stdev(accuracies):.2f}" if len(group) > 1 else ""
+    seconds = {
+        phase: sum(line[f"seconds/{phase}"] for run in group for line in run.metrics)
+        for phase in ("train", "encode", "decode", "aggregate")
+    }
+    return {
+        "encoder": f"`{group[0].choices['encoder']}`",
+        "bits up": f"{_bits(group, 'upload'):.3f}",
+        "bits down": f"{_bits(group, 'broadcast'):.3f}",
+        "fewer up": f"{fmean(run.summary['upload_ratio'] for run in group):.2f} ×",
+        "fewer down": f"{fmean(run.summary['broadcast_ratio'] for run in group):.2f} ×",
+        "final accuracy, %": f"{100 * fmean(accuracies):.2f}{spread}",
+        "runs": str(len(group)),
+        "encode, % of round": f"{100 * seconds['encode'] / sum(seconds.values()):.1f}",
+        "decode, % of round": f"{100 * seconds['decode'] / sum(seconds.values()):.1f}",
+    }
+
+
+def _bits(group: Group, way: str) -> float:
+    """Returns the bits a parameter of one direction, from the ratio to float32's messages."""
+    return fmean(32 / run.summary[f"{way}_ratio"] for run in group)
+
+
+def figure(groups: list[Group], path: Path) -> None:
+    """Draws accuracy against the bits a parameter, both ways together."""
+    picture = Figure(figsize=(10, 6), dpi=120, layout="constrained")
+    axes = picture.subplots()
+    for group in groups:
+        bits = _bits(group, "upload") + _bits(group, "broadcast")
+        accuracy = 100 * fmean(run.summary["final_test_accuracy"] for run in group)
+        axes.plot(bits, accuracy, "o", markersize=4)
+        axes.annotate(
+            group[0].choices["encoder"], (bits, accuracy), fontsize=7, xytext=(3, 3), textcoords="offset points"
+        )
+    axes.set(xscale="log", xlabel="bits a parameter, both ways together", ylabel="final test accuracy, %")
+    axes.grid(alpha=0.3)
+    picture.savefig(path)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's folder, or any above")
+    parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png", help="the picture")
+    args = parser.parse_args()
+    failed = {}
+    try:
+        groups = sorted(group_by_seed(read_runs(args.runs)), key=lambda group: group[0].choices["encoder"])
+        for folder in find_runs(args.runs):
+            try:
+                read_run(folder)
+            except FedqError as error:
+                failed[folder] = str(error)
+    except FedqError as error:
+        sys.exit(f"fedq: {error}")
+    figure(groups, args.output)
+    rows = [row(group) for group in groups]
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for cells in rows:
+        print("| " + " | ".join(cells.values()) + " |")
+    for folder, reason in failed.items():
+        print(f"\n- {folder.name} did not finish: {reason}")
+
+
+if __name__ == "__main__":
+    main()
