@@ -116,23 +116,22 @@ class UniformQuantization(EncodingStage):
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
         low, step, high = self._grid(side, spec, y.device)
-        largest = torch.finfo(spec.dtype).max
-        exceeds = bool((step * self._top + low > high).any())  # the last value may round to beyond the maximum
-        rows, random = self._rows(y), key.bit_generator()
+        rows, largest = self._rows(y), torch.finfo(spec.dtype).max
+        random = key.bit_generator() if self.rounding == "dithered" else None
         decoded = torch.empty(rows.shape, dtype=spec.dtype, device=y.device)
-        for part, out, a, width, b in _chunks(_DECODED, rows, decoded, low, step, high):
+        for part, out, a, width, *b in _chunks(_DECODED, rows, decoded, low, step, *([] if high is None else [high])):
             # in place where the dtype to work in is the one to give
             value = out.copy_(part) if out.dtype == step.dtype else part.to(step.dtype)
-            if self.rounding == "dithered":
+            if random is not None:
                 value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
             if self._symmetric:
                 value.sub_(self._origin).mul_(width)
             else:
                 value.mul_(width).add_(a)
-            if self._symmetric or self.rounding == "dithered":
+            if self._symmetric or random is not None:
                 value.clamp_(-largest, largest)
-            elif exceeds:
-                torch.minimum(value, b, out=value)
+            elif b:
+                torch.minimum(value, *b, out=value)
             if value is not out:
                 out.copy_(value)
         return self._tensor(decoded, spec)
@@ -202,18 +201,29 @@ class UniformQuantization(EncodingStage):
             high = torch.where(clipped > 0, clipped, high)
         return -high, high
 
-    def _grid(self, side: Tensors, spec: TensorSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the value of the symbol `_origin`, step and maximum of each row (rows × 1), in the dtype to work in.
+    def _bounds(self, side: Tensors) -> tuple[Tensor, Tensor]:
+        """Returns the values of the symbol `_origin` and of the last one."""
+        high = side["maximum"] if self.limit is None else torch.tensor(self.limit, dtype=torch.float64)
+        return torch.zeros_like(high) if self._symmetric else side["minimum"], high
 
-        That is float32 where its range and precision suffice.
+    def _grid(self, side: Tensors, spec: TensorSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the value of the symbol `_origin` and the step of each row (rows × 1), in the dtype to work in.
+
+        That is float32 where its range and precision suffice. Then, the maximum of each row, if the last symbol's
+        value may round to beyond it.
         """
-        high = (torch.tensor(self.limit) if self.limit is not None else side["maximum"]).double().reshape(-1, 1)
-        low = torch.zeros_like(high) if self._symmetric else side["minimum"].double().reshape(-1, 1)
-        extent = high - low
-        fits = bool(((extent == 0) | (extent > 1e-30) & (extent < 1e30)).all())
-        work = torch.float32 if fits and self.bits <= 12 and spec.dtype != torch.float64 else torch.float64
-        step = extent / (self._top - self._origin)
-        return low.to(device, work), step.to(device, work), high.to(device, work)
+        # numpy's, whose calls cost a fifth of torch's: these are few numbers
+        low, high = (v.double().numpy().reshape(-1, 1) for v in self._bounds(side))
+        steps, fits = self._top - self._origin, self.bits <= 12 and spec.dtype != torch.float64
+        with np.errstate(over="ignore"):  # what is beyond float32 does not fit
+            extent = high - low
+            fits = fits and bool(((extent == 0) | (extent > 1e-30) & (extent < 1e30)).all())
+            work: type[np.floating] = np.float32 if fits else np.float64
+            low, high, step = low.astype(work), high.astype(work), (extent / steps).astype(work)
+            step = np.where(step * steps + low > high, np.nextafter(step, work(0)), step)  # it was rounded up
+            exceeds = bool((step * steps + low > high).any())
+        first, width, last = (torch.from_numpy(v).to(device) for v in (low, step, high))
+        return first, width, last if exceeds else None
 
 
 def _chunks(size: int, rows: Tensor, out: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
