@@ -16,7 +16,28 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedq.encoding import Cast, Encoder, FixedWidth, Key, Raw, StepQuantization, TensorSpec, UniformQuantization
+from fedq.encoding import (
+    ANS,
+    QSGD,
+    Cast,
+    Coder,
+    CosineRotation,
+    Eden,
+    Encoder,
+    FixedWidth,
+    HadamardRotation,
+    Huffman,
+    Key,
+    LloydMax,
+    RandomMask,
+    Raw,
+    ScaledSign,
+    StepQuantization,
+    TensorSpec,
+    TopK,
+    UniformQuantization,
+    Zstandard,
+)
 from fedq.encoding.message import Reader
 
 SIZES = (1_605_632, 10_000_000)  # the CNN's largest layer, and one that no cache holds
@@ -35,7 +56,21 @@ CHAINS = {
     "step, with centroids, uncoded": Encoder([StepQuantization(0.5, centroids=True)], Raw()),
     "float16": Encoder([Cast("float16")]),
     "float8, scaled": Encoder([Cast("float8_e4m3fn", scale=True)]),
+    "Hadamard, blocks of 1024": Encoder([HadamardRotation(1024)]),
+    "cosine, blocks of 4096": Encoder([CosineRotation(4096)]),
+    "Hadamard and EDEN, 1 bit": Encoder([HadamardRotation(1024), Eden(1)], FixedWidth()),
+    "sign": Encoder([ScaledSign()], FixedWidth()),
+    "QSGD": Encoder([QSGD()], FixedWidth()),
+    "Lloyd–Max, 4 bits": Encoder([LloydMax(4)], FixedWidth()),
+    "top 10 %": Encoder([TopK(0.1)]),
+    "random 10 %": Encoder([RandomMask(0.1)]),
 }
+CODERS: list[tuple[str, Coder, int]] = [
+    *((f"{levels} levels, packed", FixedWidth(), levels) for levels in (2, 4, 8, 16)),
+    *((f"{levels} levels, ANS", ANS(), levels) for levels in (16, 256)),
+    *((f"{levels} levels, Huffman", Huffman(), levels) for levels in (16, 256)),
+    *((f"{levels} levels, Zstandard", Zstandard(), levels) for levels in (16, 256)),
+]
 
 
 def rows(x: Tensor) -> list[tuple[str, Callable[[], object]]]:
@@ -52,17 +87,19 @@ def rows(x: Tensor) -> list[tuple[str, Callable[[], object]]]:
             return encoder.decode(Reader(memoryview(payload)), spec, KEY, {}, x.device)
 
         listed += [(f"{name}: encode", encode), (f"{name}: decode", decode)]
-    for levels in (2, 4, 8, 16):
-        symbols, packed = (x.abs() * 1000 % levels).to(torch.uint8), TensorSpec(spec.shape, torch.uint8, levels)
-        data = memoryview(FixedWidth().encode(symbols, packed))
+    for name, coder, levels in CODERS:
+        # as of a quantiser from −4 to 4 standard deviations
+        symbols = ((x.clamp(-3.99, 3.99) + 4) * levels / 8).to(torch.uint8)
+        coded = TensorSpec(spec.shape, torch.uint8, levels)
+        data = memoryview(coder.encode(symbols, coded))
 
-        def pack(symbols: Tensor = symbols, packed: TensorSpec = packed) -> object:
-            return FixedWidth().encode(symbols, packed)
+        def pack(coder: Coder = coder, symbols: Tensor = symbols, coded: TensorSpec = coded) -> object:
+            return coder.encode(symbols, coded)
 
-        def unpack(data: memoryview = data, packed: TensorSpec = packed) -> object:
-            return FixedWidth().decode(data, packed)
+        def unpack(coder: Coder = coder, data: memoryview = data, coded: TensorSpec = coded) -> object:
+            return coder.decode(data, coded)
 
-        listed += [(f"pack {levels} levels", pack), (f"unpack {levels} levels", unpack)]
+        listed += [(f"{name}: encode", pack), (f"{name}: decode", unpack)]
     return listed
 
 

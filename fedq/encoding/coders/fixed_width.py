@@ -71,7 +71,7 @@ class FixedWidth(Coder):
         if values[n:].any():
             raise ValueError("the unused bits of the last byte are not zero")
         values = values[:n]
-        if n and int(values.max()) >= (spec.levels or 0):
+        if n and spec.levels != 1 << width and int(values.max()) >= (spec.levels or 0):
             raise ValueError(f"a symbol is not below {spec.levels}")
         return torch.from_numpy(values.view(np.uint8 if width <= 8 else np.int32)).to(spec.dtype).reshape(spec.shape)
 
