@@ -16,7 +16,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQuantization, schema_of
+from fedq.encoding import (
+    ANS,
+    QSGD,
+    Cast,
+    Elias,
+    Encoder,
+    FixedWidth,
+    Golomb,
+    Huffman,
+    Key,
+    NaturalCompression,
+    RandomMask,
+    RandomSubspace,
+    StateDictEncoder,
+    StepQuantization,
+    TernGrad,
+    TopK,
+    UniformQuantization,
+    ZeroRuns,
+    schema_of,
+)
 from fedq.encoding.testing import raw_bytes
 
 FOLDER = Path(__file__).parent / "golden"
@@ -30,6 +50,23 @@ ENCODERS = {
         for bits in (1, 3, 8, 12)
     },
     "uniform8_stochastic": StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), 100),
+    # one for each use of the key, and for each format of indices and entropy coders; all of it without a sum or a
+    # product of matrices, whose last bits are the processor's
+    "uniform4_dithered": StateDictEncoder(Encoder([UniformQuantization(4, "dithered")], FixedWidth()), 100),
+    "random_mask": StateDictEncoder(Encoder([RandomMask(0.3)]), 100),
+    "random_mask_shared": StateDictEncoder(Encoder([RandomMask(0.3, shared=True)]), 100),
+    "random_subspace": StateDictEncoder(Encoder([RandomSubspace(3)]), 100),
+    "terngrad": StateDictEncoder(Encoder([TernGrad()], ZeroRuns()), 100),
+    "qsgd": StateDictEncoder(Encoder([QSGD(4, 16, "max")], FixedWidth()), 100),
+    "natural": StateDictEncoder(Encoder([NaturalCompression()], FixedWidth()), 100),
+    "top_k": StateDictEncoder(Encoder([TopK(0.1)]), 100),
+    "float8": StateDictEncoder(Encoder([Cast("float8_e4m3fn", scale=True)]), 100),
+    "golomb": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], Golomb()), 100),
+    "elias": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], Elias("delta")), 100),
+    "ans": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS()), 100),
+    "ans_of_steps": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], ANS("laplace")), 100),
+    "ans_adaptive": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS("adaptive")), 100),
+    "huffman": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], Huffman()), 100),
 }
 
 
