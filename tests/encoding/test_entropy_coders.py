@@ -50,7 +50,7 @@ CODERS += [
 WIDE_CODERS: list[tuple[Coder, int | None]] = [
     (coder, levels) for coder in (ANS(), Huffman(), Zstandard(), BEST) for levels in (257, 4096, 4097, 65_536)
 ]
-ADAPTIVE_CODERS = [LearnedANS(256), LearnedHuffman(256), LearnedANS(2), LearnedHuffman(4096)]
+ADAPTIVE_CODERS = [LearnedANS(8), LearnedHuffman(8), LearnedANS(1), LearnedHuffman(12)]
 
 
 def spec_of(x: Tensor, levels: int | None) -> TensorSpec:
@@ -124,8 +124,8 @@ GOLDEN: dict[str, str] = {
     "Best(coders=(ANS(model='empirical'), Huffman())) 2": "3c8ac723a3fc7c50",
     "Best(coders=(ANS(model='empirical'), Huffman())) 256": "7b67362ae9b99b9d",
     "Best(coders=(ANS(model='empirical'), Huffman())) 65536": "54d2712250452bc5",
-    "LearnedANS(levels=256)": "e8b2bfd4cdff0225",
-    "LearnedHuffman(levels=256)": "6683cc3e69afd37a",
+    "LearnedANS(bits=8)": "e8b2bfd4cdff0225",
+    "LearnedHuffman(bits=8)": "6683cc3e69afd37a",
 }
 
 
@@ -316,7 +316,7 @@ def test_the_adaptive_model_follows_a_change() -> None:
 def test_learned_coders_over_rounds() -> None:
     x = drawn(normal(12), 100_000)
     spec = spec_of(x, 256)
-    for coder, above in ((LearnedANS(256), 1.002), (LearnedHuffman(256), 1.015)):
+    for coder, above in ((LearnedANS(8), 1.002), (LearnedHuffman(8), 1.015)):
         state = coder.initial_state(TensorSpec((7,), torch.float32))
         first, report = coder.encode(x, spec, coder.params(state))
         assert len(first) == pytest.approx(len(x), abs=20)  # all symbols are equally likely
@@ -330,18 +330,27 @@ def test_learned_coders_over_rounds() -> None:
             assert torch.equal(coder.decode(memoryview(data), spec_of(y, 256), params), y)
         empty = coder.encode(x[:0], spec_of(x[:0], 256), params)[1]
         assert coder.update_state({"shares": torch.arange(256.0)}, empty)["shares"].equal(torch.arange(256.0))
-        with pytest.raises(ValueError, match="levels"):
-            coder.encode(x, spec_of(x, 255), params)
-        with pytest.raises(ValueError, match="levels"):
-            coder.decode(memoryview(data), spec_of(x, 255), params)
+        few = x.clamp(max=99)
+        data, report = coder.encode(few, spec_of(few, 100), params)
+        assert torch.equal(coder.decode(memoryview(data), spec_of(few, 100), params), few)
+        assert report["shares"].shape == (256,)
+        assert not bool(report["shares"][100:].any())
+        for levels in (257, None):
+            with pytest.raises(ValueError, match="levels"):
+                coder.encode(x, spec_of(x, levels), params)
+            with pytest.raises(ValueError, match="levels"):
+                coder.decode(memoryview(data), spec_of(x, levels), params)
+        hostile = {"shares": torch.tensor([-1.0, torch.finfo(torch.float16).max] * 128).half() * 2}
+        weights = coder.params(coder.update_state(state, hostile))["weights"]
+        assert weights.tolist() == [0, 255] * 128
     # the shares of a cohort are summed: half of the symbols are 0, half 1
-    told = LearnedANS(2).update_state({}, {"shares": torch.tensor([1.0, 1.0]).half()})
-    assert LearnedANS(2).params(told)["weights"].tolist() == [255, 255]
+    told = LearnedANS(1).update_state({}, {"shares": torch.tensor([1.0, 1.0]).half()})
+    assert LearnedANS(1).params(told)["weights"].tolist() == [255, 255]
 
 
 @pytest.mark.parametrize(
     ("make", "argument"),
-    [(ANS, "gauss"), (Zstandard, 0), (Zstandard, 23), (Best, []), (LearnedANS, 0), (LearnedHuffman, 4097)],
+    [(ANS, "gauss"), (Zstandard, 0), (Zstandard, 23), (Best, []), (LearnedANS, 0), (LearnedHuffman, 13)],
 )
 def test_arguments_are_refused(make: Callable[[object], object], argument: object) -> None:
     with pytest.raises(ValueError, match="must be"):
@@ -369,7 +378,7 @@ def golden() -> dict[str, tuple[bytes, str, int | None]]:
 def test_golden_bytes() -> None:
     found = {name: hashlib.sha256(data).hexdigest()[:16] for name, (data, _, _) in golden().items()}
     x, params = fixed(3001, 256), {"weights": (torch.arange(256) * 7 % 256).byte()}
-    for coder in (LearnedANS(256), LearnedHuffman(256)):
+    for coder in (LearnedANS(8), LearnedHuffman(8)):
         found[repr(coder)] = hashlib.sha256(coder.encode(x, spec_of(x, 256), params)[0]).hexdigest()[:16]
     assert found == GOLDEN
 

@@ -26,19 +26,19 @@ _WEIGHTS = (16 + np.arange(256) % 16) << np.arange(256) // 16  # what the 256 va
 class _Learned(AdaptiveCoder):
     """What the learned coders share: clients report the shares of the symbols, the server sends weights.
 
-    levels: how many levels the symbols have, 1 to 4,096. The first round takes all symbols to be equally likely; a
+    bits: 1 to 12; the symbols have at most 2^bits levels. The first round takes all symbols to be equally likely; a
     symbol that did not occur keeps a weight of 2⁻¹⁶ of the most frequent one's.
     """
 
-    levels: int = 256
+    bits: int = 8
 
     def __post_init__(self) -> None:
-        if not 1 <= self.levels <= shared.MOST:
-            raise ValueError(f"levels must be from 1 to {shared.MOST}, not {self.levels}")
+        if not 1 <= self.bits <= 12:
+            raise ValueError(f"bits must be from 1 to 12, not {self.bits}")
 
     def initial_state(self, spec: TensorSpec) -> Tensors:
         """As Adaptive.initial_state: the shares, all alike."""
-        return {"shares": torch.ones(self.levels)}
+        return {"shares": torch.ones(1 << self.bits)}
 
     def params(self, state: Tensors) -> Tensors:
         """As Adaptive.params: a byte for each symbol, of 4 bits of exponent and 4 of fraction."""
@@ -48,19 +48,22 @@ class _Learned(AdaptiveCoder):
 
     def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
         """As Adaptive.update_spec: what share of the symbols each is, in 11 bits of precision."""
-        return {"shares": StateUpdate(TensorSpec((self.levels,), torch.float16), "sum")}
+        return {"shares": StateUpdate(TensorSpec((1 << self.bits,), torch.float16), "sum")}
 
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
         """As Adaptive.update_state: the sum over the last cohort, if there was anything to count."""
-        return {"shares": aggregated["shares"].float()} if bool(aggregated["shares"].any()) else dict(state)
+        # whatever a client reports, shares are none below 0
+        shares = aggregated["shares"].float().clamp(0, torch.finfo(torch.float16).max)
+        return {"shares": shares} if bool(shares.any()) else dict(state)
 
     def encode(self, symbols: Tensor, spec: TensorSpec, params: Tensors) -> tuple[Buffer, Tensors]:
         """As AdaptiveCoder.encode."""
         self._check(spec)
         if not spec.numel:
-            return b"", {"shares": torch.zeros(self.levels, dtype=torch.float16)}
+            return b"", {"shares": torch.zeros(1 << self.bits, dtype=torch.float16)}
         _, tokens, _ = shared.tokenise(symbols, spec)
-        shares = torch.from_numpy(shared.histogram(tokens, spec) / len(tokens)).half()
+        shares = torch.zeros(1 << self.bits, dtype=torch.float16)
+        shares[: spec.levels] = torch.from_numpy(shared.histogram(tokens, spec) / len(tokens))
         return self._write(tokens, _weights(params)), {"shares": shares}
 
     def decode(self, data: memoryview, spec: TensorSpec, params: Tensors) -> Tensor:
@@ -72,8 +75,8 @@ class _Learned(AdaptiveCoder):
         return shared.detokenise(0, tokens, data, spec)
 
     def _check(self, spec: TensorSpec) -> None:
-        if spec.levels != self.levels:
-            raise ValueError(f"{type(self).__name__} was made for {self.levels} levels, not {spec.levels}")
+        if spec.levels is None or spec.levels > 1 << self.bits:
+            raise ValueError(f"{type(self).__name__} is for symbols of {self.bits} bits, not of {spec.levels} levels")
 
     @abstractmethod
     def _write(self, tokens: np.ndarray, weights: np.ndarray) -> bytes:
@@ -88,7 +91,7 @@ class _Learned(AdaptiveCoder):
 class LearnedANS(_Learned):
     """rANS, as ANS, with the frequencies of the last round's symbols.
 
-    levels: how many levels the symbols have, 1 to 4,096.
+    bits: 1 to 12; the symbols have at most 2^bits levels.
     """
 
     def _write(self, tokens: np.ndarray, weights: np.ndarray) -> bytes:
@@ -104,7 +107,7 @@ class LearnedANS(_Learned):
 class LearnedHuffman(_Learned):
     """Canonical Huffman codes, as Huffman, of the last round's frequencies: static tables that both sides hold.
 
-    levels: how many levels the symbols have, 1 to 4,096.
+    bits: 1 to 12; the symbols have at most 2^bits levels.
     """
 
     def _write(self, tokens: np.ndarray, weights: np.ndarray) -> bytes:
@@ -114,7 +117,7 @@ class LearnedHuffman(_Learned):
         return huffman.read(data, self._lengths(weights), 15, tokens)
 
     def _lengths(self, weights: np.ndarray) -> np.ndarray:
-        return huffman.code_lengths(weights, 12 if self.levels <= 256 else 15) + 1
+        return huffman.code_lengths(weights, 12 if self.bits <= 8 else 15) + 1
 
 
 def _weights(params: Tensors) -> np.ndarray:
