@@ -15,11 +15,11 @@ from fedq.errors import FedqError
 
 
 def row(group: Group) -> dict[str, str]:
-    """Returns what the table tells of the runs of one encoder."""
+    """Returns what the table tells of the runs of one encoder; shares of time without the first round, which loads."""
     accuracies = [run.summary["final_test_accuracy"] for run in group]
     spread = f" ± {100 * stdev(accuracies):.2f}" if len(group) > 1 else ""
     seconds = {
-        phase: sum(line[f"seconds/{phase}"] for run in group for line in run.metrics)
+        phase: sum(line[f"seconds/{phase}"] for run in group for line in run.metrics[1:])
         for phase in ("train", "encode", "decode", "aggregate")
     }
     return {
