@@ -169,12 +169,11 @@ def table(results: list[Result]) -> Table:
     """Returns the results on one source."""
     shown = Table(title=results[0].source, box=SIMPLE_HEAD)
     shown.add_column("encoder", no_wrap=True)
-    for heading in ("bits", "in table", "NMSE", "of mean", "ms", "to decode"):
+    for heading in ("bits", "NMSE", "of mean", "encode ms", "decode ms"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for r in results:
-        rates = (f"{r.bits:.4f}", f"{r.table_bits:.4f}")
         errors = (f"{r.nmse:.3g}", f"{r.nmse_of_mean:.3g}")
-        shown.add_row(r.encoder, *rates, *errors, f"{r.encode_ms:.1f}", f"{r.decode_ms:.1f}")
+        shown.add_row(r.encoder, f"{r.bits:.4f}", *errors, f"{r.encode_ms:.1f}", f"{r.decode_ms:.1f}")
     return shown
 
 
@@ -184,15 +183,15 @@ def plot(results: list[Result], path: Path) -> None:
 
     sources = list(dict.fromkeys(result.source for result in results))
     names = list(dict.fromkeys(result.encoder.partition(":")[0] for result in results))
-    figure = Figure(figsize=(6.4 * min(len(sources), 2), 4.8 * -(-len(sources) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(sources) // 2), min(len(sources), 2), squeeze=False).flat
-    for panel in panels:
-        panel.set_axis_off()
+    rows, columns = -(-len(sources) // 2), min(len(sources), 2)
+    figure = Figure(figsize=(6.4 * columns, 4.8 * rows + 2.5), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for source, panel in zip(sources, panels, strict=False):
-        panel.set_axis_on()
         _panel(panel, source, names, [result for result in results if result.source == source])
+    for panel in panels[len(sources) :]:
+        panel.set_axis_off()
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small", ncols=2)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="x-small", ncols=4 * columns)
     figure.savefig(path, dpi=120)
 
 

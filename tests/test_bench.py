@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from fedq.bench import SHAPE, encoders, measure, real_updates, synthetic
 from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
@@ -96,7 +97,9 @@ def test_the_command_writes_what_it_prints(tmp_path):
     expected = step**2 * np.mean(fraction * (1 - fraction)) / float(x.square().mean())
     assert float(four["nmse"]) == pytest.approx(expected, rel=0.01)
     assert f"{float(four['nmse']):.3g}" in done.stdout
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    pixels = imread(tmp_path / "bench.png")[..., :3].reshape(-1, 3)
+    drawn = {tuple(colour) for colour in np.unique((pixels * 255).round().astype(int), axis=0).tolist()}
+    assert {(31, 119, 180), (255, 127, 14)} <= drawn, "the two encoders' colours are not in the picture"
 
 
 @pytest.mark.parametrize(

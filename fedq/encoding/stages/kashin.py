@@ -24,7 +24,7 @@ class KashinRepresentation(EncodingStage):
     to each; a block's frame is a random choice of the Hadamard matrix's columns, with random signs. The coefficients
     are clipped at ‖block‖ / √(delta · B); what is then left is written in the frame and clipped at `eta` times that,
     and so on; the last of the `iterations` is not clipped, so that the inverse is exact but for rounding, as a
-    rotation's (Lyubarskii & Vershynin 2010; Caldas 2018, whose constants are the defaults).
+    rotation's (Lyubarskii & Vershynin 2010; Caldas 2018; the defaults are those of TensorFlow Federated).
 
     Of B coefficients none is beyond K·‖block‖/√B, with K ≤ 1/((1 − eta)·√delta) after many iterations in theory. In
     blocks of 1024 of Gaussian values, K is 2.8 on average at redundancy 4/3 (2.4 at 2), where the rotation alone has
