@@ -22,7 +22,7 @@ from fedq.encoding.testing import KEY, Bound, wave
 
 
 def bound(x: Tensor) -> float:
-    """Some eps of the norm, a few for each product of matrices, and what the dtype of x and its denormals cannot hold."""
+    """A few eps of the norm for each product of matrices, and what the dtype of x and its denormals cannot hold."""
     info, work = torch.finfo(x.dtype), torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
     largest = float(x.abs().max())
     norm = largest * float(torch.linalg.vector_norm(x.double() / largest)) if largest else 0.0
