@@ -11,7 +11,7 @@ tensor with keys of their own: unbiased schemes gain by the mean, biased ones do
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -39,6 +39,7 @@ Draw = Callable[[int], Tensor]
 """Returns the tensor numbered i of a source: draws of one distribution, or clients' updates of one round."""
 
 SHAPE = (1024, 1024)
+SOURCES = ("normal", "laplace", "student", "sparse", "update")
 BITS = (1, 2, 3, 4, 6, 8)
 
 
@@ -88,8 +89,7 @@ def real_updates(rounds: int) -> Draw:
     model = build(cfg, "model", num_classes=dataset.num_classes)
     with Workers() as workers:
         process = FederatedAveraging(model, training, build(cfg, "server"), map=workers.map)
-        for state, _ in trained(process, process.initialize(), dataset, build_run(cfg)):  # noqa: B007
-            pass
+        *_, (state, _) = trained(process, process.initialize(), dataset, build_run(cfg))
     largest = max(state.weights, key=lambda name: state.weights[name].numel())
 
     def draw(i: int) -> Tensor:
@@ -201,8 +201,9 @@ def _panel(panel: "Axes", source: str, names: list[str], results: list[Result]) 
             (r.bits, 10 * np.log10(max(r.nmse, 1e-12))) for r in results if r.encoder.partition(":")[0] == name
         )
         own = [point for point in own if point[0] <= 10]
-        style = {"color": f"C{i % 10}", "marker": "os^vDPX*"[i // 10 % 8], "markersize": 4, "linewidth": 0.8}
-        panel.plot([bits for bits, _ in own], [decibels for _, decibels in own], label=name, **style)  # type: ignore[arg-type]
+        bits, decibels = [point[0] for point in own], [point[1] for point in own]
+        marker = "os^vDPX*"[i // 10 % 8]
+        panel.plot(bits, decibels, label=name, color=f"C{i % 10}", marker=marker, markersize=4, linewidth=0.8)
     if source == "normal":
         rates = np.linspace(0, 8)
         panel.plot(rates, -20 * rates * np.log10(2), color="black", linestyle=":", label="Shannon's bound")
@@ -212,20 +213,16 @@ def _panel(panel: "Axes", source: str, names: list[str], results: list[Result]) 
 
 def main() -> None:
     """Runs the command line."""
-    sources: Mapping[str, Callable[[int], Draw]] = {
-        **{name: lambda _, name=name: synthetic(name) for name in ("normal", "laplace", "student", "sparse")},  # type: ignore[misc]
-        "update": real_updates,
-    }
     parser = argparse.ArgumentParser(prog="python -m fedq.bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("encoders", nargs="*", metavar="ENCODER", help="an option of conf/encoder, or NAME:KEY=VALUE,…")
-    parser.add_argument("--sources", default=",".join(sources), help="which of %(default)s")
+    parser.add_argument("--sources", default=",".join(SOURCES), help="which of %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of training before the updates are taken")
     parser.add_argument("--clients", type=int, default=10, help="how many send the same tensor")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of bench.csv and bench.png")
     arguments = parser.parse_args()
     wanted = arguments.sources.split(",")
-    if unknown := set(wanted) - sources.keys():
-        parser.error(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(sources)}")
+    if unknown := set(wanted) - set(SOURCES):
+        parser.error(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
     console = Console()
     try:
         chains = encoders(arguments.encoders)
@@ -236,7 +233,7 @@ def main() -> None:
     with console.status("") as status:
         for source in wanted:
             status.update(f"{source}: preparing")
-            draw = sources[source](arguments.rounds)
+            draw = real_updates(arguments.rounds) if source == "update" else synthetic(source)
             for name, encoder in chains.items():
                 status.update(f"{source}: {name}")
                 results.append(measure(name, encoder, source, draw, arguments.clients))

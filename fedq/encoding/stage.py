@@ -15,16 +15,27 @@ class Stage:
 
     Its constructor's arguments become part of the schema that both sides must agree on.
 
-    A stage says what it can do; each claim is tested:
-    lossless: decode(encode(x)) == x.
-    unbiased: the mean of decode(encode(x)) over keys is x.
-    commutes_with_sum: with keys that differ at most in the client,
-        decode(encode(x) + encode(y)) == decode(encode(x)) + decode(encode(y)).
+    A stage says what it can do, as `unbiased = True` in its class, or as a property where it depends on the arguments.
+    Each claim is tested.
     """
 
-    lossless: bool = False
-    unbiased: bool = False
-    commutes_with_sum: bool = False
+    @property
+    def lossless(self) -> bool:
+        """Whether decode(encode(x)) == x."""
+        return False
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the mean of decode(encode(x)) over keys is x."""
+        return False
+
+    @property
+    def commutes_with_sum(self) -> bool:
+        """Whether decode(encode(x) + encode(y)) == decode(encode(x)) + decode(encode(y)).
+
+        With keys that differ at most in the client, and no side values.
+        """
+        return False
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """Returns the specs of the side values for an input of `spec`; they travel exact, in this order.

@@ -32,7 +32,7 @@ class TernGrad(EncodingStage):
             raise ValueError(f"clip must be above 0, not {self.clip}")
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def unbiased(self) -> bool:
         """True without clipping."""
         return self.clip is None
 

@@ -57,7 +57,7 @@ class KashinRepresentation(EncodingStage):
             raise ValueError(f"block must be a power of two up to {LARGEST_BLOCK}, not {self.block}")
 
     @property
-    def commutes_with_sum(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def commutes_with_sum(self) -> bool:
         """True where all clients have the same frame."""
         return self.shared
 

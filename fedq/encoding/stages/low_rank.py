@@ -125,7 +125,7 @@ class RandomSubspace(EncodingStage):
         _check_rank(self.rank)
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def unbiased(self) -> bool:
         """True with `scale`."""
         return self.scale
 

@@ -46,7 +46,7 @@ class Rotation(EncodingStage):
             raise ValueError(f"repeats must be 1 or more, not {self.repeats}")
 
     @property
-    def commutes_with_sum(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def commutes_with_sum(self) -> bool:
         """True where all clients rotate alike."""
         return self.shared
 

@@ -37,12 +37,12 @@ class RandomMask(EncodingStage):
         _check_fraction(self.fraction)
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def unbiased(self) -> bool:
         """True with `scale`."""
         return self.scale
 
     @property
-    def commutes_with_sum(self) -> bool:  # type: ignore[override]
+    def commutes_with_sum(self) -> bool:
         """True where `shared`."""
         return self.shared
 

@@ -53,12 +53,12 @@ class StepQuantization(EncodingStage):
             raise ValueError(f"rounding must be nearest for dead_zone and centroids, not {self.rounding}")
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def unbiased(self) -> bool:
         """True unless it is rounded to nearest."""
         return self.rounding != "nearest"
 
     @property
-    def commutes_with_sum(self) -> bool:  # type: ignore[override]
+    def commutes_with_sum(self) -> bool:
         """True where decoding is to multiply by a step that all share."""
         return not (self.relative or self.centroids or self.rounding == "dithered")
 

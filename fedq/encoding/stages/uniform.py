@@ -69,7 +69,7 @@ class UniformQuantization(EncodingStage):
             raise ValueError("at most one of quantile and limit must be given")
 
     @property
-    def unbiased(self) -> bool:  # type: ignore[override]  # a capability may depend on the arguments
+    def unbiased(self) -> bool:
         """True where nothing is clipped, unless it is rounded to nearest."""
         return self.rounding != "nearest" and self.limit is None and self.quantile in (None, 1)
 
