@@ -12,6 +12,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -152,16 +153,14 @@ def encoders(choices: list[str]) -> dict[str, Encoder]:
         for choice in choices or every:
             name, _, given = choice.partition(":")
             overrides = [f"encoder.{override}" for override in given.split(",") if override]
-            sweep = not given and "bits" in compose("config", [f"encoder={name}"]).encoder
-            for bits in BITS if sweep else (None,):
-                knob = [] if bits is None else [f"encoder.bits={bits}"]
-                label = choice if bits is None else f"{name}:bits={bits}"
-                try:
-                    cfg = compose("config", [f"encoder={name}", *overrides, *knob])
-                    chains[label] = build_encoder(cfg, "upload").encoder
-                except FedqError:
-                    if bits is None:
-                        raise
+            cfg = compose("config", [f"encoder={name}", *overrides])
+            if given or "bits" not in cfg.encoder:
+                chains[choice] = build_encoder(cfg, "upload").encoder
+                continue
+            for bits in BITS:
+                OmegaConf.update(cfg, "encoder.bits", bits)
+                with suppress(FedqError):  # too few or too many for this one
+                    chains[f"{name}:bits={bits}"] = build_encoder(cfg, "upload").encoder
     return chains
 
 
