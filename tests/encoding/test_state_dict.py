@@ -329,7 +329,7 @@ def test_a_joint_message_with_nan_names_the_tensor() -> None:
 def test_the_fingerprint_tells_what_differs_and_nothing_else() -> None:
     @dataclasses.dataclass(frozen=True)
     class UniformQuantizationOfTomorrow(UniformQuantization):
-        block: int | None = None  # a new option
+        tomorrow: int | None = None  # a new option
 
     UniformQuantizationOfTomorrow.__name__ = "UniformQuantization"
 
@@ -343,7 +343,7 @@ def test_the_fingerprint_tells_what_differs_and_nothing_else() -> None:
     others = [
         fingerprint(UniformQuantization(7)),
         fingerprint(UniformQuantization(8, "nearest")),
-        fingerprint(UniformQuantizationOfTomorrow(block=3)),
+        fingerprint(UniformQuantizationOfTomorrow(tomorrow=3)),
         fingerprint(UniformQuantization(), UniformQuantization()),
         fingerprint(),
         fingerprint(UniformQuantization(), threshold=10**6),
