@@ -191,7 +191,7 @@ def plot(results: list[Result], path: Path) -> None:
         panel.set_axis_off()
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="x-small", ncols=4 * columns)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 def _panel(panel: "Axes", source: str, names: list[str], results: list[Result]) -> None:

@@ -137,7 +137,7 @@ def check_dataclasses(encoder: Encoder, bound: Bound | None) -> None:
     """Stages and coder are frozen, equal to their copies, and their repr tells all arguments."""
     for part in (*encoder.stages, encoder.coder):
         assert part == copy.deepcopy(part), f"{part} differs from its copy"
-        assert getattr(part, "__dataclass_params__").frozen, f"{type(part).__name__} is not frozen"  # noqa: B009
+        assert getattr(part, "__dataclass_params__").frozen, f"{type(part).__name__} is not frozen"  # noqa: B009  # unknown to mypy
         for field in dataclasses.fields(part):  # type: ignore[arg-type]  # Encoder takes no others
             assert field.repr, f"{type(part).__name__} hides {field.name} from its repr, hence from the schema"
         assert "0x" not in repr(part), f"the repr of {type(part).__name__} holds an address: {part!r}"

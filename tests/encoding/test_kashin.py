@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_rotation import bound
 from torch import Tensor
 
 from fedq.encoding import (
@@ -19,16 +20,6 @@ from fedq.encoding import (
     schema_of,
 )
 from fedq.encoding.testing import KEY, Bound, wave
-
-
-def bound(x: Tensor) -> float:
-    """A few eps of the norm for each product of matrices, and what the dtype of x and its denormals cannot hold."""
-    info, work = torch.finfo(x.dtype), torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    largest = float(x.abs().max())
-    norm = largest * float(torch.linalg.vector_norm(x.double() / largest)) if largest else 0.0
-    rounding = info.eps * largest if info.bits == 16 else 0.0
-    return 32 * work.eps * norm + rounding + 3000 * work.smallest_normal * work.eps + info.smallest_normal * info.eps
-
 
 STAGES: list[tuple[EncodingStage, Bound | None]] = [
     (KashinRepresentation(), bound),

@@ -31,7 +31,7 @@ def bound(x: Tensor) -> float:
     largest = float(x.abs().max())
     norm = largest * float(torch.linalg.vector_norm(x.double() / largest)) if largest else 0.0
     rounding = info.eps * largest if info.bits == 16 else 0.0
-    return 32 * work.eps * norm + rounding + 1000 * work.smallest_normal * work.eps + info.smallest_normal * info.eps
+    return 32 * work.eps * norm + rounding + 3000 * work.smallest_normal * work.eps + info.smallest_normal * info.eps
 
 
 STAGES: list[tuple[EncodingStage, Bound | None]] = [
