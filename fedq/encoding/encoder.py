@@ -77,8 +77,30 @@ class Encoder:
             body = self.coder.encode(x, spec)
         return [*parts, *_framed(self.coder, body, spec)], updates
 
-    def decode(self, reader: Reader, spec: TensorSpec, key: Key, params: ByPlace, device: torch.device) -> Tensor:
-        """Reads one payload and returns the tensor of `spec`. Raises ValueError for bytes never encoded."""
+    def front(self, spec: TensorSpec) -> list[TensorSpec]:
+        """Returns what enters each of the first stages, as far as these can be decoded once, after a sum over clients.
+
+        A weighted sum needs a floating dtype, and one no narrower than what enters the stage. There are no such stages
+        for less than 32 bits: they cut off what they decode at its dtype's limits, and a weighted sum is soon there.
+        """
+        specs: list[TensorSpec] = []
+        for stage in self.stages:
+            if not stage.commutes_with_sum:
+                break
+            encoded = stage.encoded_spec(spec, {})
+            if not (encoded.dtype.is_floating_point and 4 <= spec.dtype.itemsize <= encoded.dtype.itemsize):
+                break
+            specs.append(spec)
+            spec = encoded
+        return specs
+
+    def decode(
+        self, reader: Reader, spec: TensorSpec, key: Key, params: ByPlace, device: torch.device, until: int = 0
+    ) -> Tensor:
+        """Reads one payload and returns the tensor of `spec`, or what entered stage number `until` on the way there.
+
+        Raises ValueError for bytes never encoded.
+        """
         specs, sides = [spec], []
         for stage in self.stages:
             side = {
@@ -90,9 +112,22 @@ class Encoder:
             x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1], params.get(len(self.stages), {}))
         else:
             x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1])
-        x = x.to(device)
-        for i, stage in reversed(list(enumerate(self.stages))):
-            folded = key.fold(str(i))
+        return self._back(x.to(device), specs, sides, key, params, until)
+
+    def finish(self, x: Tensor, spec: TensorSpec, key: Key, params: ByPlace) -> Tensor:
+        """Returns the tensor of `spec` from a sum of what `decode` gives with `until` behind the `front`.
+
+        `x` itself where that is all. Raises ValueError for NaN and infinity.
+        """
+        specs = self.front(spec)
+        return finite(self._back(finite(x), specs, [{}] * len(specs), key, params, 0)) if specs else finite(x)
+
+    def _back(
+        self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: ByPlace, until: int
+    ) -> Tensor:
+        """Decodes `x` by as many stages as there are `sides`, from the last back to number `until`."""
+        for i in reversed(range(until, len(sides))):
+            stage, folded = self.stages[i], key.fold(str(i))
             if isinstance(stage, AdaptiveEncodingStage):
                 x = stage.decode(x, sides[i], specs[i], folded, params.get(i, {}))
             else:
@@ -103,7 +138,11 @@ class Encoder:
 
 def read(reader: Reader, spec: TensorSpec, coder: Coder = _EXACT) -> Tensor:
     """Reads one exact tensor of `spec`, on the CPU. Raises ValueError where it holds NaN or infinity."""
-    tensor = coder.decode(_unframed(reader, coder, spec), spec)
+    return finite(coder.decode(_unframed(reader, coder, spec), spec))
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Returns `tensor`. Raises ValueError where it holds NaN or infinity."""
     if not is_finite(tensor):
         raise ValueError("a value is NaN or infinite")
     return tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedq.encoding import message as frame
 from fedq.encoding.adaptive import StateUpdate
-from fedq.encoding.encoder import ByPlace, Encoder, described, is_finite, read
+from fedq.encoding.encoder import ByPlace, Encoder, described, finite, is_finite, read
 from fedq.encoding.message import MessageError
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.errors import FedqError
@@ -174,11 +174,14 @@ class StateDictEncoder:
         params: ByTensor | None = None,
         attached: Schema | None = None,
         device: torch.device | str = "cpu",
+        partly: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the state_dict of `schema` and the attached tensors of the schema `attached`, all finite.
 
-        Without `params` the message is taken to bring them, attached. Raises MessageError, and nothing else, for
-        bytes that `encode` with this schema, key and encoder does not make; memory stays within the schema's.
+        Without `params` the message is taken to bring them, attached. `partly` leaves those first stages undone that
+        commute with the sum: the tensors, named as in `chains`, are for `finish` once they are added up over clients.
+        Raises MessageError, and nothing else, for bytes that `encode` with this schema, key and encoder does not make;
+        memory stays within the schema's.
         """
         reader = frame.unpack(message, self._fingerprint(schema, attached or {}), key)
         front, tensors, name = {}, {}, ""
@@ -190,18 +193,37 @@ class StateDictEncoder:
                 own = {f"{name}/{i}" for name, (_, encoder) in chains.items() for i in encoder.adaptive()}
                 params = unflatten({path: t for path, t in front.items() if path.rpartition("/")[0] in own})
             for name, (spec, encoder) in chains.items():
-                tensor = encoder.decode(reader, spec, key.fold(name), params.get(name, {}), torch.device(device))
-                if not is_finite(tensor):
-                    raise ValueError("a value is NaN or infinite")
-                tensors[name] = tensor
+                own_key, own_params, until = key.fold(name), params.get(name, {}), len(encoder.front(spec))
+                tensor = encoder.decode(reader, spec, own_key, own_params, torch.device(device), until)
+                tensors[name] = finite(tensor) if partly else encoder.finish(tensor, spec, own_key, own_params)
             name = "after the last"
             reader.close()
         except ValueError as error:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
-        if joined := self._joined(schema):
-            pieces = torch.split(tensors.pop(JOINT), [schema[name].numel for name in joined])
-            tensors |= {name: piece.reshape(schema[name].shape) for name, piece in zip(joined, pieces, strict=True)}
-        return {name: tensors[name] for name in schema}, front
+        return tensors if partly else self._split(tensors, schema), front
+
+    def finish(
+        self,
+        total: Tensors,
+        key: Key,
+        schema: Schema,
+        params: ByTensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """Returns the state_dict of `schema` from a sum, weighted or not, of what `decode` gives `partly`.
+
+        `key` is the round's, with any client. What has no stage left to decode is handed through, in whatever dtype it
+        was added up, and shares its memory with `total`. Raises MessageError, naming the tensor, where the sum or what
+        it decodes to is NaN or infinite: messages are finite each, but a sum can overflow.
+        """
+        tensors, name = {}, ""
+        try:
+            for name, (spec, encoder) in self.chains(schema).items():
+                own_params = (params or {}).get(name, {})
+                tensors[name] = encoder.finish(total[name].to(device), spec, key.fold(name), own_params)
+        except ValueError as error:
+            raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
+        return self._split(tensors, schema)
 
     def _encoder_for(self, name: str, spec: TensorSpec) -> Encoder | None:
         """Returns the encoder of the tensor called `name`: a rule's, `self.encoder`, or None where it travels exact."""
@@ -217,6 +239,13 @@ class StateDictEncoder:
         if len(dtypes) > 1:
             raise ValueError(f"tensors of different dtypes cannot be joined: {sorted(map(str, dtypes))}")
         return {name: TensorSpec((sum(schema[n].numel for n in names),), schema[name].dtype) for name in names}
+
+    def _split(self, tensors: dict[str, Tensor], schema: Schema) -> dict[str, Tensor]:
+        """Returns the tensors of `schema`, in its order, from those of its chains."""
+        if joined := self._joined(schema):
+            pieces = torch.split(tensors.pop(JOINT), [schema[name].numel for name in joined])
+            tensors |= {name: piece.reshape(schema[name].shape) for name, piece in zip(joined, pieces, strict=True)}
+        return {name: tensors[name] for name in schema}
 
     def _updates(self, schema: Schema) -> dict[str, StateUpdate]:
         return {

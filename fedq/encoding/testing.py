@@ -335,20 +335,35 @@ def check_unbiased(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_commutes_with_sum(encoder: Encoder, bound: Bound | None) -> None:
-    """A stage that claims so may be decoded once, after the clients' sum: decode(encode(x) + encode(y))."""
-    other_client = KEY._replace(client=KEY.client + 1)
+    """A stage that claims so may be decoded once, after the clients' sum: decode(encode(x) + encode(y)).
+
+    So may all such in front of a chain: a weighted sum comes out as that of tensors which are decoded one by one.
+    """
+    clients = [KEY._replace(client=client) for client in (KEY.client, KEY.client + 1, 2**40)]
     for stage in encoder.stages:
         if not stage.commutes_with_sum:
             continue
-        assert isinstance(stage, EncodingStage), f"{stage} claims to commute with the sum, but has params"
         for shape in ((), (1,), (0,), (13,), (64,), (3, 5), (50, 70)):
             x, y = wave(*shape, dtype=torch.float64), wave(*shape, dtype=torch.float64).flip(0 if shape else ()) * 3 + 1
-            spec = TensorSpec.of(x)
-            (a, side), (b, other) = stage.encode(x, KEY), stage.encode(y, other_client)
-            assert not {**side, **other}, f"{stage} claims to commute with the sum, but has side values"
-            apart = stage.decode(a, {}, spec, KEY) + stage.decode(b, {}, spec, other_client)
-            together = stage.decode(a + b, {}, spec, KEY)
-            assert torch.allclose(together, apart, rtol=1e-9, atol=1e-9), f"{stage} does not commute with the sum"
+            spec, alone = TensorSpec.of(x), Encoder([stage])
+            assert not stage.side_spec(spec), f"{stage} claims to commute with the sum, but has side values"
+            (a, _, decode), (b, _, decode_b) = next(_steps(alone, x)), next(_steps(alone, y, clients[1]))
+            assert torch.allclose(decode(a + b), decode(a) + decode_b(b), rtol=1e-9, atol=1e-9), (
+                f"{stage} does not commute with the sum"
+            )
+    for x in (wave(1001), wave(50, 70), wave(50, 70, dtype=torch.float64)):
+        if not encoder.front(TensorSpec.of(x)):
+            continue
+        chain, schema = StateDictEncoder(rules={"x": encoder}), schema_of({"x": x})
+        params, apart, total = chain.params(schema, chain.initial_state(schema)), torch.zeros(()), torch.zeros(())
+        for weight, key in zip((1, 20, 0.3), clients, strict=True):
+            message, _ = chain.encode({"x": x.roll(key.client)}, key, params)
+            whole, part = (chain.decode(message, key, schema, params, partly=partly)[0] for partly in (False, True))
+            assert _same(whole["x"], chain.finish(part, key, schema, params)["x"]), f"{encoder}: decoded in two ways"
+            apart, total = apart + weight * whole["x"], total + weight * part["x"]
+        once = chain.finish({"x": total}, clients[0], schema, params)["x"]
+        error, norm = float((once - apart).norm()), float(apart.norm())
+        assert error <= 1e-5 * norm, f"{encoder}: decoded after the sum over clients, it is off by {error / norm}"
 
 
 def check_state(encoder: Encoder, bound: Bound | None) -> None:
@@ -451,17 +466,17 @@ def initial_params(encoder: Encoder, spec: TensorSpec) -> ByPlace:
     return {place: part.params(part.initial_state(spec)) for place, part in encoder.adaptive().items()}
 
 
-def _steps(encoder: Encoder, x: Tensor) -> Iterator[tuple[Tensor, Tensors, Callable[[Tensor], Tensor]]]:
+def _steps(encoder: Encoder, x: Tensor, key: Key = KEY) -> Iterator[tuple[Tensor, Tensors, Callable[[Tensor], Tensor]]]:
     """Yields what each stage of a chain gives for `x`: y, side values, and what decodes such a y."""
     spec, params = TensorSpec.of(x), initial_params(Encoder(encoder.stages), TensorSpec.of(x))
     for i, stage in enumerate(encoder.stages):
-        key = KEY.fold("x").fold(str(i))
+        own = key.fold("x").fold(str(i))
         if isinstance(stage, AdaptiveEncodingStage):
-            y, side, _ = stage.encode(x, key, params[i])
-            decode = functools.partial(stage.decode, side=side, spec=spec, key=key, params=params[i])
+            y, side, _ = stage.encode(x, own, params[i])
+            decode = functools.partial(stage.decode, side=side, spec=spec, key=own, params=params[i])
         else:
-            y, side = stage.encode(x, key)
-            decode = functools.partial(stage.decode, side=side, spec=spec, key=key)
+            y, side = stage.encode(x, own)
+            decode = functools.partial(stage.decode, side=side, spec=spec, key=own)
         yield y, side, decode
         x, spec = y, stage.encoded_spec(spec, side)
 

@@ -270,8 +270,6 @@ def test_the_battery_finds(liar: type[EncodingStage]) -> None:
 def adaptive_fault(fault: str) -> AdaptiveEncodingStage:
     @dataclass(frozen=True)
     class Wrong(Adapts):
-        commutes_with_sum = fault == "commutes"
-
         def initial_state(self, spec: TensorSpec) -> Tensors:
             return {"largest": 0.0} if fault == "no tensor" else super().initial_state(spec)  # type: ignore[dict-item]
 
@@ -312,11 +310,6 @@ def test_the_battery_finds_in_an_adaptive_stage(fault: str) -> None:
     assert testing.check_state in testing.CHECKS
     with pytest.raises(AssertionError, match=ADAPTIVE[fault]):
         testing.check_state(Encoder([adaptive_fault(fault)]), None)
-
-
-def test_an_adaptive_stage_cannot_commute_with_the_sum() -> None:
-    with pytest.raises(AssertionError, match="has params"):
-        testing.check_commutes_with_sum(Encoder([adaptive_fault("commutes")]), None)
 
 
 def test_the_largest_error_is_asked_of_every_round() -> None:

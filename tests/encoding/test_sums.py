@@ -1,0 +1,338 @@
+"""Sums before decoding: what commutes with the sum is decoded once for all clients."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from toys import Negate, PlusOneOverN, Reverse, Statistics
+
+from fedq.config import build_encoder
+from fedq.encoding import (
+    BROADCAST,
+    AdaptiveEncodingStage,
+    Encoder,
+    EncodingStage,
+    FixedWidth,
+    HadamardRotation,
+    KashinRepresentation,
+    Key,
+    MessageError,
+    RandomMask,
+    RandomSubspace,
+    StateDictEncoder,
+    StepQuantization,
+    TensorSpec,
+    UniformQuantization,
+    schema_of,
+    testing,
+)
+from fedq.encoding.testing import raw_bytes, reframe, wave
+
+CONF = Path(__file__).parents[2] / "conf"
+CONFIGURED = sorted(file.stem for file in (CONF / "encoder").glob("*.yaml"))
+ROUND = Key(1, 2)
+COHORT = {3: 1, 7: 20, 2**40: 300}  # weights, by the client's number
+UNIFORM = UniformQuantization(4)
+SHARED = RandomMask(0.3, shared=True)
+ROTATED = Encoder([HadamardRotation(), UNIFORM], FixedWidth())
+
+
+@dataclass(frozen=True)
+class Narrow(EncodingStage):
+    """Claims to commute, which to rounding it does; gives float32."""
+
+    commutes_with_sum = True
+
+    def encoded_spec(self, spec: TensorSpec, side: dict[str, Tensor]) -> TensorSpec:
+        return TensorSpec(spec.shape, torch.float32)
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.to(torch.float32, copy=True), {}
+
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y.to(spec.dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class Doubles(AdaptiveEncodingStage):
+    """x times what the server says, which doubles every round. `fault`: claims to commute, but is off by it."""
+
+    fault: float = 0.0
+
+    commutes_with_sum = True
+
+    def initial_state(self, spec: TensorSpec) -> dict[str, Tensor]:
+        return {"factor": torch.tensor(1.0)}
+
+    def params(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def update_state(self, state: dict[str, Tensor], aggregated: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"factor": state["factor"] * 2}
+
+    def encode(
+        self, x: Tensor, key: Key, params: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        return x * params["factor"], {}, {}
+
+    def decode(
+        self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key, params: dict[str, Tensor]
+    ) -> Tensor:
+        return (y / params["factor"] + self.fault).to(spec.dtype)
+
+
+def cohort_of(tensors: dict[str, Tensor], encoder: StateDictEncoder) -> dict[int, tuple[dict, dict]]:
+    """What is decoded of each client's message, whole and partly, in the first round."""
+    schema, cohort = schema_of(tensors), {}
+    params = encoder.params(schema, encoder.initial_state(schema))
+    for client in COHORT:
+        own = {name: tensor.roll(client % 10) for name, tensor in tensors.items()}
+        key = ROUND._replace(client=client)
+        message, _ = encoder.encode(own, key, params)
+        whole, _ = encoder.decode(message, key, schema, params)
+        part, _ = encoder.decode(message, key, schema, params, partly=True)
+        finished = encoder.finish({name: tensor.clone() for name, tensor in part.items()}, key, schema, params)
+        assert list(finished) == list(whole) == list(tensors)
+        for name in tensors:
+            assert whole[name].dtype == finished[name].dtype == tensors[name].dtype
+            assert raw_bytes(whole[name]) == raw_bytes(finished[name])
+        cohort[client] = whole, part
+    return cohort
+
+
+def weighted_sum(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """As a server adds up: floating tensors in their own dtype, all others in int64."""
+    total = {}
+    for name, first in tensors[0].items():
+        dtype = first.dtype if first.is_floating_point() else torch.int64
+        total[name] = sum(
+            (own[name].to(dtype) * weight for own, weight in zip(tensors, COHORT.values(), strict=True)),
+            start=torch.zeros(first.shape, dtype=dtype),
+        )
+    return total
+
+
+@pytest.mark.parametrize(
+    ("stages", "dtype", "expected"),
+    [
+        ([], torch.float32, 0),
+        ([HadamardRotation(), UNIFORM], torch.float32, 1),
+        ([HadamardRotation(), UNIFORM], torch.float64, 1),
+        ([HadamardRotation(), UNIFORM], torch.float16, 0),  # a weighted sum would be cut off at 65504
+        ([HadamardRotation(), UNIFORM], torch.bfloat16, 0),
+        ([HadamardRotation(shared=False), UNIFORM], torch.float32, 0),
+        ([HadamardRotation(), KashinRepresentation(), UNIFORM], torch.float32, 2),
+        ([SHARED, HadamardRotation(shared=False), SHARED], torch.float32, 1),
+        ([RandomMask(0.3), HadamardRotation()], torch.float32, 0),
+        ([RandomSubspace(2), SHARED], torch.float32, 2),
+        ([StepQuantization(0.1, relative=False)], torch.float32, 0),  # integers, though they commute
+        ([Negate(), StepQuantization(0.1, relative=False), Negate()], torch.float32, 1),
+        ([Negate()], torch.int64, 0),
+        ([Narrow(), Negate()], torch.float32, 2),
+        ([Narrow(), Negate()], torch.float64, 0),
+        ([Negate(), Narrow()], torch.float64, 1),
+        ([Doubles(), UNIFORM], torch.float32, 1),
+        ([PlusOneOverN(), Doubles()], torch.float32, 0),
+    ],
+    ids=str,
+)
+def test_how_far_a_sum_can_be_taken(stages: list[EncodingStage], dtype: torch.dtype, expected: int) -> None:
+    encoder, x = Encoder(stages), torch.arange(600).reshape(30, 20).to(dtype)
+    specs = encoder.front(TensorSpec.of(x))
+    assert len(specs) == expected
+    # the specs are those of what enters the stages
+    for (y, _, _), spec in zip(testing._steps(encoder, x), specs[1:], strict=False):
+        assert TensorSpec.of(y) == spec
+    assert specs[:1] in ([], [TensorSpec.of(x)])
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+@pytest.mark.parametrize("joint", [False, True])
+def test_configured_uploads(name: str, joint: bool) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        built = build_encoder(compose("config", [f"encoder={name}"]), "upload")
+    encoder = StateDictEncoder(built.encoder, 1000, built.rules, joint)
+    tensors = {
+        "a": wave(60, 70),
+        "bias": wave(70),
+        "counter": torch.tensor(2**40 + 1),
+        "b": wave(5000) * 3 + 1,
+        "mask": torch.arange(2000) % 3 == 0,
+    }
+    cohort = cohort_of(tensors, encoder)
+    whole, part = (weighted_sum([client[i] for client in cohort.values()]) for i in (0, 1))
+    schema = schema_of(tensors)
+    once = encoder.finish(part, ROUND, schema, encoder.params(schema, encoder.initial_state(schema)))
+    assert part.keys() == encoder.chains(schema).keys()
+    for tensor in ("a", "bias", "b"):
+        assert float((once[tensor] - whole[tensor]).norm()) <= 1e-5 * float(whole[tensor].norm()), tensor
+    for tensor in ("counter", "mask"):
+        assert once[tensor] is part[tensor]
+        assert torch.equal(once[tensor], whole[tensor])
+    specs = {tensor: chain.front(spec) for tensor, (spec, chain) in encoder.chains(schema).items()}
+    assert any(specs.values()) == (name in ("cosine", "hadamard", "kashin", "low_rank"))
+    for tensor, front in specs.items():
+        if not front and tensor != "*":
+            assert once[tensor] is part[tensor]  # there is nothing to do
+
+
+def test_a_sum_against_matrices() -> None:
+    # the linear map is found from unit vectors; the sum of what travels, through it, is what is decoded
+    encoder, n = StateDictEncoder(Encoder([SHARED, HadamardRotation(block=16), Reverse()]), 0), 50
+    schema = {"x": TensorSpec((n,), torch.float64)}
+    updates = {client: wave(n, dtype=torch.float64).roll(client % 10) for client in COHORT}
+    unit = [encoder.encode({"x": row}, ROUND)[0] for row in torch.eye(n, dtype=torch.float64)]
+    columns = np.stack([np.frombuffer(message[44:-4]) for message in unit], 1)  # what travels of each unit vector
+    sent = columns @ sum((weight * updates[client] for client, weight in COHORT.items())).numpy()  # type: ignore[union-attr]
+    parts = []
+    for client in COHORT:
+        key = ROUND._replace(client=client)
+        message, _ = encoder.encode({"x": updates[client]}, key)
+        parts.append(encoder.decode(message, key, schema, partly=True)[0])
+    total = weighted_sum(parts)
+    np.testing.assert_allclose(total["x"].numpy(), sent, rtol=1e-12, atol=1e-12)
+    # k kept of n come back n / k times as large, on average over the cells of 3 or 4: here exactly, by cell
+    kept = (columns**2).sum(0) > 0.5
+    once = encoder.finish(total, ROUND, schema)["x"].numpy()
+    summed = sum((weight * updates[client] for client, weight in COHORT.items())).numpy()  # type: ignore[union-attr]
+    assert np.count_nonzero(kept) == 15
+    np.testing.assert_allclose(once[~kept], 0, atol=1e-12)
+    np.testing.assert_allclose(once[kept] / summed[kept], [4] * 5 + [3] * 10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("client", [0, 12, BROADCAST])
+def test_any_client_of_the_round_can_finish(client: int) -> None:
+    tensors, encoder = {"x": wave(300)}, StateDictEncoder(ROTATED, 100)
+    part = weighted_sum([part for _, part in cohort_of(tensors, encoder).values()])
+    once = encoder.finish(part, ROUND._replace(client=client), schema_of(tensors))
+    assert torch.equal(once["x"], encoder.finish(part, ROUND, schema_of(tensors))["x"])
+    for other in (Key(1, 3), Key(2, 2)):
+        assert not torch.allclose(once["x"], encoder.finish(part, other, schema_of(tensors))["x"])
+
+
+def test_the_joint_vector_is_split_once() -> None:
+    tensors = {"a": wave(20, 10), "bias": wave(7), "b": wave(300) * 9, "steps": torch.tensor(3)}
+    encoder = StateDictEncoder(ROTATED, 100, joint=True)
+    cohort = cohort_of(tensors, encoder)
+    part = weighted_sum([part for _, part in cohort.values()])
+    assert {name: tuple(tensor.shape) for name, tensor in part.items()} == {"*": (500,), "bias": (7,), "steps": ()}
+    once, whole = encoder.finish(part, ROUND, schema_of(tensors)), weighted_sum([whole for whole, _ in cohort.values()])
+    assert {name: tensor.shape for name, tensor in once.items()} == {name: t.shape for name, t in tensors.items()}
+    for name in tensors:
+        torch.testing.assert_close(once[name], whole[name], rtol=1e-4, atol=1e-2)
+    assert int(once["steps"]) == 3 * sum(COHORT.values())
+
+
+def test_stages_behind_the_sum_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    decode = HadamardRotation.decode
+    monkeypatch.setattr(HadamardRotation, "decode", lambda *given: calls.append(given) or decode(*given))
+    tensors, encoder = {"x": wave(300)}, StateDictEncoder(ROTATED, 100)
+    message, _ = encoder.encode(tensors, ROUND)
+    part, _ = encoder.decode(message, ROUND, schema_of(tensors), partly=True)
+    assert calls == []
+    before = part["x"].clone()
+    encoder.finish(part, ROUND, schema_of(tensors))
+    assert len(calls) == 1
+    assert torch.equal(part["x"], before)  # the sum is not written to
+    encoder.decode(message, ROUND, schema_of(tensors))
+    assert len(calls) == 2
+
+
+def test_an_adaptive_stage_takes_its_params_after_the_sum() -> None:
+    tensors, encoder = {"x": wave(300)}, StateDictEncoder(Encoder([Doubles(), HadamardRotation()]), 100)
+    schema, state = schema_of(tensors), encoder.initial_state(schema_of(tensors))
+    for factor in (1, 2, 4):
+        params = encoder.params(schema, state)
+        message, _ = encoder.encode(tensors, ROUND, params)
+        part, _ = encoder.decode(message, ROUND, schema, params, partly=True)
+        assert float(part["x"].norm()) == pytest.approx(factor * float(tensors["x"].norm()), rel=1e-5)
+        torch.testing.assert_close(encoder.finish(part, ROUND, schema, params)["x"], tensors["x"])
+        state = encoder.update_state(schema, state, {})
+    # where the message brings them, they are attached as ever
+    attached = {"x/0/factor": torch.tensor(8.0)}
+    message, _ = encoder.encode(tensors, ROUND, {"x": {0: {"factor": torch.tensor(8.0)}}}, attached)
+    whole, _ = encoder.decode(message, ROUND, schema, attached=schema_of(attached))
+    torch.testing.assert_close(whole["x"], tensors["x"])
+
+
+def test_attached_tensors_arrive_with_a_part() -> None:
+    tensors, encoder = {"a": wave(300)}, StateDictEncoder(Encoder([HadamardRotation(), Statistics()]), 100)
+    schema = schema_of(tensors)
+    params, spec = encoder.params(schema, encoder.initial_state(schema)), encoder.update_spec(schema)
+    message, _ = encoder.encode(tensors, ROUND, params, report=True)
+    _, reports = encoder.decode(message, ROUND, schema, params, spec, partly=True)
+    assert list(reports) == list(spec)
+    assert int(reports["a/1/count"]) == 300
+
+
+@pytest.mark.parametrize("chain", [Encoder(), ROTATED, Encoder([SHARED]), Encoder([UNIFORM], FixedWidth())], ids=str)
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_sum_that_is_not_finite_is_named(chain: Encoder, joint: bool, value: float) -> None:
+    tensors, encoder = {"small": wave(5), "x": wave(300)}, StateDictEncoder(chain, 100, joint=joint)
+    name = "*" if joint else "x"
+    message, _ = encoder.encode(tensors, ROUND)
+    part, _ = encoder.decode(message, ROUND, schema_of(tensors), partly=True)
+    part[name][-1] = value
+    with pytest.raises(MessageError, match=f"'[{name}]'.*NaN or infinite"):
+        encoder.finish(part, ROUND, schema_of(tensors))
+
+
+def test_what_is_not_finite_is_refused_before_the_sum() -> None:
+    # the mask would make 3e38 of infinity, its dtype's largest value
+    tensors, encoder = {"x": wave(300)}, StateDictEncoder(Encoder([SHARED]), 100)
+    message, _ = encoder.encode(tensors, ROUND)
+    for value in (math.inf, -math.inf, math.nan):
+        body = np.frombuffer(message[44:-4], np.float32).copy()
+        body[17] = value
+        for partly in (False, True):
+            with pytest.raises(MessageError, match="'x'.*NaN or infinite"):
+                encoder.decode(reframe(message, body.tobytes()), ROUND, schema_of(tensors), partly=partly)
+
+
+# ------------------------------------------------------------------------------------------------ the battery
+
+
+@dataclass(frozen=True)
+class Halves(EncodingStage):
+    """Commutes in float64, in which the battery asks a stage; but in a chain with float32 it is off at the ends."""
+
+    commutes_with_sum = True
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.clone(), {}
+
+    def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
+        return y.clone() if spec.dtype == torch.float64 else y.clamp(-2, 2)
+
+
+@dataclass(frozen=True)
+class Beside(Halves):
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {"scale": TensorSpec((), torch.float32)}
+
+    def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        return x.clone(), {"scale": torch.tensor(1.0)}
+
+
+FOUND = {
+    Halves(): "decoded after the sum over clients, it is off",
+    Beside(): "side values",
+    Doubles(0.1): "does not commute",
+}
+
+
+@pytest.mark.parametrize("liar", FOUND, ids=str)
+def test_the_battery_finds(liar: EncodingStage | AdaptiveEncodingStage) -> None:
+    with pytest.raises(AssertionError, match=FOUND[liar]):
+        testing.check_commutes_with_sum(Encoder([liar]), None)
+
+
+def test_the_battery_takes_an_adaptive_stage_that_commutes() -> None:
+    testing.check_commutes_with_sum(Encoder([Doubles(), HadamardRotation(), UNIFORM], FixedWidth()), None)
