@@ -33,9 +33,12 @@ class ConfigError(FedqError):
 class RunConfig:
     """How long a run is, who takes part, and what it keeps.
 
-    test_batch_size: examples an evaluation batch. workers: threads, "auto" for one a core. evaluate_every and
-    checkpoint_every: in rounds; the last round is always evaluated and kept. min_clients: a round with fewer usable
-    updates ends the run.
+    test_batch_size: examples an evaluation batch. workers: threads a rank, "auto" for one a core. evaluate_every and
+    checkpoint_every: in rounds; the last round is always evaluated and kept. keep: checkpoints that stay. resume:
+    "auto" goes on from the newest checkpoint in the run's folder, "never" does not, a path is that of a checkpoint or
+    of a run's folder.
+    min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats` times in a row, and
+    then ends the run. faults, guard: what goes wrong with clients, and what is done about updates out of line.
     """
 
     rounds: int
@@ -44,15 +47,22 @@ class RunConfig:
     evaluate_every: int
     test_batch_size: int
     checkpoint_every: int
+    keep: int
+    resume: str
     min_clients: int
+    repeats: int
     workers: int | Literal["auto"]
     device: str
+    faults: dict[str, Any] | None
+    guard: dict[str, Any] | None
 
     def __post_init__(self) -> None:
-        counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "min_clients")
-        for name in (*counts, "workers"):
+        counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "keep")
+        for name in (*counts, "min_clients", "workers"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.repeats < 0:
+            raise ValueError(f"repeats must be 0 or more, not {self.repeats}")
         if self.min_clients > self.clients_per_round:
             raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
         if not 0 <= self.seed < 2**64:
@@ -93,7 +103,7 @@ class EncoderConfig:
 def check(cfg: DictConfig) -> None:
     """Raises ConfigError unless every key of a composed configuration is known and of the right type."""
     build_run(cfg)
-    for group in ("dataset", "model", "client", "server"):
+    for group in ("dataset", "model", "client", "server", "run"):
         _check_targets(cfg, group)
     _check_arguments(cfg, "encoder", EncoderConfig, open_ended=True)
     for direction in ("encoder.broadcast", "encoder.upload"):
@@ -129,6 +139,26 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     rules = {pattern: chain(f"{path}.rules[{i}]") for i, pattern in enumerate(patterns)}
     threshold, joint = plain(cfg, "encoder")["threshold"], plain(cfg, path).get("joint", False)
     return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, joint))
+
+
+_NEUTRAL = ("rounds", "evaluate_every", "checkpoint_every", "keep", "resume", "min_clients", "repeats", "workers")
+"""The keys of `run` that may differ between a run and its continuation: they change no round's outcome."""
+
+
+def differences(there: Node, here: Node) -> list[str]:
+    """Returns in words how the plain configuration of an earlier run differs from this one's; none in the same run."""
+    a, b = (_leaves(config, "") for config in (there, here))
+    return [
+        f"{key} was {a.get(key, 'not set')}, not {b.get(key, 'not set')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key not in [f"run.{name}" for name in _NEUTRAL]
+    ]
+
+
+def _leaves(node: Any, path: str) -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {path: node}
+    return {key: leaf for name in node for key, leaf in _leaves(node[name], f"{path}.{name}".lstrip(".")).items()}
 
 
 def explain(error: Exception) -> str:

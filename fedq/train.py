@@ -3,23 +3,35 @@
 python -m fedq.train encoder=uint8     (installed: fedq-train encoder=uint8)
 """
 
+import json
 import logging
 import os
 import re
 import sys
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing, nullcontext, suppress
+from datetime import datetime
+from functools import partial, wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from fedq.config import ConfigError, build, build_encoder, build_run, check, explain, plain
+from fedq.config import ConfigError, build, build_encoder, build_run, check, differences, explain, plain
 from fedq.errors import FedqError
 from fedq.tracking.console import ConsoleProgress
 from fedq.tracking.metrics import MetricsFile
 from fedq.tracking.summary import Summary
+
+if TYPE_CHECKING:
+    from fedq.data import Client, FederatedDataset
+    from fedq.learning import FederatedAveraging
+    from fedq.simulation.loop import Clients
+    from fedq.simulation.ranks import Ranks
+    from fedq.simulation.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -29,41 +41,94 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line: whole, or as one of the processes that torchrun starts."""
+    if "RANK" not in os.environ:
+        compose(job)
+        return
+    from fedq.simulation.ranks import Ranks, launched_at
+    from fedq.simulation.stopping import Stopping
+
+    with Stopping() as stopping:
+        try:
+            with Ranks(stopping) as ranks:
+                if ranks.rank:
+                    serve(ranks)
+                else:
+                    # a process that torchrun starts again finds the folder of the one before it
+                    if name := launched_at(datetime.now()):
+                        folders = {"hydra.run.dir": f"outputs/{name}", "hydra.sweep.dir": f"outputs/multirun/{name}"}
+                        given = {argument.split("=")[0] for argument in sys.argv}
+                        sys.argv += [f"{key}={folder}" for key, folder in folders.items() if key not in given]
+                    compose(wraps(job)(partial(job, ranks=ranks)))
+        except FedqError as error:
+            sys.exit(f"fedq: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def compose(task: Callable[[DictConfig], None]) -> None:
+    """Has Hydra run `task` with the configuration that the command line makes, or with each of a sweep's."""
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors come through to be told in one line
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     except Exception as error:  # a job tells of its own: what arrives here is Hydra's
         if traceback_wanted:
             raise
         sys.exit(f"fedq: {explain(error)}")
 
 
-def job(cfg: DictConfig) -> None:
+def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> None:
     """Runs one job of a command line; a job that fails says so, and does not end the sweep it may be part of."""
+    from fedq.simulation.stopping import Interrupted, Stopping
+
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        if finished(cfg, folder):
+            log.info("%s holds this run, finished: nothing to do", folder)
+            return
         metrics_file = MetricsFile(folder)
-    except FileExistsError as error:  # not a folder to leave anything in
-        raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir") from error
+    except BlockingIOError as error:  # not a folder to leave anything in
+        raise ConfigError(f"another process runs in {folder}; set hydra.run.dir or hydra.sweep.subdir") from error
+    summary = Summary(folder)
     try:
-        with closing(metrics_file), Summary(folder) as summary:
-            train(cfg, folder, metrics_file, summary)
+        with (
+            nullcontext(ranks.stopping) if ranks else Stopping() as stopping,
+            closing(metrics_file),
+            summary,
+        ):
+            train(cfg, folder, metrics_file, summary, stopping, ranks)
     except (FedqError, OSError) as error:
         log.error("%s", error)
-    except KeyboardInterrupt:
-        log.error("interrupted; what was done is in %s", folder)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        log.error("stopped; to go on, give the same command again with %s", _folder_argument())
+        sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
     except Exception:
         log.exception("this is a bug in fedq or in a class that the configuration names:")
     else:
         return
-    if HydraConfig.get().mode == RunMode.RUN:
-        sys.exit(1)
+    if HydraConfig.get().mode == RunMode.RUN or not summary.is_ours:
+        sys.exit(1)  # a sweep goes on and tells of all that failed at its end, by their summaries
 
 
-def train(cfg: DictConfig, folder: Path, metrics_file: MetricsFile, summary: Summary) -> None:
+def finished(cfg: DictConfig, folder: Path) -> bool:
+    """Tells whether `folder` holds the whole of the run that `cfg` asks for."""
+    path = folder / "summary.json"
+    if plain(cfg, "run").get("resume") != "auto" or not path.exists():
+        return False
+    summary = json.loads(path.read_text())
+    whole = summary["status"] == "completed" and summary["rounds"] >= plain(cfg, "run")["rounds"]
+    return whole and not differences(summary["config"], plain(cfg))
+
+
+def train(
+    cfg: DictConfig,
+    folder: Path,
+    metrics_file: MetricsFile,
+    summary: Summary,
+    stopping: "Stopping",
+    ranks: "Ranks | None" = None,
+) -> None:
     """Trains as a composed configuration says; all that comes of it goes to the run's `folder`.
 
     Raises FedqError or OSError with one clear sentence; what was done until then is kept.
@@ -71,51 +136,112 @@ def train(cfg: DictConfig, folder: Path, metrics_file: MetricsFile, summary: Sum
     check(cfg)
     # torch takes seconds to load: a typo in `run` is told before
     from fedq.encoding import Key, StateDictEncoder
-    from fedq.learning import FederatedAveraging
     from fedq.simulation import checkpoint
     from fedq.simulation.loop import rounds
-    from fedq.simulation.workers import Workers
     from fedq.tracking.tensorboard import TensorBoard
 
-    run = build_run(cfg)
+    run, config = build_run(cfg), plain(cfg)
     with ExitStack() as stack:
-        dataset = build(cfg, "dataset")
-        if run.clients_per_round > dataset.num_clients:
-            raise ConfigError(
-                f"run.clients_per_round: {run.clients_per_round} is more than the {dataset.num_clients} clients; "
-                "take fewer, or more with dataset.clients where the dataset allows"
-            )
-        workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
-        process = FederatedAveraging(
-            model=build(cfg, "model", num_classes=dataset.num_classes),
-            client=build(cfg, "client"),
-            server=build(cfg, "server"),
-            broadcast=build_encoder(cfg, "broadcast"),
-            upload=build_encoder(cfg, "upload"),
-            seed=run.seed,
-            device=run.device,
-            map=workers.map,
-            min_clients=run.min_clients,
-        )
+        earlier = checkpoint.resume(run.resume, folder, config)
+        if not earlier and not metrics_file.empty:
+            raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir")
+        if ranks:
+            ranks.tell({"job": config})
+        process, dataset, clients = assemble(cfg, stopping, stack)
         state = process.initialize()
         exact_message, _ = StateDictEncoder().encode(state.weights, Key(run.seed))
-        summary.start(run.seed, 8 * len(exact_message))
+        summary.start(config, 8 * len(exact_message))
         name = _run_name()
         log.info("run %s of %d rounds in %s", name, run.rounds, folder)
-        tensorboard = stack.enter_context(closing(TensorBoard(folder, name, _hparams(cfg))))
-        progress = stack.enter_context(closing(ConsoleProgress(run.rounds)))
+        if earlier:
+            state, its_folder = earlier
+            log.info("going on after round %d of %s", state.round - 1, its_folder)
+            for metrics in metrics_file.restore(its_folder / "metrics.jsonl", state.round):
+                summary.write(metrics)
+        tensorboard = stack.enter_context(closing(TensorBoard(folder, name, _hparams(cfg), state.round)))
+        progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
+        gather = partial(ranks.gather, process.contribute) if ranks else None
+        saved = None
+
+        def save() -> None:
+            nonlocal saved
+            if saved != state.round:
+                metrics_file.sync()
+                checkpoint.save(state, config, folder / "checkpoints", run.keep)
+                saved = state.round
+
         try:
-            for after, metrics in rounds(process, state, dataset, run):
-                state = after
+            save()
+            for after, metrics in rounds(process, state, dataset, run, clients, gather):
                 for tracker in (metrics_file, summary, tensorboard, progress):
                     tracker.write(metrics)
+                state = after
                 if state.round % run.checkpoint_every == 0:
-                    checkpoint.save(state, folder / "checkpoints")
+                    save()
         finally:
             # also of a run that fails; on a full disk the checkpoint before stays
             with suppress(OSError):
-                checkpoint.save(state, folder / "checkpoints")
+                save()
     summary.print()
+
+
+def serve(ranks: "Ranks") -> None:
+    """Does this process's part of what rank 0 runs."""
+    with ExitStack() as stack:
+        for order, message in ranks.listen():
+            if "job" in order:
+                stack.close()
+                process, _, clients = assemble(OmegaConf.create(order["job"]), ranks.stopping, stack)
+            else:
+                ranks.contribute_to(order, message, process.contribute, clients)
+
+
+def assemble(
+    cfg: DictConfig, stopping: "Stopping", stack: ExitStack
+) -> tuple["FederatedAveraging", "FederatedDataset", "Clients"]:
+    """Returns what a checked configuration describes; `stack` ends its threads.
+
+    Raises ConfigError where its parts do not fit together.
+    """
+    from fedq.encoding import Key
+    from fedq.learning import FederatedAveraging
+    from fedq.simulation.workers import Workers
+
+    run, dataset = build_run(cfg), build(cfg, "dataset")
+    if run.clients_per_round > dataset.num_clients:
+        raise ConfigError(
+            f"run.clients_per_round: {run.clients_per_round} is more than the {dataset.num_clients} clients; "
+            "take fewer, or more with dataset.clients where the dataset allows"
+        )
+    workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
+    faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))
+    process = FederatedAveraging(
+        model=build(cfg, "model", num_classes=dataset.num_classes),
+        client=build(cfg, "client"),
+        server=build(cfg, "server"),
+        broadcast=build_encoder(cfg, "broadcast"),
+        upload=build_encoder(cfg, "upload"),
+        seed=run.seed,
+        device=run.device,
+        map=stopping.map(workers.map),
+        uplink=faults.uplink if faults else None,
+        guard=guard,
+        min_clients=run.min_clients,
+    )
+
+    def clients(serial: int, numbers: Iterable[int]) -> "list[Client]":
+        chosen = [dataset.client(number) for number in numbers]
+        return [faults.client(one, Key(run.seed, serial, one.number)) for one in chosen] if faults else chosen
+
+    return process, dataset, clients
+
+
+def _folder_argument() -> str:
+    """Returns the argument with which the command finds this run's, or this sweep's, folder again."""
+    config = HydraConfig.get()
+    if config.mode == RunMode.RUN:
+        return f"hydra.run.dir={config.runtime.output_dir}"
+    return f"hydra.sweep.dir={Path(config.sweep.dir).absolute()}"
 
 
 def _run_name() -> str:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedq.simulation import checkpoint
+from fedq.tracking.metrics import MetricsFile
 from fedq.train import CONF
 
 # a world small enough to train in a moment; the hidden layer is above the threshold
@@ -49,13 +53,17 @@ def metrics_of(folder: Path, times: bool = False) -> list[dict]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(sorted((folder / "checkpoints").glob("*.pt"))[-1]).weights
+    return checkpoint.load(sorted((folder / "checkpoints").glob("*.pt"))[-1])[0].weights
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert metrics_of(a) == metrics_of(b)
+    assert weights_equal(a, b)
+
+
+def weights_equal(a: Path, b: Path) -> bool:
     first, second = weights_of(a), weights_of(b)
-    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    return all(torch.equal(first[name], second[name]) for name in first | second)
 
 
 def test_a_run_leaves_all_that_is_promised(tmp_path):
@@ -97,7 +105,7 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
     assert [e.step for e in curves.Scalars("test/accuracy")] == [1, 2]
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(curves.summary_metadata)
 
-    assert checkpoint.load(folder / "checkpoints" / "round_000003.pt").round == 3
+    assert checkpoint.load(folder / "checkpoints" / "round_000003.pt")[0].round == 3
     assert "round 2" in (folder / "train.log").read_text()
     assert (folder / ".hydra" / "config.yaml").exists()
     for word in ("test accuracy", "bytes down", "bytes up", "less than float32", "tensorboard --logdir"):
@@ -131,7 +139,7 @@ def test_a_sweep_has_a_folder_and_a_telling_name_for_each_job(tmp_path):
 
 def test_jobs_that_would_share_a_folder_do_not(tmp_path):
     done = fedq(tmp_path, "-m", *SMALL, "run.rounds=1", "run.seed=0,1", "hydra.sweep.subdir=same", code=1)
-    assert "belongs to another run" in done.stderr
+    assert "is of another run: run.seed was 0, not 1; set hydra.run.dir" in done.stderr
     (folder,) = run_folders(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["seed"]) == ("completed", 0)  # the first job's, untouched
@@ -188,8 +196,8 @@ def test_training_that_diverges_ends_with_a_sentence_and_keeps_what_it_had(tmp_p
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert "usable update" in summary["error"]
-    (kept,) = (folder / "checkpoints").glob("*.pt")
-    assert checkpoint.load(kept).round == len(metrics_of(folder)) == summary["rounds"]
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    assert checkpoint.load(newest)[0].round == len(metrics_of(folder)) == summary["rounds"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk to fill can only be mounted by root")
@@ -272,3 +280,72 @@ def test_real_writers_cost_what_the_tutorial_should(tmp_path):
     for way in ("broadcast_bits", "aggregated_bits"):
         assert round(exact[way] / 2**20, 2) == 507.62
         assert compressed[way] / 2**20 <= 128.42
+
+
+def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tmp_path):
+    command = ("-m", *SMALL, "run.seed=0,1", "run.checkpoint_every=1", f"hydra.sweep.dir={tmp_path}/sweep")
+    fedq(tmp_path, *command)
+    kept = {name: (tmp_path / "sweep" / "0" / name).read_bytes() for name in ("summary.json", "metrics.jsonl")}
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "sweep" / "1", whole)
+    # as if the second job had been killed after its first round: no summary, half a line, a later checkpoint damaged
+    second = tmp_path / "sweep" / "1"
+    (second / "summary.json").unlink()
+    lines = (second / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (second / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
+    (second / "checkpoints" / "round_000003.pt").write_bytes(b"damaged")
+    done = fedq(tmp_path, *command)
+    assert "sweep/0 holds this run, finished: nothing to do" in done.stderr
+    assert "round_000003.pt cannot be used" in done.stderr
+    assert "going on after round 1 of" in done.stderr
+    assert kept == {name: (tmp_path / "sweep" / "0" / name).read_bytes() for name in kept}
+    assert_same_run(second, whole)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (second, whole)]
+    for summary in summaries:
+        summary.pop("seconds")
+        summary["config"].pop("run")
+    assert summaries[0] == summaries[1]
+    (events,) = {path.parent for path in second.rglob("events.out.tfevents.*")}
+    curves = EventAccumulator(str(events)).Reload()
+    assert [e.step for e in curves.Scalars("train/loss")] == [0, 1, 2]
+
+
+def test_a_run_goes_on_longer_and_from_another_folder(tmp_path):
+    fedq(tmp_path, *SMALL, "run.rounds=2", f"hydra.run.dir={tmp_path}/short")
+    fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}/whole")
+    fedq(tmp_path, *SMALL, f"run.resume={tmp_path}/short", f"hydra.run.dir={tmp_path}/other")
+    fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}/short")
+    assert_same_run(tmp_path / "other", tmp_path / "whole")
+    assert_same_run(tmp_path / "short", tmp_path / "whole")
+    done = fedq(tmp_path, *SMALL, "run.resume=never", f"hydra.run.dir={tmp_path}/short", code=1)
+    assert "belongs to another run" in done.stderr
+    assert_same_run(tmp_path / "short", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_the_way_to_go_on(tmp_path, number):
+    command = [sys.executable, "-m", "fedq.train", *SMALL, "run.rounds=100000", "run.checkpoint_every=100000"]
+    folder = f"hydra.run.dir={tmp_path}/run"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([*command, folder], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as running:
+        while "round 3 " not in running.stderr.readline():
+            pass
+        running.send_signal(number)
+        rest = running.stderr.read()
+    assert running.returncode == 128 + number
+    assert f"to go on, give the same command again with {folder}" in rest
+    assert "Traceback" not in rest
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
+    rounds = checkpoint.load(newest)[0].round
+    assert rounds == len(metrics_of(tmp_path / "run")) >= 4
+    fedq(tmp_path, *SMALL, f"run.rounds={rounds + 1}", "run.checkpoint_every=100000", folder)
+    fedq(tmp_path, *SMALL, f"run.rounds={rounds + 1}", f"hydra.run.dir={tmp_path}/whole")
+    assert weights_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
+    with closing(MetricsFile(tmp_path)):
+        done = fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}", code=1)
+    assert f"another process runs in {tmp_path}" in done.stderr
+    assert not (tmp_path / "summary.json").exists()

@@ -21,11 +21,13 @@ class Examples(NamedTuple):
 class Client:
     """One client: its number in the population, and how to read its examples when it is sampled.
 
-    The number names the client's random draws. `load` may be called from any worker thread.
+    The number names the client's random draws. `load` may be called from any worker thread. `examples`, the number of
+    its examples, is for sharing out the work; 0 where that is not known without reading.
     """
 
     number: int
     load: Callable[[], Examples]
+    examples: int = 0
 
 
 class FederatedDataset(Protocol):

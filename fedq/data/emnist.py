@@ -49,7 +49,8 @@ class Emnist:
         """Returns client `number`; raises IndexError if there is none."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
-        return Client(number, partial(self._read, self._train, self.client_ids[number]))
+        client_id = self.client_ids[number]
+        return Client(number, partial(self._read, self._train, client_id), len(_arrays(self._train, client_id)[1]))
 
     def test(self) -> Examples:
         """Returns the test examples of all clients, read afresh."""

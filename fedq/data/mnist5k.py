@@ -54,7 +54,7 @@ class Mnist5k:
         """Returns client `number`; raises IndexError if there is none."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
-        return Client(number, partial(self._load, number))
+        return Client(number, partial(self._load, number), len(range(number, CLASSES * TRAIN, self.num_clients)))
 
     def test(self) -> Examples:
         """Returns a copy of the 1,000 test examples, class by class."""

@@ -179,7 +179,7 @@ class Writers:
         """Returns writer `number`, who writes when loaded; IndexError unless 0 <= number < num_clients."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"client {number} is not one of {self.num_clients} writers, numbered from 0.")
-        return Client(number, lambda: self._load(number))
+        return Client(number, lambda: self._load(number), self._count(number))
 
     def test(self) -> Examples:
         """Returns `test_examples` examples by writers who are not clients."""
@@ -188,11 +188,12 @@ class Writers:
         parts = [_write(key.fold(str(i)), min(each, self.test_examples - i)) for i in starts]
         return self._examples(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
+    def _count(self, number: int) -> int:
+        key, quarter = Key(self.seed, client=number).fold("writers"), self.examples_per_client // 4
+        return self.examples_per_client + int(key.fold("number").generator().integers(-quarter, quarter + 1))
+
     def _load(self, number: int) -> Examples:
-        key = Key(self.seed, client=number).fold("writers")
-        quarter = self.examples_per_client // 4
-        n = self.examples_per_client + key.fold("number").generator().integers(-quarter, quarter + 1)
-        return self._examples(*_write(key, int(n)))
+        return self._examples(*_write(Key(self.seed, client=number).fold("writers"), self._count(number)))
 
     def _examples(self, ink: np.ndarray, y: np.ndarray) -> Examples:
         x = torch.from_numpy(ink[:, None])

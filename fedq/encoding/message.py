@@ -74,6 +74,13 @@ def unpack(message: bytes, fingerprint: bytes, key: Key) -> "Reader":
     return Reader(memoryview(message)[_HEADER.size : -_CHECKSUM.size])
 
 
+def repacked(message: bytes, key: Key, ending: bytes = b"") -> bytes:
+    """Returns `message` as if it were of `key` and its body ended in `ending`, with a checksum that fits: a forgery."""
+    fingerprint = _HEADER.unpack_from(message)[3]
+    body = message[_HEADER.size : -_CHECKSUM.size - len(ending)] + ending
+    return pack([body], fingerprint, key)
+
+
 class Reader:
     """Hands out the bytes of a body in order and never past its end."""
 

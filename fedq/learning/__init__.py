@@ -1,8 +1,24 @@
 """The algorithm as pure steps: initialize() → state, next(state, clients) → state, metrics."""
 
-from fedq.learning.client import LocalTraining
+from fedq.learning.client import LocalTraining, TrainingMetrics
 from fedq.learning.evaluation import evaluate
+from fedq.learning.failures import ClientFailure
 from fedq.learning.federated_averaging import Diverged, FederatedAveraging, TooFewClients
+from fedq.learning.round import Contribution, Gather, Record, Share, Task
 from fedq.learning.server import ServerState
 
-__all__ = ["Diverged", "FederatedAveraging", "LocalTraining", "ServerState", "TooFewClients", "evaluate"]
+__all__ = [
+    "ClientFailure",
+    "Contribution",
+    "Diverged",
+    "FederatedAveraging",
+    "Gather",
+    "LocalTraining",
+    "Record",
+    "ServerState",
+    "Share",
+    "Task",
+    "TooFewClients",
+    "TrainingMetrics",
+    "evaluate",
+]

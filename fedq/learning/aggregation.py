@@ -18,14 +18,20 @@ class PairwiseTree(Generic[T]):
         self._combine = combine
         self._waiting: dict[tuple[int, int], T | None] = {}
 
-    def add(self, place: int, value: T | None) -> None:
-        """Takes the value of one place; each place once."""
-        level = 0
+    def add(self, place: int, value: T | None, level: int = 0) -> None:
+        """Takes the value of one place, or a partial result of another tree; each place once."""
         while (level, place ^ 1) in self._waiting:
             sibling = self._waiting.pop((level, place ^ 1))
             value = self._join(value, sibling) if place % 2 == 0 else self._join(sibling, value)
             level, place = level + 1, place // 2
         self._waiting[level, place] = value
+
+    def partial_results(self) -> list[tuple[int, int, T | None]]:
+        """Returns (level, place, value) of each partial result: that of places place · 2^level and 2^level − 1 more.
+
+        Of n places in a row at most 2 · log₂(n) are left. Another tree goes on from them with `add`.
+        """
+        return [(level, place, value) for (level, place), value in self._waiting.items()]
 
     def result(self) -> T | None:
         """Returns the fold of all values, None without any. Call it once, after all places are taken."""

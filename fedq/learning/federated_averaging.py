@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,17 @@ from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, schema_of
 from fedq.encoding.state_dict import ByTensor, flatten, unflatten
 from fedq.errors import FedqError
-from fedq.learning.aggregation import PairwiseTree
-from fedq.learning.client import LocalTraining, TrainingMetrics, update_of
+from fedq.learning.client import LocalTraining, update_of
 from fedq.learning.evaluation import Map, evaluate
+from fedq.learning.failures import FAILURES, ClientFailure
+from fedq.learning.guard import NormGuard, norm
+from fedq.learning.round import PHASES, Contribution, Gather, Record, Share, Task
 from fedq.learning.server import ServerOptimizer, ServerState, server_step, weighted
 
 log = logging.getLogger(__name__)
 
-PHASES = ("train", "encode", "decode", "aggregate")
 _UPLOAD = "upload/"  # before the names of the upload's params among what a broadcast attaches
-
-
-class ClientFailure(Exception):
-    """A client cannot take part in this round; says why."""
+_WINDOW = 16  # clients that are put in order of size at a time: so many updates may wait for their neighbours'
 
 
 class Diverged(FedqError):
@@ -37,26 +35,14 @@ class Diverged(FedqError):
 
 
 class TooFewClients(FedqError):
-    """Fewer clients than required sent an update that could be used; says how many and why the first did not."""
+    """Fewer clients than required sent an update that could be used; says how many and why the first did not.
 
+    `state` is what to go on from: as before the round, but for the bits that were sent in vain, and with other keys.
+    """
 
-class Contribution(NamedTuple):
-    """What the server adds up over clients: weights, weighted updates and reports to adaptive stages."""
-
-    weight: int
-    update: dict[str, Tensor]
-    reports: dict[str, Tensor]
-
-
-@dataclass
-class Record:
-    """What is kept of each client of a round: why it failed if it did, its upload's bits, and sums to report."""
-
-    client: int
-    failure: str = ""
-    bits: int = 0
-    training: TrainingMetrics = TrainingMetrics(0.0, 0, 0)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    def __init__(self, text: str, state: ServerState) -> None:
+        super().__init__(text)
+        self.state = state
 
 
 @contextmanager
@@ -80,8 +66,9 @@ class FederatedAveraging:
     model: builds the network, as a class or a `functools.partial` of one. client: local training; where it is
     `structured`, the upload must be a projection on a linear subspace, else FedqError is raised. server: builds the
     server optimizer. broadcast, upload: what encodes each direction. seed: of every random draw. map: applies a
-    function to many clients; a pool's `map` trains them side by side, with the same result. min_clients: with fewer
-    usable updates `next` raises TooFewClients.
+    function to many clients; a pool's `map` trains them side by side, with the same result. uplink: from a client's
+    message and its key to what the server receives of it; raises ClientFailure where that is nothing. guard: against
+    updates whose norm is out of line. min_clients: with fewer usable updates `next` raises TooFewClients.
     """
 
     def __init__(
@@ -95,11 +82,14 @@ class FederatedAveraging:
         seed: int = 0,
         device: torch.device | str = "cpu",
         map: Map = map,
+        uplink: Callable[[bytes, Key], bytes] | None = None,
+        guard: NormGuard | None = None,
         min_clients: int = 1,
     ) -> None:
         self.client, self.server = client, server
         self.broadcast, self.upload = broadcast or StateDictEncoder(), upload or StateDictEncoder()
-        self.seed, self.device, self.map, self.min_clients = seed, torch.device(device), map, min_clients
+        self.seed, self.device, self.map = seed, torch.device(device), map
+        self.uplink, self.guard, self.min_clients = uplink, guard, min_clients
         # Modules draw their first weights from torch's global generator: lend it the run's, then put it back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Key(seed).fold("model").integer())
@@ -109,6 +99,8 @@ class FederatedAveraging:
         self._schema = schema_of(weights)
         self._parameters = frozenset(name for name, _ in self._model.named_parameters())
         self._initial = {name: value.detach().clone() for name, value in weights.items()}
+        self._attached = schema_of(self._params_of(self.initialize()))
+        self._reports = self.upload.update_spec(self._schema)
         self._local = threading.local()
         if client.structured:
             self._check_projection()
@@ -124,52 +116,74 @@ class FederatedAveraging:
         )
 
     @_one_thread()
-    def next(self, state: ServerState, clients: Iterable[Client]) -> tuple[ServerState, dict[str, float]]:
+    def next(
+        self, state: ServerState, clients: Iterable[Client], gather: Gather | None = None
+    ) -> tuple[ServerState, dict[str, float]]:
         """Runs one round with a cohort of clients; returns the state after it and the round's metrics.
 
-        A client without examples, or whose update cannot be encoded or decoded, is left out with its weight, logged,
-        and counted in `clients_failed`. Bits are 8 × the bytes of messages that were made, sent and decoded.
-        `seconds/…` share out the round's wall time by the work done, whatever the number of workers.
+        `gather` has the cohort do the round's task, by `contribute` in one process or several; without it, here.
+
+        A client without examples, that does not answer, or whose update cannot be encoded, decoded or believed, is
+        left out with its weight, logged, and counted in `clients_failed` and by kind. Bits are 8 × the bytes of
+        messages that were made, sent and decoded. `seconds/…` share out the round's wall time by the work done,
+        whatever the number of workers. Raises TooFewClients, and Diverged where the weights cannot be sent.
         """
         clients = list(clients)
         seconds = dict.fromkeys(PHASES, 0.0)
-        down, up = self.broadcast.params(self._schema, state.broadcast), self.upload.params(self._schema, state.upload)
-        attached = flatten(down) | {_UPLOAD + path: value for path, value in flatten(up).items()}
-        key = Key(self.seed, state.round)
+        key = Key(self.seed, state.serial)
         with _timed(seconds, "encode"):
+            down = self.broadcast.params(self._schema, state.broadcast)
             try:
-                message, reported = self.broadcast.encode(state.weights, key, down, attached)
+                message, reported = self.broadcast.encode(state.weights, key, down, self._params_of(state))
             except EncodeError as error:
                 raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
-        with _timed(seconds, "decode"):
-            # All clients decode the same bytes to the same weights and only read them: once is enough.
-            received, brought = self.broadcast.decode(
-                message, key, self._schema, attached=schema_of(attached), device=self.device
-            )
-        params = unflatten({path.removeprefix(_UPLOAD): t for path, t in brought.items() if path.startswith(_UPLOAD)})
+        task = Task(state.serial, message, state.norm)
 
-        total, records = self._gather(clients, state, received, params, seconds)
+        gathering = perf_counter()
+        share = gather(task, clients) if gather else self.contribute(task, enumerate(clients))
+        total, records = share.sums.result(), [share.records[place] for place in range(len(clients))]
+        wall, work = perf_counter() - gathering, sum(share.seconds.values())
+        for phase in PHASES:
+            seconds[phase] += wall * share.seconds[phase] / max(work, 1e-9)
+        for record in records:
+            if record.failure:
+                log.warning("round %d: client %d is left out: %s", state.round, record.client, record.reason)
+
         usable = [record for record in records if not record.failure]
+        sent = replace(
+            state,
+            broadcasted_bits=state.broadcasted_bits + 8 * len(message) * len(clients),
+            aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
+        )
         if total is None or len(usable) < self.min_clients:
-            reasons = [f"; client {record.client}: {record.failure}" for record in records if record.failure]
+            reasons = [f"; client {record.client}: {record.reason}" for record in records if record.failure]
             raise TooFewClients(
                 f"round {state.round}: {len(usable)} of {len(clients)} clients sent a usable update, "
-                f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}"
+                f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}",
+                replace(sent, repeats=state.repeats + 1),
             )
+        with _timed(seconds, "decode"):
+            up = self.upload.params(self._schema, state.upload)
+            try:
+                update = self.upload.finish(total.update, key, self._schema, up, self.device)
+            except MessageError as error:  # a sum may overflow
+                raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
         with _timed(seconds, "aggregate"):
             weights, optimizer = server_step(
-                self.server, state.optimizer, state.weights, self._parameters, total.update, total.weight
+                self.server, state.optimizer, state.weights, self._parameters, update, total.weight
             )
             own_reports = self.broadcast.report(self._schema, flatten(reported))
-            after = ServerState(
+            after = replace(
+                sent,
                 round=state.round + 1,
                 weights=weights,
                 optimizer=optimizer,
                 broadcast=self.broadcast.update_state(self._schema, state.broadcast, own_reports),
                 upload=self.upload.update_state(self._schema, state.upload, total.reports),
-                broadcasted_bits=state.broadcasted_bits + 8 * len(message) * len(clients),
-                aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
             )
+            if self.guard:
+                norms = [record.norm for record in records if record.norm is not None]
+                after = replace(after, norm=self.guard.update(state.norm, norms))
         seen = sum(record.training.seen for record in usable)
         return after, {
             "round": state.round,
@@ -181,9 +195,34 @@ class FederatedAveraging:
             "cumulative_aggregated_bits": after.aggregated_bits,
             "clients": len(usable),
             "clients_failed": len(records) - len(usable),
+            **{f"clients_failed/{kind}": sum(record.failure == kind for record in records) for kind in FAILURES},
             "uploads": sum(record.bits > 0 for record in records),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
         }
+
+    @_one_thread()
+    def contribute(self, task: Task, clients: Iterable[tuple[int, Client]]) -> Share:
+        """Has some of a round's cohort do its task; each client comes with its place in the cohort.
+
+        The clients' part of a round, and the server's for each message alone. It does not depend on the server's
+        state, so that it can run on another machine.
+        """
+        share = Share(self._add)
+        key = Key(self.seed, task.round)
+        with _timed(share.seconds, "decode"):
+            # All clients decode the same bytes to the same weights and only read them: once is enough.
+            received, brought = self.broadcast.decode(
+                task.message, key, self._schema, attached=self._attached, device=self.device
+            )
+        up = {path.removeprefix(_UPLOAD): value for path, value in brought.items() if path.startswith(_UPLOAD)}
+        one_client = partial(self._client, task, received, unflatten(up))
+        for place, contribution, record in self.map(one_client, _longest_first(clients)):
+            with _timed(share.seconds, "aggregate"):
+                share.sums.add(place, contribution)
+            share.records[place] = record
+            for phase in PHASES:
+                share.seconds[phase] += record.seconds[phase]
+        return share
 
     @_one_thread()
     def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 500) -> dict[str, float]:
@@ -191,63 +230,51 @@ class FederatedAveraging:
         self._model.load_state_dict(state.weights)
         return evaluate(self._model, examples, batch_size, self.map)
 
-    def _gather(
-        self,
-        clients: list[Client],
-        state: ServerState,
-        received: Mapping[str, Tensor],
-        params: ByTensor,
-        seconds: dict[str, float],
-    ) -> tuple[Contribution | None, list[Record]]:
-        """Runs the cohort and adds up what it sends, as it comes; adds to `seconds` where the wall time went."""
-        started, work = perf_counter(), dict.fromkeys(PHASES, 0.0)
-        tree: PairwiseTree[Contribution] = PairwiseTree(self._add)
-        records = []
-        answers = self.map(lambda client: self._client(client, state, received, params), clients)
-        for place, (contribution, record) in enumerate(answers):
-            with _timed(work, "aggregate"):
-                tree.add(place, contribution)
-            records.append(record)
-            if record.failure:
-                log.warning("round %d: client %d is left out: %s", state.round, record.client, record.failure)
-        total = tree.result()
-        for phase in PHASES:
-            work[phase] += sum(record.seconds[phase] for record in records)
-        wall = perf_counter() - started
-        for phase in PHASES:
-            seconds[phase] += work[phase] * wall / max(sum(work.values()), 1e-9)
-        return total, records
+    def _params_of(self, state: ServerState) -> dict[str, Tensor]:
+        """Returns what the adaptive parts of both directions need this round, as the broadcast brings it."""
+        down, up = self.broadcast.params(self._schema, state.broadcast), self.upload.params(self._schema, state.upload)
+        return flatten(down) | {_UPLOAD + path: value for path, value in flatten(up).items()}
 
     def _client(
-        self, client: Client, state: ServerState, received: Mapping[str, Tensor], params: ByTensor
-    ) -> tuple[Contribution | None, Record]:
+        self, task: Task, received: Mapping[str, Tensor], params: ByTensor, placed: tuple[int, Client]
+    ) -> tuple[int, Contribution | None, Record]:
         """Does one client's part of a round, and the server's part for its message alone."""
+        place, client = placed
         record = Record(client.number)
-        key = Key(self.seed, state.round, client.number)
+        key = Key(self.seed, task.round, client.number)
         model = self._worker_model()
         try:
             with _timed(record.seconds, "train"):
                 examples = client.load()
                 if not len(examples.y):
-                    raise ClientFailure("it has no examples")
+                    raise ClientFailure("unable", "it has no examples")
                 project = partial(self._project, received, key, params) if self.client.structured else None
                 training = self.client.train(model, received, examples, key.fold("train"), project)
                 update = update_of(model.state_dict(), received)
             with _timed(record.seconds, "encode"):
                 message, _ = self.upload.encode(update, key, params, report=True)
             record.bits, record.training = 8 * len(message), training
+            if self.uplink:
+                message = self.uplink(message, key)
 
             with _timed(record.seconds, "decode"):
                 decoded, reports = self.upload.decode(
-                    message, key, self._schema, params, self.upload.update_spec(self._schema), self.device
+                    message, key, self._schema, params, self._reports, self.device, partly=True
                 )
-        except (ClientFailure, EncodeError, MessageError) as failure:
-            record.failure = str(failure)
-            return None, record
-        with _timed(record.seconds, "aggregate"):
-            weight = min(len(examples.y), self.client.max_examples or len(examples.y))
-            update = weighted(decoded, state.weights, weight)
-            return Contribution(weight, update, self.upload.report(self._schema, reports)), record
+            with _timed(record.seconds, "aggregate"):
+                weight = min(len(examples.y), self.client.max_examples or len(examples.y))
+                scale = 1.0
+                if self.guard:
+                    record.norm = norm(decoded)
+                    scale = self.guard.scale(record.norm, task.norm)
+                update = weighted(decoded, received, weight, scale)
+                return place, Contribution(weight, update, self.upload.report(self._schema, reports)), record
+        except ClientFailure as failure:
+            record.failure, record.reason = failure.kind, str(failure)
+        except (EncodeError, MessageError) as error:
+            record.failure = "unable" if isinstance(error, EncodeError) else "refused"
+            record.reason = str(error)
+        return place, None, record
 
     def _project(
         self, weights: Mapping[str, Tensor], key: Key, params: ByTensor, gradients: Mapping[str, Tensor]
@@ -294,3 +321,13 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] += perf_counter() - started
+
+
+def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:
+    """Yields clients in an order that keeps all workers busy to the end: of each few, those with most examples first.
+
+    Of few and not of all, since updates wait in memory until their neighbours in the cohort have come.
+    """
+    clients = iter(clients)
+    while window := list(islice(clients, _WINDOW)):
+        yield from sorted(window, key=lambda placed: -placed[1].examples)

@@ -19,7 +19,8 @@ class ServerState:
     """All that one round hands to the next. Tensors are never changed in place.
 
     round: rounds done. weights: the model's state_dict. optimizer: the server optimizer's state_dict. broadcast and
-    upload: states of the adaptive encoding stages. broadcasted_bits and aggregated_bits: sums over all rounds.
+    upload: states of the adaptive encoding stages. broadcasted_bits and aggregated_bits: sums over all rounds. repeats:
+    cohorts of which too few answered. norm: the norm guard's estimate, 0 before the first.
     """
 
     round: int
@@ -29,16 +30,25 @@ class ServerState:
     upload: ByTensor
     broadcasted_bits: int = 0
     aggregated_bits: int = 0
+    repeats: int = 0
+    norm: float = 0.0
+
+    @property
+    def serial(self) -> int:
+        """The round's number in keys and messages: no two cohorts share one."""
+        return self.round + self.repeats
 
 
-def weighted(update: Mapping[str, Tensor], weights: Mapping[str, Tensor], weight: int) -> dict[str, Tensor]:
+def weighted(
+    update: Mapping[str, Tensor], weights: Mapping[str, Tensor], weight: int, scale: float = 1.0
+) -> dict[str, Tensor]:
     """Returns a client's update (see `client.update_of`) times its weight, ready to be added to others'.
 
-    Works in place: `update` is used up. Integers and booleans become their change from `weights`, in int64, so that
-    the sum is exact.
+    Works in place: `update` is used up. Floating tensors are also multiplied by `scale`. Integers and booleans become
+    their change from `weights`, in int64, so that the sum is exact.
     """
     return {
-        name: value.mul_(weight)
+        name: value.mul_(weight * scale)
         if value.is_floating_point()
         else (value.to(torch.int64) - weights[name].to(torch.int64)) * weight
         for name, value in update.items()

@@ -1,35 +1,98 @@
 """Checkpoints: all of a run's state in one file, whole or not there."""
 
+import logging
 import os
+import zipfile
 from dataclasses import fields
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
+from fedq.config import differences
+from fedq.errors import FedqError
 from fedq.learning import ServerState
 
-KEEP = 2
-"""How many checkpoints of a run stay: the newest, and one in case it is damaged."""
+log = logging.getLogger(__name__)
 
 
-def save(state: ServerState, folder: Path) -> Path:
-    """Writes `state` to a file of its own in `folder`, removes the oldest beyond KEEP, and returns its path.
+class CheckpointError(FedqError):
+    """A checkpoint cannot be used; says which and why."""
 
-    The file appears under its name only once all of it is on the disk.
+
+def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) -> Path:
+    """Writes `state` and the run's configuration to a file of its own in `folder`, and returns its path.
+
+    The file appears under its name only once all of it is on the disk. The newest `keep` files stay. Those of later
+    rounds go: the run that wrote them was taken back to an earlier one.
     """
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round_{state.round:06d}.pt"
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        torch.save({field.name: getattr(state, field.name) for field in fields(state)}, file)
+        torch.save({field.name: getattr(state, field.name) for field in fields(state)} | {"config": config}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    for old in sorted(folder.glob("round_*.pt"))[:-KEEP]:
-        old.unlink()
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    others = _newest_first(folder)
+    later = [other for other in others if _round(other) > state.round]
+    for other in [*folder.glob("round_*.tmp"), *later, *others[len(later) + keep :]]:
+        other.unlink()
     return path
 
 
-def load(path: Path) -> ServerState:
-    """Returns the state in a checkpoint. Nothing in the file can run code."""
-    return ServerState(**torch.load(path, map_location="cpu", weights_only=True))
+def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
+    """Returns the state in a checkpoint and its run's configuration. Nothing in the file can run code.
+
+    Raises CheckpointError, naming the file, where it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch's files are zip archives, with a CRC-32 of each part
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} fails its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        config = content.pop("config")
+        return ServerState(**content), config
+    except (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerState, Path] | None:
+    """Returns the state to go on from and the folder of the run it is from, None to start afresh.
+
+    `where` is "never", "auto" (the newest usable checkpoint in `folder`, if any), or the path of a checkpoint or of a
+    run's folder. Raises CheckpointError where there should be a checkpoint and none is usable, and where it is of
+    another configuration than `config`.
+    """
+    if where == "never":
+        return None
+    path = folder if where == "auto" else Path(where)
+    candidates = [path] if path.is_file() else _newest_first(path / "checkpoints")
+    for candidate in candidates:
+        try:
+            state, its_config = load(candidate)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            continue
+        if differing := differences(its_config, config):
+            raise CheckpointError(
+                f"run.resume: {candidate} is of another run: {'; '.join(differing)}; set hydra.run.dir to a new folder"
+            )
+        return state, candidate.parent.parent
+    if candidates or where != "auto":
+        raise CheckpointError(f"run.resume: there is no usable checkpoint in {path}; start afresh in a new folder")
+    return None
+
+
+def _round(path: Path) -> int:
+    return int(path.stem.removeprefix("round_"))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round_*.pt"), key=_round, reverse=True)

@@ -1,33 +1,58 @@
 """The loop: a cohort, a round, an evaluation, again."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 
 import numpy as np
 
 from fedq.config import RunConfig
-from fedq.data import FederatedDataset
+from fedq.data import Client, FederatedDataset
 from fedq.encoding import Key
-from fedq.learning import FederatedAveraging, ServerState
+from fedq.learning import FederatedAveraging, Gather, ServerState, TooFewClients
+
+log = logging.getLogger(__name__)
+
+Clients = Callable[[int, Iterable[int]], list[Client]]
+"""From a round's serial number and clients' numbers to those clients as they are in that round."""
 
 
-def cohort(seed: int, round: int, population: int, size: int) -> np.ndarray:
+def cohort(seed: int, serial: int, population: int, size: int) -> np.ndarray:
     """Returns the client numbers of a round: `size` of `population` without replacement, in the order drawn."""
-    return Key(seed, round).fold("cohort").generator().choice(population, size, replace=False)
+    return Key(seed, serial).fold("cohort").generator().choice(population, size, replace=False)
 
 
 def rounds(
-    process: FederatedAveraging, state: ServerState, dataset: FederatedDataset, run: RunConfig
+    process: FederatedAveraging,
+    state: ServerState,
+    dataset: FederatedDataset,
+    run: RunConfig,
+    clients: Clients | None = None,
+    gather: Gather | None = None,
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
     """Yields the state after each round with its metrics, until `run.rounds` are done.
 
-    The metrics are the process's, the wall time (`seconds`) and, on rounds that evaluate, the test set's.
+    The metrics are the process's, the wall time (`seconds`) and, on rounds that evaluate, the test set's. A round of
+    which too few clients answer is repeated with another cohort up to `run.repeats` times in a row, then TooFewClients
+    is raised; the bits of all its cohorts are the round's. `clients` gives a round's; without it they are the
+    dataset's. `gather` is as for `FederatedAveraging.next`.
     """
     test = dataset.test()
     while state.round < run.rounds:
-        started = perf_counter()
-        numbers = cohort(run.seed, state.round, dataset.num_clients, run.clients_per_round)
-        state, metrics = process.next(state, [dataset.client(int(number)) for number in numbers])
+        started, before = perf_counter(), state
+        while state.round == before.round:
+            numbers = cohort(run.seed, state.serial, dataset.num_clients, run.clients_per_round).tolist()
+            chosen = clients(state.serial, numbers) if clients else [dataset.client(number) for number in numbers]
+            try:
+                state, metrics = process.next(state, chosen, gather)
+            except TooFewClients as error:
+                if error.state.repeats - before.repeats > run.repeats:
+                    raise
+                log.warning("%s; the round is repeated with another cohort", error)
+                state = error.state
+        metrics["broadcast_bits"] = state.broadcasted_bits - before.broadcasted_bits
+        metrics["aggregated_bits"] = state.aggregated_bits - before.aggregated_bits
+        metrics["repeats"] = state.repeats - before.repeats
         metrics["seconds/evaluate"] = 0.0
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:
             evaluating = perf_counter()

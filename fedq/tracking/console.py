@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class ConsoleProgress:
     """Shows round, loss, accuracy and the bytes sent each way so far."""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, done: int = 0) -> None:
         self._progress = Progress(
             TextColumn("round {task.completed}/{task.total}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
@@ -28,7 +28,7 @@ class ConsoleProgress:
             console=Console(file=sys.stdout),
             disable=not sys.stdout.isatty(),
         )
-        self._task = self._progress.add_task("", total=rounds)
+        self._task = self._progress.add_task("", total=rounds, completed=done)
         self._tested = ""
         self._progress.start()
         self._redirect(sys.stderr)

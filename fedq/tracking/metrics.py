@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object a round."""
 
+import fcntl
 import json
 import os
 from contextlib import suppress
@@ -11,14 +12,43 @@ Metrics = dict[str, float]
 class MetricsFile:
     """Appends the metrics of each round as one whole line of metrics.jsonl.
 
-    Raises FileExistsError where the folder has one already: two runs must not share a folder. Raises OSError where a
+    Raises BlockingIOError where another process writes it: two runs must not share a folder. Raises OSError where a
     line cannot be written; all lines before it stay, and no part of it does.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = str(folder / "metrics.jsonl")
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        self._length = 0
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            os.close(self._file)
+            raise
+        self._length = os.fstat(self._file).st_size
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was written yet, by this run or one before it in the folder."""
+        return self._length == 0
+
+    def restore(self, source: Path, rounds: int) -> list[Metrics]:
+        """Makes the file hold the first `rounds` lines of `source`, itself or an earlier run's; returns their metrics.
+
+        Raises ValueError where `source` has fewer.
+        """
+        lines = source.read_bytes().splitlines(keepends=True)[:rounds]
+        if len(lines) < rounds:
+            raise ValueError(f"{source} has {len(lines)} rounds, the checkpoint {rounds}")
+        self._length = sum(map(len, lines))
+        if not source.samefile(self._path):
+            os.ftruncate(self._file, 0)
+            os.write(self._file, b"".join(lines))
+        os.ftruncate(self._file, self._length)
+        return [json.loads(line) for line in lines]
+
+    def sync(self) -> None:
+        """Returns when all that was written is on the disk."""
+        os.fsync(self._file)
 
     def write(self, metrics: Metrics) -> None:
         """Appends one line."""

@@ -23,6 +23,7 @@ class Summary:
         """`folder` is the run's."""
         self._folder = folder
         self._uncompressed_bits = 0
+        self.is_ours = True
         self.values: dict[str, Any] = {
             "status": "running",
             "rounds": 0,
@@ -36,13 +37,14 @@ class Summary:
             "upload_ratio": None,
             "seconds": 0.0,
             "seed": None,
+            "config": None,
             "versions": {"python": platform.python_version(), "torch": version("torch"), "fedq": _version()},
             "git_commit": _git_commit(),
         }
 
-    def start(self, seed: int, uncompressed_bits: int) -> None:
-        """Takes in the run's seed and the bits of one message with every tensor exact."""
-        self.values["seed"] = seed
+    def start(self, config: dict[str, Any], uncompressed_bits: int) -> None:
+        """Takes in the run's whole configuration and the bits of one message with every tensor exact."""
+        self.values |= {"seed": config["run"]["seed"], "config": config}
         self._uncompressed_bits = uncompressed_bits
 
     def write(self, metrics: Metrics) -> None:
@@ -66,12 +68,21 @@ class Summary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Writes summary.json, whole or not at all; its status is completed, failed or interrupted."""
-        status = "completed" if error is None else "interrupted" if kind is KeyboardInterrupt else "failed"
+        """Writes summary.json, whole or not at all; its status is completed, failed or interrupted.
+
+        What did not come to `start` leaves that of another run in the folder as it is: then it `is_ours` no more.
+        """
+        path = self._folder / "summary.json"
+        self.is_ours = self.values["config"] is not None or not path.exists()
+        if not self.is_ours:
+            return
+        status = (
+            "completed" if error is None else "interrupted" if issubclass(type(error), KeyboardInterrupt) else "failed"
+        )
         self.values |= {"status": status} | ({"error": str(error)} if error else {})
-        temporary = self._folder / "summary.json.tmp"
+        temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.values, indent=2) + "\n")
-        temporary.replace(self._folder / "summary.json")
+        temporary.replace(path)
 
     def __enter__(self) -> "Summary":
         return self

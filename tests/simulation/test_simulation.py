@@ -9,11 +9,8 @@ import torch
 
 from fedq.config import RunConfig
 from fedq.data import Client, Examples
-from fedq.encoding import Encoder, PowerSGD, StateDictEncoder
-from fedq.encoding.state_dict import flatten
-from fedq.learning import FederatedAveraging, LocalTraining, ServerState
+from fedq.learning import FederatedAveraging, LocalTraining
 from fedq.models import MLP
-from fedq.simulation import checkpoint
 from fedq.simulation.loop import cohort, rounds
 from fedq.simulation.workers import Workers
 
@@ -24,9 +21,14 @@ RUN = RunConfig(
     evaluate_every=2,
     test_batch_size=500,
     checkpoint_every=1,
+    keep=2,
+    resume="auto",
     min_clients=1,
+    repeats=0,
     workers=1,
     device="cpu",
+    faults=None,
+    guard=None,
 )
 
 
@@ -128,75 +130,3 @@ def test_an_error_in_a_worker_comes_through_and_ends_the_rest():
 def test_auto_takes_the_cores_this_process_may_use():
     with Workers() as workers:
         assert workers.count == len(os.sched_getaffinity(0))
-
-
-def states_equal(a: ServerState, b: ServerState) -> bool:
-    buffers = [s.optimizer["state"][0]["momentum_buffer"] for s in (a, b)]
-    return (
-        a.round == b.round
-        and all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights | b.weights)
-        and torch.equal(*buffers)
-        and (a.broadcasted_bits, a.aggregated_bits) == (b.broadcasted_bits, b.aggregated_bits)
-    )
-
-
-def test_a_checkpoint_holds_all_there_is(tmp_path):
-    process, dataset = make_process(), Noise()
-    states = [state for state, _ in rounds(process, process.initialize(), dataset, RUN)]
-    path = checkpoint.save(states[2], tmp_path / "checkpoints")
-    loaded = checkpoint.load(path)
-    assert states_equal(loaded, states[2])
-    # going on from it gives the same as never having stopped
-    *_, (last, _) = rounds(make_process(), loaded, dataset, RUN)
-    assert states_equal(last, states[4])
-
-
-def test_what_the_encoders_have_learnt_is_in_a_checkpoint(tmp_path):
-    def learning() -> FederatedAveraging:
-        chain = StateDictEncoder(Encoder([PowerSGD(2)]), 1000)
-        return FederatedAveraging(
-            partial(MLP, 10), LocalTraining(lr=0.1), partial(torch.optim.SGD, lr=1.0), chain, chain, seed=RUN.seed
-        )
-
-    process, dataset = learning(), Noise()
-    states = [state for state, _ in rounds(process, process.initialize(), dataset, RUN)]
-    loaded = checkpoint.load(checkpoint.save(states[2], tmp_path))
-    for direction in ("broadcast", "upload"):
-        start, kept, found = (flatten(getattr(s, direction)) for s in (process.initialize(), states[2], loaded))
-        assert kept.keys() == found.keys() == start.keys()
-        assert len(kept) == 3  # the layers above the threshold
-        for path, value in kept.items():
-            assert value.dtype == found[path].dtype
-            assert torch.equal(value, found[path])
-            assert not torch.equal(value, start[path])
-    *_, (last, _) = rounds(learning(), loaded, dataset, RUN)
-    assert all(torch.equal(value, last.weights[name]) for name, value in states[4].weights.items())
-    assert all(torch.equal(value, flatten(last.upload)[path]) for path, value in flatten(states[4].upload).items())
-
-
-def test_the_last_checkpoints_are_kept_and_no_half_written_one(tmp_path, monkeypatch):
-    process = make_process()
-    start = process.initialize()
-    states = [state for state, _ in rounds(process, start, Noise(), RUN)]
-    for state in states[:4]:
-        checkpoint.save(state, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["round_000003.pt", "round_000004.pt"]
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(states[4], tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["round_000003.pt", "round_000004.pt"]
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
-    torch.save({"round": Evil()}, tmp_path / "round_000001.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        checkpoint.load(tmp_path / "round_000001.pt")
-    assert not (tmp_path / "ran").exists()

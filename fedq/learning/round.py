@@ -1,0 +1,70 @@
+"""What a round hands around: the task, what becomes of it, and the sums of that."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fedq.data import Client
+from fedq.learning.aggregation import PairwiseTree
+from fedq.learning.client import TrainingMetrics
+from fedq.learning.failures import FailureKind
+
+PHASES = ("train", "encode", "decode", "aggregate")
+
+
+class Contribution(NamedTuple):
+    """What the server adds up over clients: weights, weighted updates and reports to adaptive stages.
+
+    Updates are decoded as far as a sum can be taken (`StateDictEncoder.decode` with `partly`).
+    """
+
+    weight: int
+    update: dict[str, Tensor]
+    reports: dict[str, Tensor]
+
+
+@dataclass
+class Record:
+    """What is kept of each client of a round: why it failed if it did, its upload's bits and norm, and sums to report.
+
+    `norm` is that of the update as the server adds it up, None where nothing could be decoded.
+    """
+
+    client: int
+    failure: FailureKind | None = None
+    reason: str = ""
+    bits: int = 0
+    norm: float | None = None
+    training: TrainingMetrics = TrainingMetrics(0.0, 0, 0)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+
+class Task(NamedTuple):
+    """A round's work as the clients get it: the serial number of the round, the broadcast, the norm guard's state."""
+
+    round: int
+    message: bytes
+    norm: float
+
+
+class Share:
+    """What a part of a cohort, or all of it, came to: the sums of contributions, a record a client, seconds of work."""
+
+    def __init__(self, combine: Callable[[Contribution, Contribution], Contribution]) -> None:
+        self.sums: PairwiseTree[Contribution] = PairwiseTree(combine)
+        self.records: dict[int, Record] = {}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    def merge(self, other: "Share") -> None:
+        """Takes in what another part of the cohort came to."""
+        for level, place, contribution in other.sums.partial_results():
+            self.sums.add(place, contribution, level)
+        self.records |= other.records
+        for phase in PHASES:
+            self.seconds[phase] += other.seconds[phase]
+
+
+Gather = Callable[[Task, Sequence[Client]], Share]
+"""Has a cohort do a task, wherever its clients run."""

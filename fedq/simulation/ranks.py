@@ -1,0 +1,244 @@
+"""Ranks: the processes that share a run's cohorts, on one machine or many, as torchrun starts them."""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore
+
+from fedq.data import Client
+from fedq.errors import FedqError
+from fedq.learning import Contribution, Record, Share, Task, TrainingMetrics
+from fedq.simulation.stopping import Stopping
+
+log = logging.getLogger(__name__)
+
+BEAT = 1.0
+"""Seconds between two signs of life of a rank."""
+PATIENCE = 15.0
+"""Seconds without a sign of life after which a rank is taken for lost."""
+_FOREVER = timedelta(days=365)  # a round takes what it takes: signs of life tell a slow rank from a lost one
+
+Contribute = Callable[[Task, Iterable[tuple[int, Client]]], Share]
+
+
+class RankLost(FedqError):
+    """Another process of this run is gone."""
+
+
+def split(costs: Sequence[int], parts: int) -> list[int]:
+    """Returns where to cut a row of clients into `parts` neighbourhoods of about equal cost: parts + 1 places.
+
+    Neighbours, because their updates add up to few partial sums: at most two for every level of the tree.
+    """
+    ends = np.cumsum([0, *(max(cost, 1) for cost in costs)])
+    targets = ends[-1] * np.arange(1, parts) / parts
+    return [0, *(int(np.abs(ends - target).argmin()) for target in targets), len(costs)]
+
+
+class Ranks:
+    """This process among those of a run. Rank 0 leads: it alone has the server's state, and writes files.
+
+    The others `listen` for what rank 0 `tell`s. In a round every rank trains its part of the cohort and adds up what
+    comes of it; then neighbours add up theirs, pair by pair, until rank 0 has the sum, over the same tree of sums as in
+    one process. Ranks show each other signs of life through torchrun's store; one that hears nothing of another for
+    PATIENCE seconds, or whose connection breaks, ends.
+    """
+
+    def __init__(self, stopping: Stopping) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.stopping, self._ended = stopping, threading.Event()
+
+    def __enter__(self) -> "Ranks":
+        if self.size > 1:
+            self._store = _store()
+            self._store.set(f"beat/{self.rank}", "0")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            with self._connection():
+                dist.init_process_group(backend, timeout=_FOREVER)
+                dist.barrier()
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._ended.set()
+        if self.size > 1 and not (kind and issubclass(kind, RankLost)):
+            if self.rank == 0:
+                self.tell({"end": True})
+            dist.destroy_process_group()
+
+    def tell(self, order: dict[str, Any], message: bytes = b"") -> None:
+        """Gives every other rank an order, of plain values, with some bytes."""
+        if self.size > 1:
+            with self._connection():
+                text = json.dumps(order).encode()
+                dist.broadcast(torch.tensor([len(text), len(message)]), 0)
+                dist.broadcast(torch.frombuffer(bytearray(text + message), dtype=torch.uint8), 0)
+
+    def listen(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yields rank 0's orders, until it is done."""
+        while True:
+            with self._connection():
+                lengths = torch.empty(2, dtype=torch.int64)
+                dist.broadcast(lengths, 0)
+                text, message = lengths.tolist()
+                both = torch.empty(text + message, dtype=torch.uint8)
+                dist.broadcast(both, 0)
+            order = json.loads(both[:text].numpy().tobytes())
+            if "end" in order:
+                return
+            yield order, both[text:].numpy().tobytes()
+
+    def gather(self, contribute: Contribute, task: Task, clients: Sequence[Client]) -> Share:
+        """Has the cohort do a task on all ranks; called on rank 0, while the others call `contribute_to`."""
+        bounds = split([client.examples for client in clients], self.size)
+        numbers = [client.number for client in clients]
+        self.tell({"round": task.round, "norm": task.norm, "numbers": numbers, "bounds": bounds}, task.message)
+        return self._reduce(contribute(task, list(enumerate(clients))[: bounds[1]]))
+
+    def contribute_to(
+        self,
+        order: dict[str, Any],
+        message: bytes,
+        contribute: Contribute,
+        clients: Callable[[int, Iterable[int]], list[Client]],
+    ) -> None:
+        """Does this rank's part of what `gather` ordered; `clients` gives those of a round with some numbers."""
+        first, last = order["bounds"][self.rank : self.rank + 2]
+        mine = clients(order["round"], order["numbers"][first:last])
+        self._reduce(contribute(Task(order["round"], message, order["norm"]), enumerate(mine, first)))
+
+    def _reduce(self, share: Share) -> Share:
+        """Adds up neighbours' shares, then neighbouring pairs', and so on: rank 0 is left with all."""
+        step = 1
+        while step < self.size:
+            with self._connection():
+                if self.rank & step:
+                    _send(share, self.rank - step)
+                    break
+                if self.rank + step < self.size:
+                    _receive(self.rank + step, share)
+            step *= 2
+        return share
+
+    @contextmanager
+    def _connection(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.stopping.check()  # the others may have ended because all were told to
+            raise RankLost(f"rank {self.rank} lost the connection to another rank: {error}") from error
+
+    def _watch(self) -> None:
+        """Gives signs of life, and ends this process when there are none of rank 0 or, on rank 0, of another."""
+        others = range(1, self.size) if self.rank == 0 else [0]
+        heard = dict.fromkeys(others, (b"", monotonic()))
+        beats, lost = 0, ""
+        while not lost:
+            if self._ended.wait(BEAT):
+                return
+            beats += 1
+            try:
+                self._store.set(f"beat/{self.rank}", str(beats))
+                for rank, (last, since) in heard.items():
+                    beat = self._store.get(f"beat/{rank}")
+                    if beat != last:
+                        heard[rank] = (beat, monotonic())
+                    elif monotonic() - since > PATIENCE:
+                        lost = f"rank {rank} has given no sign of life for {PATIENCE:.0f} seconds"
+            except RuntimeError as error:  # torch.distributed's errors all are
+                lost = f"rank {self.rank} cannot reach the others: {str(error).splitlines()[0]}"
+        if self._ended.is_set():
+            return
+        self.stopping.request(RankLost(lost))
+        # A thread that waits in a broken connection for good notices nothing: all but what rank 0 has written is lost.
+        if not self._ended.wait(BEAT):
+            sleep(PATIENCE / 3)
+        if not self._ended.is_set():
+            log.error("%s: this process ends", lost)
+            os._exit(1)
+
+
+def launched_at(now: datetime) -> str | None:
+    """Returns a name for the launch this process belongs to, from its time, the same after each restart by torchrun.
+
+    None where torchrun did not start this process.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name: bytes = _store(restarts=True).compare_set("launched", "", now.strftime("%Y-%m-%d/%H-%M-%S-%f"))
+    return name.decode()
+
+
+def _store(restarts: bool = False) -> PrefixStore:
+    """Returns a connection of our own to torchrun's store; its keys are of this start alone, or of all restarts."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store = TCPStore(address, port, timeout=timedelta(seconds=PATIENCE))
+    else:  # a cluster that sets the variables by itself: rank 0 keeps the store, beside torch's own
+        store = TCPStore(address, port + 1, is_master=os.environ["RANK"] == "0", timeout=timedelta(seconds=300))
+    return PrefixStore("fedq" if restarts else f"fedq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _send(share: Share, to: int) -> None:
+    """Sends partial sums and records."""
+    partial_results, tensors = [], []
+    for level, place, contribution in share.sums.partial_results():
+        parts = None
+        if contribution is not None:
+            parts = [contribution.weight, *(_described(part) for part in contribution[1:])]
+            tensors += [tensor for part in contribution[1:] for tensor in part.values()]
+        partial_results.append([level, place, parts])
+    records = {place: asdict(record) for place, record in share.records.items()}
+    text = json.dumps([partial_results, records, share.seconds]).encode()
+    dist.send(torch.tensor([len(text)]), to)
+    dist.send(torch.frombuffer(bytearray(text), dtype=torch.uint8), to)
+    for tensor in tensors:
+        if tensor.numel():
+            dist.send(tensor.reshape(-1).view(torch.uint8), to)
+
+
+def _receive(source: int, share: Share) -> None:
+    """Receives what `_send` sent, and takes it into `share`."""
+    length = torch.empty(1, dtype=torch.int64)
+    dist.recv(length, source)
+    text = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(text, source)
+    partial_results, records, seconds = json.loads(text.numpy().tobytes())
+    for level, place, parts in partial_results:
+        contribution = None
+        if parts is not None:
+            weight, *described = parts
+            tensors = ({name: _tensor(spec, source) for name, spec in part.items()} for part in described)
+            contribution = Contribution(weight, *tensors)
+        share.sums.add(place, contribution, level)
+    for place, record in records.items():
+        share.records[int(place)] = Record(**record | {"training": TrainingMetrics(*record["training"])})
+    for phase, value in seconds.items():
+        share.seconds[phase] += value
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    return {
+        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type]
+        for name, tensor in tensors.items()
+    }
+
+
+def _tensor(described: list[Any], source: int) -> Tensor:
+    shape, dtype, device = described
+    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    if tensor.numel():
+        dist.recv(tensor.view(-1).view(torch.uint8), source)
+    return tensor

@@ -1,0 +1,204 @@
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from fedq.config import RunConfig
+from fedq.data import Client, Examples
+from fedq.encoding import Encoder, PowerSGD, StateDictEncoder
+from fedq.encoding.state_dict import flatten
+from fedq.learning import FederatedAveraging, LocalTraining, ServerState
+from fedq.models import MLP
+from fedq.simulation import checkpoint
+from fedq.simulation.checkpoint import CheckpointError
+from fedq.simulation.loop import rounds
+
+CONFIG = {"run": {"seed": 3, "rounds": 5}, "client": {"lr": 0.1}}
+RUN = RunConfig(
+    rounds=5,
+    clients_per_round=2,
+    seed=3,
+    evaluate_every=2,
+    test_batch_size=500,
+    checkpoint_every=1,
+    keep=2,
+    resume="auto",
+    min_clients=1,
+    repeats=0,
+    workers=1,
+    device="cpu",
+    faults=None,
+    guard=None,
+)
+
+
+class Noise:
+    """A dataset of noise, which remembers who was read."""
+
+    num_classes = 10
+    num_clients = 6
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def client(self, number: int) -> Client:
+        def load() -> Examples:
+            self.read.append(number)
+            generator = torch.Generator().manual_seed(number)
+            return Examples(torch.rand(20, 1, 28, 28, generator=generator), torch.arange(20) % 10)
+
+        return Client(number, load)
+
+    def test(self) -> Examples:
+        return Examples(torch.zeros(10, 1, 28, 28), torch.arange(10))
+
+
+def make_process() -> FederatedAveraging:
+    return FederatedAveraging(
+        partial(MLP, 10), LocalTraining(lr=0.1), partial(torch.optim.SGD, lr=1.0, momentum=0.5), seed=RUN.seed
+    )
+
+
+def states_equal(a: ServerState, b: ServerState) -> bool:
+    buffers = [s.optimizer["state"][0]["momentum_buffer"] for s in (a, b)]
+    return (
+        a.round == b.round
+        and all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights | b.weights)
+        and torch.equal(*buffers)
+        and (a.broadcasted_bits, a.aggregated_bits) == (b.broadcasted_bits, b.aggregated_bits)
+    )
+
+
+def test_a_checkpoint_holds_all_there_is(tmp_path):
+    process, dataset = make_process(), Noise()
+    states = [state for state, _ in rounds(process, process.initialize(), dataset, RUN)]
+    path = checkpoint.save(states[2], CONFIG, tmp_path / "checkpoints", 2)
+    loaded, config = checkpoint.load(path)
+    assert config == CONFIG
+    assert states_equal(loaded, states[2])
+    # going on from it gives the same as never having stopped
+    *_, (last, _) = rounds(make_process(), loaded, dataset, RUN)
+    assert states_equal(last, states[4])
+
+
+def test_what_the_encoders_have_learnt_is_in_a_checkpoint(tmp_path):
+    def learning() -> FederatedAveraging:
+        chain = StateDictEncoder(Encoder([PowerSGD(2)]), 1000)
+        return FederatedAveraging(
+            partial(MLP, 10), LocalTraining(lr=0.1), partial(torch.optim.SGD, lr=1.0), chain, chain, seed=RUN.seed
+        )
+
+    process, dataset = learning(), Noise()
+    states = [state for state, _ in rounds(process, process.initialize(), dataset, RUN)]
+    loaded, _ = checkpoint.load(checkpoint.save(states[2], CONFIG, tmp_path, 2))
+    for direction in ("broadcast", "upload"):
+        start, kept, found = (flatten(getattr(s, direction)) for s in (process.initialize(), states[2], loaded))
+        assert kept.keys() == found.keys() == start.keys()
+        assert len(kept) == 3  # the layers above the threshold
+        for path, value in kept.items():
+            assert value.dtype == found[path].dtype
+            assert torch.equal(value, found[path])
+            assert not torch.equal(value, start[path])
+    *_, (last, _) = rounds(learning(), loaded, dataset, RUN)
+    assert all(torch.equal(value, last.weights[name]) for name, value in states[4].weights.items())
+    assert all(torch.equal(value, flatten(last.upload)[path]) for path, value in flatten(states[4].upload).items())
+
+
+def test_the_last_checkpoints_are_kept_and_no_half_written_one(tmp_path, monkeypatch):
+    process = make_process()
+    start = process.initialize()
+    states = [state for state, _ in rounds(process, start, Noise(), RUN)]
+    for state in states[:4]:
+        checkpoint.save(state, CONFIG, tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round_000003.pt", "round_000004.pt"]
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(states[4], CONFIG, tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["round_000003.pt", "round_000004.pt"]
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"round": Evil()}, tmp_path / "round_000001.pt")
+    with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: .*[Ww]eights.only"):
+        checkpoint.load(tmp_path / "round_000001.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def some_states() -> list[ServerState]:
+    process = make_process()
+    return [state for state, _ in rounds(process, process.initialize(), Noise(), RUN)]
+
+
+def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
+    state = some_states()[0]
+    path = checkpoint.save(state, CONFIG, tmp_path, 2)
+    whole = path.read_bytes()
+    refused = 0
+    for i in range(300):
+        damaged = bytearray(whole)
+        damaged[i * len(whole) // 300] ^= 1 << (i % 8)
+        path.write_bytes(damaged)
+        try:
+            loaded, config = checkpoint.load(path)
+        except CheckpointError as error:
+            refused += str(path) in str(error)
+        else:
+            assert states_equal(loaded, state)
+            assert config == CONFIG
+    assert refused > 250
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            checkpoint.load(path)
+
+
+def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    states = some_states()
+    folder = tmp_path / "checkpoints"
+    for state in states[:3]:
+        newest = checkpoint.save(state, CONFIG, folder, 3)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    state, its_folder = checkpoint.resume("auto", tmp_path, CONFIG)
+    assert (state.round, its_folder) == (2, tmp_path)
+    assert str(newest) in caplog.text
+    # the run that goes on does away with the damaged one, and not with what it stands on
+    (folder / "round_000099.tmp").write_bytes(b"half a checkpoint")
+    checkpoint.save(states[1], CONFIG, folder, 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["round_000001.pt", "round_000002.pt"]
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        checkpoint.resume("auto", tmp_path, CONFIG)
+
+
+def test_where_to_go_on_from(tmp_path):
+    states = some_states()
+    assert checkpoint.resume("auto", tmp_path, CONFIG) is None
+    for state in states[:2]:
+        checkpoint.save(state, CONFIG, tmp_path / "run" / "checkpoints", 2)
+    assert checkpoint.resume("never", tmp_path / "run", CONFIG) is None
+    for where in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "round_000002.pt"):
+        state, its_folder = checkpoint.resume(str(where), tmp_path / "new", CONFIG)
+        assert (state.round, its_folder) == (2, tmp_path / "run")
+    state, _ = checkpoint.resume(str(tmp_path / "run" / "checkpoints" / "round_000001.pt"), tmp_path / "new", CONFIG)
+    assert state.round == 1
+    with pytest.raises(CheckpointError, match="no usable checkpoint in .*nowhere"):
+        checkpoint.resume(str(tmp_path / "nowhere"), tmp_path / "new", CONFIG)
+
+
+def test_another_runs_checkpoint_is_refused_and_a_longer_run_is_not_another(tmp_path):
+    checkpoint.save(some_states()[0], CONFIG, tmp_path / "checkpoints", 2)
+    longer = {"run": {"seed": 3, "rounds": 50}, "client": {"lr": 0.1}}
+    assert checkpoint.resume("auto", tmp_path, longer) is not None
+    other = {"run": {"seed": 3, "rounds": 5}, "client": {"lr": 0.2}}
+    with pytest.raises(CheckpointError, match=r"is of another run: client.lr was 0.1, not 0.2; set hydra.run.dir"):
+        checkpoint.resume("auto", tmp_path, other)

@@ -1,0 +1,158 @@
+"""Several processes, as torchrun would start them, against one."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from fedq.data import Client, Examples
+from fedq.encoding import Encoder, FixedWidth, HadamardRotation, PowerSGD, StateDictEncoder, UniformQuantization
+from fedq.learning import FederatedAveraging, LocalTraining
+from fedq.learning.aggregation import PairwiseTree
+from fedq.models import MLP
+from fedq.simulation import ranks as ranks_module
+from fedq.simulation.ranks import RankLost, Ranks, split
+from fedq.simulation.stopping import Stopping
+from fedq.simulation.workers import Workers
+
+SIZES = [7, 60, 3, 21, 40, 5, 1, 33, 12, 18, 9]  # uneven clients; not a power of two
+BAD = 4  # the place of a client whose update is not a number
+ROTATED = StateDictEncoder(Encoder([HadamardRotation(), UniformQuantization(4)], FixedWidth()), 1000)
+
+
+def make_client(number: int) -> Client:
+    def load() -> Examples:
+        generator = torch.Generator().manual_seed(number)
+        x = torch.rand(SIZES[number], 1, 28, 28, generator=generator)
+        return Examples(x / 0 if number == BAD else x, torch.randint(10, (len(x),), generator=generator))
+
+    return Client(number, load, SIZES[number])
+
+
+def make_process(upload: StateDictEncoder, workers: Workers, seed: int = 5) -> FederatedAveraging:
+    server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
+    return FederatedAveraging(
+        partial(MLP, 10), LocalTraining(lr=0.1), server, ROTATED, upload, seed=seed, map=workers.map
+    )
+
+
+def learning() -> StateDictEncoder:
+    return StateDictEncoder(Encoder([PowerSGD(2)]), 1000)  # reports of its clients are added up
+
+
+def run(rank: int, size: int, workers: int, port: int, upload: StateDictEncoder, queue, rounds: int = 2) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with Ranks(Stopping()) as ranks, Workers(workers) as pool:
+        process = make_process(upload, pool)
+        if rank:
+            for order, message in ranks.listen():
+                ranks.contribute_to(order, message, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
+            return
+        state = process.initialize()
+        clients = [make_client(number) for number in range(len(SIZES))]
+        for _ in range(rounds):
+            state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
+        counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
+        weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
+        queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits))
+
+
+def free_port() -> int:
+    """A port whose successor is free too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("localhost", 0))
+            try:
+                second.bind(("localhost", first.getsockname()[1] + 1))
+            except OSError:
+                continue
+            return first.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedq.models", "fedq.simulation.ranks", "fedq.simulation.workers"])
+    return context
+
+
+@pytest.mark.parametrize("upload", [ROTATED, learning()], ids=["summed before it is decoded", "adaptive"])
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload):
+    def outcome(size: int, workers: int):
+        queue, port = processes.Queue(), free_port()
+        started = [processes.Process(target=run, args=(r, size, workers, port, upload, queue)) for r in range(size)]
+        for process in started:
+            process.start()
+        result = queue.get(timeout=120)
+        for process in started:
+            process.join(60)
+            assert process.exitcode == 0
+        return result
+
+    alone = outcome(1, 1)
+    assert alone[1]["clients_failed"] == alone[1]["clients_failed/unable"] == 1
+    for size, workers in itertools.product((1, 2, 3, 4), (1, 2)):
+        assert outcome(size, workers) == alone, (size, workers)
+
+
+def test_what_crosses_is_a_few_partial_sums():
+    """Whatever stretch of the cohort a rank has, no more than two sums a level of the tree are left of it."""
+
+    for first, last in itertools.combinations(range(65), 2):
+        tree: PairwiseTree[int] = PairwiseTree(lambda a, b: a + b)
+        for place in range(first, last):
+            tree.add(place, 1)
+        sums = tree.partial_results()
+        assert len(sums) <= 2 * max(1, (last - first).bit_length())
+        assert sum(value for _, _, value in sums) == last - first
+        for level, place, value in sums:
+            assert value == 2**level
+            assert first <= place << level < last
+
+
+def test_cohorts_are_cut_into_neighbourhoods_of_equal_cost():
+    assert split([1] * 12, 4) == [0, 3, 6, 9, 12]
+    assert split([9, 1, 1, 1, 1, 1, 1, 1, 1, 1], 2) == [0, 1, 10]
+    assert split([5, 0, 0], 1) == [0, 3]
+    bounds = split([3], 4)  # more ranks than clients: some have none
+    assert (bounds[0], bounds[-1]) == (0, 1)
+    assert bounds == sorted(bounds)
+    costs = [(37 * i) % 101 + 1 for i in range(1000)]
+    cuts = split(costs, 8)
+    sums = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]
+    assert max(sums) - min(sums) <= 2 * max(costs)
+
+
+def lose(rank: int, port: int, queue) -> None:
+    """Rank 1 dies in the middle of a round; what becomes of rank 0 goes to the queue."""
+    started = time.monotonic()
+    if rank:
+        threading_kill(queue)
+    try:
+        run(rank, 2, 1, port, StateDictEncoder(), queue, rounds=10**6)
+    except RankLost as error:
+        queue.put((str(error), time.monotonic() - started))
+
+
+def threading_kill(queue) -> None:
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+
+
+def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes):
+    queue, port = processes.Queue(), free_port()
+    started = [processes.Process(target=lose, args=(rank, port, queue)) for rank in range(2)]
+    for process in started:
+        process.start()
+    message, seconds = queue.get(timeout=60)
+    assert "rank 0 lost the connection to another rank" in message
+    assert seconds < 2 + ranks_module.PATIENCE
+    for process in started:
+        process.join(60)
+    assert started[1].exitcode == -signal.SIGKILL
