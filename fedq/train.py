@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from functools import partial, wraps
 from pathlib import Path
@@ -48,22 +48,21 @@ def main() -> None:
     from fedq.simulation.ranks import Ranks, launched_at
     from fedq.simulation.stopping import Stopping
 
-    with Stopping() as stopping:
-        try:
-            with Ranks(stopping) as ranks:
-                if ranks.rank:
-                    serve(ranks)
-                else:
-                    # a process that torchrun starts again finds the folder of the one before it
-                    if name := launched_at(datetime.now()):
-                        folders = {"hydra.run.dir": f"outputs/{name}", "hydra.sweep.dir": f"outputs/multirun/{name}"}
-                        given = {argument.split("=")[0] for argument in sys.argv}
-                        sys.argv += [f"{key}={folder}" for key, folder in folders.items() if key not in given]
-                    compose(wraps(job)(partial(job, ranks=ranks)))
-        except FedqError as error:
-            sys.exit(f"fedq: {error}")
-        except KeyboardInterrupt:
-            sys.exit(130)
+    try:
+        with Ranks(Stopping()) as ranks:
+            if ranks.rank:
+                serve(ranks)
+                return
+            # a process that torchrun starts again finds the folder of the one before it
+            if name := launched_at(datetime.now()):
+                folders = {"hydra.run.dir": f"outputs/{name}", "hydra.sweep.dir": f"outputs/multirun/{name}"}
+                given = {argument.split("=")[0] for argument in sys.argv}
+                sys.argv += [f"{key}={folder}" for key, folder in folders.items() if key not in given]
+            compose(wraps(job)(partial(job, ranks=ranks)))
+    except FedqError as error:
+        sys.exit(f"fedq: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def compose(task: Callable[[DictConfig], None]) -> None:
@@ -93,7 +92,7 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> None:
     summary = Summary(folder)
     try:
         with (
-            nullcontext(ranks.stopping) if ranks else Stopping() as stopping,
+            ranks.stopping if ranks else Stopping() as stopping,
             closing(metrics_file),
             summary,
         ):
@@ -214,6 +213,8 @@ def assemble(
             "take fewer, or more with dataset.clients where the dataset allows"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
+    # of several processes on a machine, each takes a device of its own
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if run.device == "cuda" else run.device
     faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))
     process = FederatedAveraging(
         model=build(cfg, "model", num_classes=dataset.num_classes),
@@ -222,7 +223,7 @@ def assemble(
         broadcast=build_encoder(cfg, "broadcast"),
         upload=build_encoder(cfg, "upload"),
         seed=run.seed,
-        device=run.device,
+        device=device,
         map=stopping.map(workers.map),
         uplink=faults.uplink if faults else None,
         guard=guard,

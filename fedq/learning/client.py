@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from fedq.keys import Key
 
 Projection = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """From the gradients of a model's parameters to what a client can send of them."""
+
+Precision = Literal["float32", "bf16"]
+"""What products of matrices and convolutions are computed in: as the model is, or in bfloat16 by torch.autocast."""
 
 
 class TrainingMetrics(NamedTuple):
@@ -60,16 +63,19 @@ class LocalTraining:
         examples: Examples,
         key: Key,
         project: Projection | None = None,
+        precision: Precision = "float32",
     ) -> TrainingMetrics:
         """Sets `model` to `weights` and trains it in place on `examples`, on the model's device.
 
-        With `project`, a projection on a linear subspace, each step takes the projected gradient.
+        With `project`, a projection on a linear subspace, each step takes the projected gradient. `precision` is that
+        of products of matrices and convolutions, where "bf16" has 8 bits instead of 24; weights, their gradients and
+        steps are the model's dtype in either.
         """
         model.load_state_dict(weights)
         model.train()
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
-        optimizer = torch.optim.SGD(parameters.values(), lr=self.lr, momentum=self.momentum)
+        velocities: dict[str, Tensor] = {}
         loss_sum, correct, seen = 0.0, 0, 0
         for epoch in range(self.epochs):
             order = torch.from_numpy(key.fold("shuffle").fold(str(epoch)).permutation(len(examples.y)))
@@ -77,23 +83,39 @@ class LocalTraining:
             x, y = examples.x[order].to(device), examples.y[order].to(device)
             for start in range(0, len(order), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
-                optimizer.zero_grad()
-                logits = model(batch_x)
+                model.zero_grad()
+                # bfloat16 has float32's range: no gradient vanishes, and none needs scaling
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = model(batch_x).to(batch_x.dtype)
                 loss = F.cross_entropy(logits, batch_y)
                 torch.autograd.backward(loss)
+                gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
                 if project is not None:
-                    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
                     for name, projected in project(gradients).items():
                         gradients[name].copy_(projected)
                 if self.proximal:
-                    for name, parameter in parameters.items():
-                        if parameter.grad is not None:
-                            parameter.grad.add_(parameter.detach() - weights[name], alpha=self.proximal)
-                optimizer.step()
+                    for name, gradient in gradients.items():
+                        gradient.add_(parameters[name].detach() - weights[name], alpha=self.proximal)
+                self._step(parameters, gradients, velocities)
                 loss_sum += float(loss.detach()) * len(batch_y)
                 correct += int((logits.detach().argmax(1) == batch_y).sum())
                 seen += len(batch_y)
         return TrainingMetrics(loss_sum, correct, seen)
+
+    def _step(
+        self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], velocities: dict[str, Tensor]
+    ) -> None:
+        """Takes one step of heavy-ball SGD: v ← momentum · v + gradient, w ← w − lr · v; the first v is the gradient.
+
+        It keeps the `gradients`, and gives the bits of torch.optim.SGD, which would import the compiler for seconds.
+        """
+        with torch.no_grad():
+            if self.momentum:
+                for name, gradient in gradients.items():
+                    before = velocities.get(name)
+                    velocities[name] = gradient if before is None else before.mul_(self.momentum).add_(gradient)
+            steps = velocities if self.momentum else gradients
+            torch._foreach_add_([parameters[n] for n in gradients], [steps[n] for n in gradients], alpha=-self.lr)
 
 
 def update_of(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,18 +8,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedq.data import Examples
+from fedq.learning.client import Precision
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and gives the results in order: Python's `map`, or a pool's."""
 
 
-def evaluate(model: nn.Module, examples: Examples, batch_size: int = 500, map: Map = map) -> dict[str, float]:
-    """Returns the mean cross entropy ("loss", in nats) and the accuracy of `model` on `examples`."""
+def evaluate(
+    model: nn.Module, examples: Examples, batch_size: int = 50, map: Map = map, precision: Precision = "float32"
+) -> dict[str, float]:
+    """Returns the mean cross entropy ("loss", in nats) and the accuracy of `model` on `examples`.
+
+    precision: as LocalTraining.train's.
+    """
 
     def batch(start: int) -> tuple[float, int]:
         x, y = (part[start : start + batch_size].to(device) for part in examples)
-        with torch.inference_mode():
-            logits = model(x)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(x).to(x.dtype)
             return float(F.cross_entropy(logits, y, reduction="sum")), int((logits.argmax(1) == y).sum())
 
     device = next(model.parameters()).device

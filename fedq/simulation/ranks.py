@@ -62,11 +62,14 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         if self.size > 1:
-            self._store = _store()
-            self._store.set(f"beat/{self.rank}", "0")
+            # torchrun's store outlives a restart: what a process before this one wrote there must not be read
+            prefix = f"fedq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             with self._connection():
-                dist.init_process_group(backend, timeout=_FOREVER)
+                meeting = _store(prefix, 300)
+                self._store = _store(prefix, PATIENCE)
+                self._store.set(f"beat/{self.rank}", "0")
+                dist.init_process_group(backend, store=meeting, rank=self.rank, world_size=self.size, timeout=_FOREVER)
                 dist.barrier()
             threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         return self
@@ -177,18 +180,18 @@ def launched_at(now: datetime) -> str | None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    name: bytes = _store(restarts=True).compare_set("launched", "", now.strftime("%Y-%m-%d/%H-%M-%S-%f"))
+    name: bytes = _store("fedq", PATIENCE).compare_set("launched", "", now.strftime("%Y-%m-%d/%H-%M-%S-%f"))
     return name.decode()
 
 
-def _store(restarts: bool = False) -> PrefixStore:
-    """Returns a connection of our own to torchrun's store; its keys are of this start alone, or of all restarts."""
+def _store(prefix: str, patience: float) -> PrefixStore:
+    """Returns a connection of our own to torchrun's store, with keys of our own; it waits `patience` seconds."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=patience)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        store = TCPStore(address, port, timeout=timedelta(seconds=PATIENCE))
-    else:  # a cluster that sets the variables by itself: rank 0 keeps the store, beside torch's own
-        store = TCPStore(address, port + 1, is_master=os.environ["RANK"] == "0", timeout=timedelta(seconds=300))
-    return PrefixStore("fedq" if restarts else f"fedq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return PrefixStore(prefix, TCPStore(address, port, timeout=timeout))
+    # a cluster that sets the variables by itself: rank 0 keeps the store
+    return PrefixStore(prefix, TCPStore(address, port, None, os.environ["RANK"] == "0", timeout, multi_tenant=True))
 
 
 def _send(share: Share, to: int) -> None:

@@ -1,7 +1,12 @@
+import subprocess
+import sys
+
+import pytest
 import torch
 import torch.nn.functional as F
 
 from fedq.keys import Key
+from fedq.learning import evaluate
 from fedq.learning.client import LocalTraining, update_of
 
 
@@ -53,6 +58,50 @@ def test_momentum_is_the_textbooks(tiny, client):
     model, _, other, examples, order = trained(tiny, client, momentum=0.9)
     by_hand(other, examples, order, 0.1, momentum=0.9)
     assert_same(model, other)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_are_torchs_to_the_last_bit(tiny, client, momentum):
+    model, _, other, examples, order = trained(tiny, client, momentum=momentum)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=momentum)
+    for i in range(0, len(order), 20):
+        optimizer.zero_grad()
+        F.cross_entropy(other(examples.x[order[i : i + 20]]), examples.y[order[i : i + 20]]).backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+def test_training_does_not_load_the_compiler():
+    """Loading torch._dynamo takes seconds, and torch.optim does so at its first use."""
+    code = """
+import sys, torch
+from fedq.data import Examples
+from fedq.keys import Key
+from fedq.learning.client import LocalTraining
+model = torch.nn.Linear(3, 2)
+examples = Examples(torch.rand(5, 3), torch.zeros(5, dtype=torch.int64))
+weights = {name: value.clone() for name, value in model.state_dict().items()}
+LocalTraining(lr=0.1, momentum=0.5).train(model, weights, examples, Key(0))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bf16_rounds_products_and_keeps_weights(tiny, client):
+    torch.manual_seed(0)
+    model = tiny()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    examples, updates = client(3, 50).load(), {}
+    for precision in ("float32", "bf16"):
+        # so small a step that a bfloat16 weight would not change
+        LocalTraining(lr=1e-4).train(model, weights, examples, Key(1, 2, 3), precision=precision)
+        assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+        updates[precision] = torch.cat([value.flatten() for value in update_of(model.state_dict(), weights).values()])
+    error = float((updates["bf16"] - updates["float32"]).norm() / updates["float32"].norm())
+    assert 1e-4 < error < 2**-5  # 8 bits in a product, over three layers' worth of products
+    losses = [evaluate(model, examples, precision=precision)["loss"] for precision in ("float32", "bf16")]
+    assert 0 < abs(losses[1] - losses[0]) < 2**-8 * losses[0]
 
 
 def test_proximal_pulls_towards_the_weights_received(tiny, client):

@@ -127,6 +127,9 @@ def test_an_error_in_a_worker_comes_through_and_ends_the_rest():
     assert len(started) <= 4
 
 
-def test_auto_takes_the_cores_this_process_may_use():
+def test_auto_takes_the_cores_this_process_may_use(monkeypatch):
     with Workers() as workers:
         assert workers.count == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with Workers() as workers:
+        assert workers.count == 1

@@ -30,7 +30,9 @@ class FixedWidth(Coder):
             raise ValueError(f"a symbol is not from 0 to {(spec.levels or 0) - 1}")
         if width in (8, 16):
             return np.ascontiguousarray(values, f"<u{width // 8}").view(np.uint8).data
-        if width in (1, 2, 4):
+        if width == 1:
+            return np.packbits(values, bitorder="little").data
+        if width in (2, 4):
             padded = np.zeros(self.size(spec) * (8 // width), np.uint8)
             padded[: len(values)] = values
             words = padded.view(f"<u{8 // width}")  # each becomes one byte: its lowest
@@ -53,7 +55,9 @@ class FixedWidth(Coder):
         dtype = np.uint8 if width <= 8 else np.uint32
         if width in (8, 16):
             values = np.frombuffer(data, f"<u{width // 8}").astype(dtype)
-        elif width in (1, 2, 4):
+        elif width == 1:
+            values = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        elif width in (2, 4):
             words = np.frombuffer(data, np.uint8).astype(f"<u{8 // width}")
             for shift, mask in reversed(_folds(width)):
                 words = (words | words << shift) & words.dtype.type(mask)

@@ -61,18 +61,21 @@ class Eden(EncodingStage):
             # in units of each block's largest magnitude: no square overflows, and not all underflow
             unit = rows.abs().amax(1, keepdim=True)
             z = rows.div(unit.masked_fill(unit == 0, 1))
-            square = z.double().square().sum(1)
+            square = z.square().sum(1).double()
             length = torch.full_like(square, self.block)
             length[-1] = real - (len(rows) - 1) * self.block
-            rms = square.div(length).sqrt_()
-            top = rms.masked_fill(rms == 0, 1).mul_(normal_levels(self.bits)[-1].item())
-            chosen = nearest(z.div(top[:, None].to(z.dtype)).view(-1), levels)[:real]
-            out[start : start + real] = chosen
-            q = torch.zeros(rows.numel(), dtype=torch.float64, device=x.device)
-            q[:real] = levels.to(x.device).index_select(0, chosen.int())
-            q = q.view_as(z)
-            dot = (z * q).sum(1)
-            scale = square / dot if self.scale == "unbiased" else dot / q.square_().sum(1)
+            if self.bits == 1:  # the levels are −1 and 1: ⟨z, Q⟩ is the sum of magnitudes
+                torch.gt(rows.view(-1)[:real], 0, out=out[start : start + real].view(torch.bool))
+                dot, levels_square = z.abs_().sum(1).double(), length
+            else:
+                rms = square.div(length).sqrt_()
+                top = rms.masked_fill(rms == 0, 1).mul_(normal_levels(self.bits)[-1].item())
+                chosen = nearest(z.div(top[:, None].to(z.dtype)).view(-1), levels)[:real]
+                out[start : start + real] = chosen
+                q = torch.zeros_like(z)
+                q.view(-1)[:real] = levels.to(z).index_select(0, chosen.int())
+                dot, levels_square = (z * q).sum(1).double(), q.square_().sum(1).double()
+            scale = square / dot if self.scale == "unbiased" else dot / levels_square
             scales.append(scale.masked_fill_(dot == 0, 0).mul_(unit.view(-1).double()))
             start += real
         limit = torch.finfo(x.dtype).max

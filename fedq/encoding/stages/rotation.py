@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -61,14 +62,19 @@ class Rotation(EncodingStage):
 
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
         """As EncodingStage.encode."""
-        y, size = x.reshape(-1).to(working_dtype(self, TensorSpec.of(x)), copy=True), self._size(x.numel())
-        full = len(y) - len(y) % size  # what whole blocks fill
+        flat, size = x.reshape(-1), self._size(x.numel())
+        full = len(flat) - len(flat) % size  # what whole blocks fill
+        y = torch.empty(len(flat), dtype=working_dtype(self, TensorSpec.of(x)), device=x.device)
+        y[full:] = flat[full:]
         for i in range(self.repeats):
             if i:
                 y[:full] = y[:full].view(-1, size).t().reshape(-1)
             signs = self._signs(len(y), i, key, y.device)
             for start, stop, sign in _windows(len(y), size):
-                self._rotate(y[start:stop].mul_(signs[sign : sign + stop - start]).view(-1, size))
+                window = y[start:stop]
+                source = flat[start:stop] if not i and stop <= full else window
+                torch.mul(source, signs[sign : sign + stop - start], out=window)
+                self._rotate(window.view(-1, size))
         return finite(y), {}
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
@@ -181,6 +187,7 @@ def hadamard_(rows: Tensor) -> None:
     torch.matmul(left, (rows.view(-1, len(right)) @ right).view_as(blocks), out=blocks)
 
 
+@cache
 def _hadamard_matrix(bits: int) -> Tensor:
     """Returns the orthonormal Hadamard matrix of 2^bits rows, in Sylvester's order."""
     h = torch.ones(1, 1, dtype=torch.float64)
@@ -216,7 +223,9 @@ def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) ->
     x, limit = inverse(y), torch.finfo(spec.dtype).max
     if not is_finite(x):
         x = inverse(y * 2**-40).clamp_(-limit * 2**-40, limit * 2**-40).mul_(2.0**40)
-    return x.clamp_(-limit, limit).to(spec.dtype).view(spec.shape)
+    if x.dtype != spec.dtype:
+        x = x.clamp_(-limit, limit).to(spec.dtype)
+    return x.view(spec.shape)
 
 
 def _windows(n: int, size: int) -> list[tuple[int, int, int]]:

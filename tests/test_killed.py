@@ -1,0 +1,91 @@
+"""Runs that are killed, whole or in part, end as if nothing had happened. FEDQ_KILLS=200 kills as often."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import SMALL, assert_same_run, fedq, metrics_of, run_folders
+
+KILLS = int(os.environ.get("FEDQ_KILLS", "10"))
+
+
+def train(cwd: Path, arguments: list[str]) -> None:
+    """The command line, in a process that has fedq loaded already."""
+    from fedq.train import main
+
+    os.chdir(cwd)
+    output = os.open(cwd / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["fedq.train", *arguments]
+    main()
+
+
+@pytest.mark.timeout(60 + 10 * KILLS)
+def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path):
+    # adaptive stages both ways and a server optimizer with state, so that all that a checkpoint holds counts
+    command = [*SMALL, "encoder=powersgd", "server=adam", "server.lr=0.01", "run.checkpoint_every=1", "run.workers=1"]
+    command += ["run.evaluate_every=1"]  # so that where a run was first meant to end leaves no trace
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedq.train", "fedq.learning", "torch.utils.tensorboard"])
+
+    def start(folder: str, rounds: int) -> multiprocessing.Process:
+        arguments = [*command, f"run.rounds={rounds}", f"hydra.run.dir={tmp_path}/{folder}"]
+        process = context.Process(target=train, args=(tmp_path, arguments))
+        process.start()
+        return process
+
+    draw, rounds, kills, in_a_write = random.Random(0), 20, 0, 0
+    while kills < KILLS:
+        process = start("killed", rounds)
+        process.join(draw.uniform(0, 3))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+            process.join()
+            in_a_write += any(tmp_path.glob("killed/checkpoints/*.tmp"))
+        else:
+            assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
+            rounds += 20
+    print(f"{kills} kills in {rounds} rounds, {in_a_write} of them inside the write of a checkpoint")
+    for folder in ("killed", "whole"):
+        process = start(folder, rounds)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
+    assert len(metrics_of(tmp_path / "whole")) == rounds
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert len(list(tmp_path.glob("killed/checkpoints/*"))) == 2
+
+
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
+    """As people start it: two processes, one is killed, torchrun restarts both, and the outcome is one process's."""
+    command = [*SMALL, "run.rounds=60", "run.checkpoint_every=1", "encoder=hadamard"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    with subprocess.Popen(
+        [*torchrun, "--max-restarts=1", "-m", "fedq.train", *command],
+        cwd=ranks,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        log = []
+        while "round 5 " not in (log[-1] if log else ""):
+            log.append(running.stderr.readline())
+            assert log[-1], "".join(log)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        (second,) = [c for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
+        os.kill(int(second), signal.SIGKILL)
+        log += running.stderr.read()
+    assert running.returncode == 0, "".join(log)
+    assert "going on after round" in "".join(log)
+    (folder,) = run_folders(ranks)  # rank 0 alone writes files, and finds its folder again
+    fedq(tmp_path, *command, "run.workers=1", f"hydra.run.dir={tmp_path}/alone")
+    assert_same_run(folder, tmp_path / "alone")
