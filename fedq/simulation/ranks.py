@@ -5,10 +5,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
-from time import monotonic, sleep
+from itertools import count
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,9 @@ class Ranks:
                 self._store.set(f"beat/{self.rank}", "0")
                 dist.init_process_group(backend, store=meeting, rank=self.rank, world_size=self.size, timeout=_FOREVER)
                 dist.barrier()
-            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+            self._heard = dict.fromkeys(range(1, self.size) if self.rank == 0 else [0], monotonic())
+            for work in (self._beat, self._watch):
+                threading.Thread(target=work, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -143,32 +146,28 @@ class Ranks:
             self.stopping.check()  # the others may have ended because all were told to
             raise RankLost(f"rank {self.rank} lost the connection to another rank: {error}") from error
 
+    def _beat(self) -> None:
+        """Gives signs of life, and notes those of rank 0 or, on rank 0, of the others."""
+        last = dict.fromkeys(self._heard, b"")
+        with suppress(RuntimeError):  # torch.distributed's errors: then nothing is heard any more
+            for beats in count():
+                self._store.set(f"beat/{self.rank}", str(beats))
+                for rank in self._heard:
+                    beat = self._store.get(f"beat/{rank}")
+                    if beat != last[rank]:
+                        last[rank], self._heard[rank] = beat, monotonic()
+                if self._ended.wait(BEAT):
+                    return
+
     def _watch(self) -> None:
-        """Gives signs of life, and ends this process when there are none of rank 0 or, on rank 0, of another."""
-        others = range(1, self.size) if self.rank == 0 else [0]
-        heard = dict.fromkeys(others, (b"", monotonic()))
-        beats, lost = 0, ""
-        while not lost:
+        """Ends this process when a rank that it listens to has given no sign of life for too long."""
+        # A thread of its own: that of the signs of life may wait in a broken connection for minutes.
+        while not (silent := [rank for rank, since in self._heard.items() if monotonic() - since > PATIENCE]):
             if self._ended.wait(BEAT):
                 return
-            beats += 1
-            try:
-                self._store.set(f"beat/{self.rank}", str(beats))
-                for rank, (last, since) in heard.items():
-                    beat = self._store.get(f"beat/{rank}")
-                    if beat != last:
-                        heard[rank] = (beat, monotonic())
-                    elif monotonic() - since > PATIENCE:
-                        lost = f"rank {rank} has given no sign of life for {PATIENCE:.0f} seconds"
-            except RuntimeError as error:  # torch.distributed's errors all are
-                lost = f"rank {self.rank} cannot reach the others: {str(error).splitlines()[0]}"
-        if self._ended.is_set():
-            return
-        self.stopping.request(RankLost(lost))
-        # A thread that waits in a broken connection for good notices nothing: all but what rank 0 has written is lost.
-        if not self._ended.wait(BEAT):
-            sleep(PATIENCE / 3)
-        if not self._ended.is_set():
+        lost = f"rank {self.rank} has had no sign of life of rank {silent[0]} for {PATIENCE:.0f} seconds"
+        self.stopping.request(RankLost(lost))  # ends the round where a client of this rank ends
+        if not self._ended.wait(PATIENCE / 3):
             log.error("%s: this process ends", lost)
             os._exit(1)
 
