@@ -38,7 +38,8 @@ class RunConfig:
     "auto" goes on from the newest checkpoint in the run's folder, "never" does not, a path is that of a checkpoint or
     of a run's folder.
     min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats` times in a row, and
-    then ends the run. faults, guard: what goes wrong with clients, and what is done about updates out of line.
+    then ends the run. precision: of forward and
+    backward passes. faults, guard: what goes wrong with clients, and what is done about updates out of line.
     """
 
     rounds: int
@@ -53,6 +54,7 @@ class RunConfig:
     repeats: int
     workers: int | Literal["auto"]
     device: str
+    precision: Literal["float32", "bf16"]
     faults: dict[str, Any] | None
     guard: dict[str, Any] | None
 

@@ -228,6 +228,7 @@ def assemble(
         uplink=faults.uplink if faults else None,
         guard=guard,
         min_clients=run.min_clients,
+        precision=run.precision,
     )
 
     def clients(serial: int, numbers: Iterable[int]) -> "list[Client]":

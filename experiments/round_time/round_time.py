@@ -1,19 +1,29 @@
-"""Times a round of federated averaging against the same local SGD in bare PyTorch.
+"""Times rounds of federated averaging against the same local SGD in bare PyTorch, and both against the machine.
 
-All in one process and alternating, so that a machine whose speed drifts treats all alike: the bare loop (two threads
-with one intra-op thread each; every client from the same weights, over its examples in random order; no fedq, no
-messages, no averaging), a float32 round, a uint8 round. Prints medians, the median ratio to the row above, and where a
-round's time goes.
+All in one process and alternating, so that a machine whose speed drifts treats all alike. Threads have one intra-op
+thread each. In a turn:
+- products of two 1024 × 1024 matrices, as many threads at once as there are workers: the machine's peak;
+- the bare loop: every client from the same weights, over its examples in random order; no fedq, no messages, no
+  averaging;
+- rounds: float32, uint8 both ways, drive (8 bits down; a rotation and one bit up), and float32 computed in bfloat16;
+- an evaluation of 1,000 examples.
+Prints medians, median ratios within a turn, and where the time goes. A round takes 24.5 MFLOP an example
+forward, three times that with backward. At last a new process starts: `start` is the time until its first round begins.
 
-python -m experiments.round_time.round_time [--repeats 15]
+python -m experiments.round_time.round_time [--repeats 15] [--compile]
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from threading import Thread
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 import torch.nn.functional as F
@@ -22,46 +32,82 @@ from rich.table import Table
 from torch import nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, UniformQuantization
+from fedq.encoding import Eden, Encoder, FixedWidth, HadamardRotation, StateDictEncoder, UniformQuantization
 from fedq.learning import FederatedAveraging, LocalTraining
+from fedq.learning.client import Precision
 from fedq.models import FedAvgCNN
 from fedq.simulation.workers import Workers
 
 CLIENTS, EXAMPLES, BATCH, WORKERS, RATE = 10, 100, 20, 2, 0.02
+SIDE, PRODUCTS = 1024, 8  # of the matrices; products a thread
+FORWARD = 24.5e6  # floating-point operations an example
+EXACT = StateDictEncoder()
+UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
+DRIVE = StateDictEncoder(Encoder([HadamardRotation(4096, shared=False), Eden(1, 4096)], FixedWidth()))
 
 
-def bare_round(models: list[nn.Module], weights: dict[str, torch.Tensor], data: list[Examples]) -> None:
-    """Trains every client from the same weights: local SGD and nothing else."""
+def side_by_side(work: Callable[[int], None]) -> None:
+    """Runs `work` in WORKERS threads of one intra-op thread each; it is told which one it is."""
 
-    def work(model: nn.Module, mine: list[Examples]) -> None:
+    def one(i: int) -> None:
         torch.set_num_threads(1)
-        for client in mine:
-            model.load_state_dict(weights)
-            order = torch.randperm(EXAMPLES)
-            x, y = client.x[order], client.y[order]
-            optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-            for start in range(0, EXAMPLES, BATCH):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(x[start : start + BATCH]), y[start : start + BATCH])
-                torch.autograd.backward(loss)
-                optimizer.step()
+        work(i)
 
-    threads = [Thread(target=work, args=(model, data[i::WORKERS])) for i, model in enumerate(models)]
+    threads = [Thread(target=one, args=(i,)) for i in range(WORKERS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
 
-def fedq_round(encoder: StateDictEncoder, data: list[Examples], workers: Workers) -> Callable[[], dict[str, float]]:
-    """Returns a function that runs one round from the initial weights and returns its metrics."""
+def products() -> Callable[[], None]:
+    """Returns a function that multiplies matrices, in memory that is there already."""
+    matrices = [[torch.rand(SIDE, SIDE) for _ in range(3)] for _ in range(WORKERS)]
+
+    def work(i: int) -> None:
+        left, right, out = matrices[i]
+        for _ in range(PRODUCTS):
+            torch.mm(left, right, out=out)
+
+    return partial(side_by_side, work)
+
+
+def bare_round(data: list[Examples], compiled: bool = False) -> Callable[[], None]:
+    """Returns a function that trains every client from the same weights: local SGD and nothing else."""
+    # the bare loop gets the faster memory layout too
+    models: list[nn.Module] = [FedAvgCNN(10).to(memory_format=torch.channels_last) for _ in range(WORKERS)]
+    weights = {name: value.clone() for name, value in models[0].state_dict().items()}
+    forwards = [torch.compile(model) if compiled else model for model in models]
+
+    def work(i: int) -> None:
+        for client in data[i::WORKERS]:
+            models[i].load_state_dict(weights)
+            order = torch.randperm(EXAMPLES)
+            x, y = client.x[order], client.y[order]
+            optimizer = torch.optim.SGD(models[i].parameters(), lr=RATE)
+            for start in range(0, EXAMPLES, BATCH):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(forwards[i](x[start : start + BATCH]), y[start : start + BATCH])
+                torch.autograd.backward(loss)
+                optimizer.step()
+
+    if compiled:
+        work(0)  # torch compiles in one thread at a time
+    return partial(side_by_side, work)
+
+
+def fedq_round(
+    broadcast: StateDictEncoder, upload: StateDictEncoder, precision: Precision, data: list[Examples], workers: Workers
+) -> tuple[Callable[[], dict[str, float]], Callable[[], dict[str, float]]]:
+    """Returns a function that runs one round from the initial weights and returns its metrics; one that evaluates."""
     process = FederatedAveraging(
         partial(FedAvgCNN, 10),
         LocalTraining(lr=RATE, batch_size=BATCH),
         partial(torch.optim.SGD, lr=1.0),
-        encoder,
-        encoder,
+        broadcast,
+        upload,
         map=workers.map,
+        precision=precision,
     )
     state = process.initialize()
 
@@ -69,49 +115,87 @@ def fedq_round(encoder: StateDictEncoder, data: list[Examples], workers: Workers
         return data[i]
 
     clients = [Client(i, partial(load, i)) for i in range(CLIENTS)]
-    return lambda: process.next(state, clients)[1]
+    test = Examples(torch.cat([part.x for part in data]), torch.cat([part.y for part in data]))
+    return lambda: process.next(state, clients)[1], lambda: process.evaluate(state, test)
+
+
+def start() -> tuple[float, float]:
+    """Starts a training of one round; returns the seconds until that begins, and those that it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, begun = Path(folder) / "metrics.jsonl", perf_counter()
+        command = [sys.executable, "-m", "fedq.train", "run.rounds=1", f"hydra.run.dir={folder}"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not (path.exists() and path.read_text().endswith("\n")):
+                if process.poll():
+                    raise RuntimeError(f"{' '.join(command)} failed")
+                sleep(0.005)
+            done = perf_counter() - begun
+            seconds = json.loads(path.read_text())["seconds"]
+        return done - seconds, seconds
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--compile", action="store_true", help="the bare loop through torch.compile, too")
+    arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     data = [
         Examples(torch.rand(EXAMPLES, 1, 28, 28, generator=generator), torch.arange(EXAMPLES) % 10)
         for _ in range(CLIENTS)
     ]
-    uint8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
-    # the bare loop gets the faster memory layout too
-    models: list[nn.Module] = [FedAvgCNN(10).to(memory_format=torch.channels_last) for _ in range(WORKERS)]
-    weights = {name: value.clone() for name, value in models[0].state_dict().items()}
     with Workers(WORKERS) as workers:
-        rounds: dict[str, Callable[[], dict[str, float] | None]] = {
-            "bare PyTorch": lambda: bare_round(models, weights, data),
-            "float32": fedq_round(StateDictEncoder(), data, workers),
-            "uint8": fedq_round(uint8, data, workers),
+        exact, evaluation = fedq_round(EXACT, EXACT, "float32", data, workers)
+        tasks: dict[str, Callable[[], dict[str, float] | None]] = {
+            "products": products(),
+            "bare PyTorch": bare_round(data),
+            "float32": exact,
+            "uint8": fedq_round(UINT8, UINT8, "float32", data, workers)[0],
+            "drive": fedq_round(UINT8, DRIVE, "float32", data, workers)[0],
+            "float32 in bf16": fedq_round(EXACT, EXACT, "bf16", data, workers)[0],
+            "evaluation": evaluation,
         }
-        seconds: dict[str, list[float]] = {name: [] for name in rounds}
-        phases: dict[str, list[dict[str, float]]] = {name: [] for name in rounds}
-        for repeat in range(repeats + 2):
-            for name, one_round in rounds.items():
+        if arguments.compile:
+            begun = perf_counter()
+            tasks["bare, compiled"] = bare_round(data, compiled=True)
+            print(f"torch.compile took {perf_counter() - begun:.1f} s")
+        seconds: dict[str, list[float]] = {name: [] for name in tasks}
+        phases: dict[str, list[dict[str, float]]] = {name: [] for name in tasks}
+        for repeat in range(arguments.repeats + 2):
+            for name, task in tasks.items():
                 started = perf_counter()
-                metrics = one_round()
+                metrics = task()
                 if repeat >= 2:  # the first two warm up
                     seconds[name].append(perf_counter() - started)
                     phases[name].append(metrics or {})
-    table = Table("round", "seconds", "ratio to the one above", "train", "encode", "decode", "aggregate")
-    above: list[float] | None = None
+
+    def ratio(name: str, to: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+    work = {name: 3 * CLIENTS * EXAMPLES * FORWARD for name in tasks}
+    work |= {"products": WORKERS * PRODUCTS * 2 * SIDE**3, "evaluation": CLIENTS * EXAMPLES * FORWARD}
+    table = Table("", "seconds", "of peak", "to bare", "to float32", "train", "encode", "decode", "aggregate")
     for name, values in seconds.items():
-        ratio = "" if above is None else f"{statistics.median(a / b for a, b in zip(values, above, strict=True)):.3f}"
-        split = [
-            f"{statistics.median(p[f'seconds/{phase}'] for p in phases[name]) * 1000:.0f} ms" if phases[name][0] else ""
-            for phase in ("train", "encode", "decode", "aggregate")
-        ]
-        table.add_row(name, f"{statistics.median(values):.3f}", ratio, *split)
-        above = values
-    Console().print(table)
+        is_round = name not in ("products", "evaluation")
+        table.add_row(
+            name,
+            f"{statistics.median(values):.3f}",
+            f"{work[name] / work['products'] / ratio(name, 'products'):.0%}",
+            *(f"{ratio(name, to):.3f}" if is_round else "" for to in ("bare PyTorch", "float32")),
+            *(
+                f"{statistics.median(p[f'seconds/{phase}'] for p in phases[name]) * 1000:.0f} ms"
+                for phase in ("train", "encode", "decode", "aggregate")
+                if "seconds/train" in phases[name][0]
+            ),
+        )
+    console = Console()
+    console.print(table)
+    peak = work["products"] / statistics.median(seconds["products"])
+    console.print(f"peak: {peak / 1e9:.0f} GFLOP/s in float32, {WORKERS} threads")
+    starts = [start() for _ in range(3)]
+    before, first = (statistics.median(column) for column in zip(*starts, strict=True))
+    console.print(f"start: {before:.1f} s until the first round; that takes {first:.1f} s")
 
 
 if __name__ == "__main__":

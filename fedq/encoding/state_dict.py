@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class StateDictEncoder:
     threshold: int = 10_000
     rules: Mapping[str, Encoder] = field(default_factory=dict)
     joint: bool = False
+    _fingerprints: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.threshold < 0:
@@ -257,8 +259,11 @@ class StateDictEncoder:
 
     def _fingerprint(self, schema: Schema, attached: Schema) -> bytes:
         """Hashes all that both sides must agree on before they can read each other's messages."""
-        agreed = (list(schema.items()), list(self.chains(schema).items()), list(attached.items()))
-        return hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
+        both = tuple(schema.items()), tuple(attached.items())
+        if both not in self._fingerprints:  # to describe them takes longer than to encode a small message
+            agreed = (list(schema.items()), list(self.chains(schema).items()), list(attached.items()))
+            self._fingerprints[both] = hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
+        return self._fingerprints[both]
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

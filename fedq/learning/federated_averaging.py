@@ -17,7 +17,7 @@ from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, schema_of
 from fedq.encoding.state_dict import ByTensor, flatten, unflatten
 from fedq.errors import FedqError
-from fedq.learning.client import LocalTraining, update_of
+from fedq.learning.client import LocalTraining, Precision, update_of
 from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import FAILURES, ClientFailure
 from fedq.learning.guard import NormGuard, norm
@@ -68,7 +68,8 @@ class FederatedAveraging:
     server optimizer. broadcast, upload: what encodes each direction. seed: of every random draw. map: applies a
     function to many clients; a pool's `map` trains them side by side, with the same result. uplink: from a client's
     message and its key to what the server receives of it; raises ClientFailure where that is nothing. guard: against
-    updates whose norm is out of line. min_clients: with fewer usable updates `next` raises TooFewClients.
+    updates whose norm is out of line. min_clients: with fewer usable updates `next` raises TooFewClients. precision: of
+    forward and backward passes; weights, updates and optimizers keep the model's dtype.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class FederatedAveraging:
         uplink: Callable[[bytes, Key], bytes] | None = None,
         guard: NormGuard | None = None,
         min_clients: int = 1,
+        precision: Precision = "float32",
     ) -> None:
+        self.precision: Precision = precision
         self.client, self.server = client, server
         self.broadcast, self.upload = broadcast or StateDictEncoder(), upload or StateDictEncoder()
         self.seed, self.device, self.map = seed, torch.device(device), map
@@ -225,10 +228,10 @@ class FederatedAveraging:
         return share
 
     @_one_thread()
-    def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 500) -> dict[str, float]:
+    def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
         """Returns the loss and accuracy of the server's weights on `examples`, as `evaluation.evaluate`."""
         self._model.load_state_dict(state.weights)
-        return evaluate(self._model, examples, batch_size, self.map)
+        return evaluate(self._model, examples, batch_size, self.map, self.precision)
 
     def _params_of(self, state: ServerState) -> dict[str, Tensor]:
         """Returns what the adaptive parts of both directions need this round, as the broadcast brings it."""
@@ -249,7 +252,7 @@ class FederatedAveraging:
                 if not len(examples.y):
                     raise ClientFailure("unable", "it has no examples")
                 project = partial(self._project, received, key, params) if self.client.structured else None
-                training = self.client.train(model, received, examples, key.fold("train"), project)
+                training = self.client.train(model, received, examples, key.fold("train"), project, self.precision)
                 update = update_of(model.state_dict(), received)
             with _timed(record.seconds, "encode"):
                 message, _ = self.upload.encode(update, key, params, report=True)

@@ -194,11 +194,11 @@ def test_too_large_a_norm_is_refused_and_never_decoded_to_infinity() -> None:
                 back = stage.decode(y, {}, spec, KEY)
                 assert bool(back.isfinite().all())
                 assert float(back.abs().max()) >= 0.99 * torch.finfo(dtype).max, "cut off, not lost"
-        back = HadamardRotation(4).decode(torch.tensor([1e6, 0.0, 0.0, 0.0]), {}, TensorSpec((4,), torch.float16), KEY)
-    assert back.abs().tolist() == [65_504.0] * 4, "cut off at the narrower dtype's limit"
-    below = torch.tensor([limit / 4, -limit / 4, limit / 4, 0.0])
+        below = torch.tensor([limit / 4, -limit / 4, limit / 4, 0.0])
         spec, y = TensorSpec.of(below), stage.encode(below, KEY)[0]
         torch.testing.assert_close(stage.decode(y, {}, spec, KEY), below, rtol=0, atol=bound(below))
+    back = HadamardRotation(4).decode(torch.tensor([1e6, 0.0, 0.0, 0.0]), {}, TensorSpec((4,), torch.float16), KEY)
+    assert back.abs().tolist() == [65_504.0] * 4, "cut off at the narrower dtype's limit"
 
 
 def test_refusals() -> None:

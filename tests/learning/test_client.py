@@ -100,6 +100,7 @@ def test_bf16_rounds_products_and_keeps_weights(tiny, client):
         updates[precision] = torch.cat([value.flatten() for value in update_of(model.state_dict(), weights).values()])
     error = float((updates["bf16"] - updates["float32"]).norm() / updates["float32"].norm())
     assert 1e-4 < error < 2**-5  # 8 bits in a product, over three layers' worth of products
+    model.load_state_dict(weights)
     losses = [evaluate(model, examples, precision=precision)["loss"] for precision in ("float32", "bf16")]
     assert 0 < abs(losses[1] - losses[0]) < 2**-8 * losses[0]
 

@@ -86,6 +86,7 @@ RUN = RunConfig(
     repeats=0,
     workers=1,
     device="cpu",
+    precision="float32",
     faults=None,
     guard=None,
 )
