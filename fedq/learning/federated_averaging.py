@@ -187,21 +187,7 @@ class FederatedAveraging:
             if self.guard:
                 norms = [record.norm for record in records if record.norm is not None]
                 after = replace(after, norm=self.guard.update(state.norm, norms))
-        seen = sum(record.training.seen for record in usable)
-        return after, {
-            "round": state.round,
-            "train/loss": sum(record.training.loss for record in usable) / seen,
-            "train/accuracy": sum(record.training.correct for record in usable) / seen,
-            "broadcast_bits": after.broadcasted_bits - state.broadcasted_bits,
-            "aggregated_bits": after.aggregated_bits - state.aggregated_bits,
-            "cumulative_broadcasted_bits": after.broadcasted_bits,
-            "cumulative_aggregated_bits": after.aggregated_bits,
-            "clients": len(usable),
-            "clients_failed": len(records) - len(usable),
-            **{f"clients_failed/{kind}": sum(record.failure == kind for record in records) for kind in FAILURES},
-            "uploads": sum(record.bits > 0 for record in records),
-            **{f"seconds/{phase}": value for phase, value in seconds.items()},
-        }
+        return after, _metrics(state, after, records, seconds)
 
     @_one_thread()
     def contribute(self, task: Task, clients: Iterable[tuple[int, Client]]) -> Share:
@@ -334,3 +320,25 @@ def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int,
     clients = iter(clients)
     while window := list(islice(clients, _WINDOW)):
         yield from sorted(window, key=lambda placed: -placed[1].examples)
+
+
+def _metrics(
+    before: ServerState, after: ServerState, records: list[Record], seconds: dict[str, float]
+) -> dict[str, float]:
+    """Returns a round's line of metrics.jsonl, but for what the loop adds."""
+    usable = [record for record in records if not record.failure]
+    seen = sum(record.training.seen for record in usable)
+    return {
+        "round": before.round,
+        "train/loss": sum(record.training.loss for record in usable) / seen,
+        "train/accuracy": sum(record.training.correct for record in usable) / seen,
+        "broadcast_bits": after.broadcasted_bits - before.broadcasted_bits,
+        "aggregated_bits": after.aggregated_bits - before.aggregated_bits,
+        "cumulative_broadcasted_bits": after.broadcasted_bits,
+        "cumulative_aggregated_bits": after.aggregated_bits,
+        "clients": len(usable),
+        "clients_failed": len(records) - len(usable),
+        **{f"clients_failed/{kind}": sum(record.failure == kind for record in records) for kind in FAILURES},
+        "uploads": sum(record.bits > 0 for record in records),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+    }

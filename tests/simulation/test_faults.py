@@ -1,12 +1,12 @@
 import math
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
 import torch
+from noise import RUN, Noise
 
-from fedq.config import RunConfig
 from fedq.data import Client, Examples
 from fedq.encoding import ANS, Encoder, FixedWidth, Key, MessageError, StateDictEncoder, TopK, UniformQuantization
 from fedq.encoding.state_dict import schema_of
@@ -73,34 +73,11 @@ def test_who_drops_out_or_crashes_or_is_late_sends_nothing():
     assert Faults().uplink(b"message", key(0)) == b"message"
 
 
-RUN = RunConfig(
-    rounds=6,
-    clients_per_round=8,
-    seed=3,
-    evaluate_every=3,
-    test_batch_size=500,
-    checkpoint_every=1,
-    keep=2,
-    resume="auto",
-    min_clients=1,
-    repeats=0,
-    workers=1,
-    device="cpu",
-    precision="float32",
-    faults=None,
-    guard=None,
-)
+FAULTY = replace(RUN, rounds=6, clients_per_round=8, evaluate_every=3)
 
 
-class Noise:
-    num_classes, num_clients = 10, 40
-
-    def client(self, number: int) -> Client:
-        generator = torch.Generator().manual_seed(number)
-        return Client(number, lambda: Examples(torch.rand(20, 1, 28, 28, generator=generator), torch.arange(20) % 10))
-
-    def test(self) -> Examples:
-        return Examples(torch.zeros(10, 1, 28, 28), torch.arange(10))
+class Many(Noise):
+    num_clients = 40
 
 
 def run(faults: Faults, clients=None, min_clients: int = 1, **changes):
@@ -112,12 +89,12 @@ def run(faults: Faults, clients=None, min_clients: int = 1, **changes):
         uplink=faults.uplink,
         min_clients=min_clients,
     )
-    config = RunConfig(**vars(RUN) | changes | {"min_clients": min_clients})
+    config = replace(FAULTY, min_clients=min_clients, **changes)
 
     def faulty(serial, numbers):
-        return [faults.client(Noise().client(n), Key(RUN.seed, serial, n)) for n in numbers]
+        return [faults.client(Many().client(n), Key(RUN.seed, serial, n)) for n in numbers]
 
-    return list(rounds(process, process.initialize(), Noise(), config, clients or faulty))
+    return list(rounds(process, process.initialize(), Many(), config, clients or faulty))
 
 
 def test_a_run_goes_on_without_the_faulty_and_counts_them():
@@ -141,7 +118,7 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
 
     # the very same model as that of a run in which those clients were never drawn
     def good(serial, numbers):
-        return [Noise().client(n) for n in numbers if not faults.drawn(Key(3, serial, n))]
+        return [Many().client(n) for n in numbers if not faults.drawn(Key(3, serial, n))]
 
     honest = run(Faults(), good)
     for name, value in outcome[-1][0].weights.items():
@@ -152,11 +129,13 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog):
     faults = Faults(dropout=0.4)
     good = [sum(faults.drawn(Key(3, s, int(n))) is None for n in cohort(3, s, 40, 8)) for s in range(40)]
     outcome = run(faults, min_clients=5, repeats=10)
-    serials = [s for s in range(40) if good[s] >= 5][: RUN.rounds]  # the cohorts of which enough answered
-    assert serials != list(range(RUN.rounds))
+    serials = [s for s in range(40) if good[s] >= 5][: FAULTY.rounds]  # the cohorts of which enough answered
+    assert serials != list(range(FAULTY.rounds))
     assert [metrics["clients"] for _, metrics in outcome] == [good[s] for s in serials]
-    assert [metrics["round"] for _, metrics in outcome] == list(range(RUN.rounds))
-    assert sum(metrics["repeats"] for _, metrics in outcome) == outcome[-1][0].repeats == serials[-1] + 1 - RUN.rounds
+    assert [metrics["round"] for _, metrics in outcome] == list(range(FAULTY.rounds))
+    assert (
+        sum(metrics["repeats"] for _, metrics in outcome) == outcome[-1][0].repeats == serials[-1] + 1 - FAULTY.rounds
+    )
     message = outcome[0][1]["broadcast_bits"] // (8 * (outcome[0][1]["repeats"] + 1))
     for _, metrics in outcome:  # the bits of a cohort in vain are the round's too
         assert metrics["broadcast_bits"] == message * 8 * (metrics["repeats"] + 1)
