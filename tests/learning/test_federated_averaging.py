@@ -24,6 +24,7 @@ from fedq.encoding import (
     schema_of,
 )
 from fedq.learning import Diverged, LocalTraining, TooFewClients, evaluate
+from fedq.learning.federated_averaging import _longest_first
 from fedq.simulation.workers import Workers
 
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
@@ -317,3 +318,11 @@ def test_an_adaptive_stage_learns_over_rounds_and_its_bytes_are_counted(process,
 def test_errors_of_encoding_name_the_tensor():
     with pytest.raises(EncodeError, match=r"tensor 'w' holds NaN"):
         StateDictEncoder().encode({"w": torch.tensor([1.0, float("nan")])}, Key(0))
+
+
+def test_of_each_few_clients_the_largest_start_first_and_keep_their_places():
+    sizes = [3, 50, 7] + [1] * 13 + [9, 90]  # the last two are in the second window
+    placed = [(place, Client(100 + place, EMPTY, size)) for place, size in enumerate(sizes)]
+    order = list(_longest_first(iter(placed)))
+    assert [place for place, _ in order] == [1, 2, 0, *range(3, 16), 17, 16]
+    assert all(client.number == 100 + place for place, client in order)

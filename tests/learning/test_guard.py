@@ -52,7 +52,7 @@ def test_outliers_fewer_than_half_do_not_move_the_median_far():
 
 def test_the_estimate_follows_geometrically_and_survives_odd_rounds():
     guard = NormGuard("clip", rate=0.5)
-    assert guard.update(0.0, [4.0]) == 4.0
+    assert guard.update(0.0, [4.0]) == guard.update(0.0, [math.inf, 4.0]) == 4.0
     assert guard.update(4.0, [16.0]) == pytest.approx(8.0)
     assert guard.update(4.0, []) == guard.update(4.0, [0.0]) == guard.update(4.0, [math.inf]) == 4.0
 

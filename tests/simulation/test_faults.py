@@ -143,6 +143,7 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog):
     assert "repeated with another cohort" in caplog.text
 
 
-def test_repeats_have_an_end():
+def test_repeats_have_an_end(caplog):
     with pytest.raises(TooFewClients, match="0 of 8 clients sent a usable update, at least 1 must; client"):
         run(Faults(crash=1.0), repeats=2)
+    assert caplog.text.count("repeated with another cohort") == 2
