@@ -23,7 +23,7 @@ def row(group: Group) -> dict[str, str]:
         for phase in ("train", "encode", "decode", "aggregate")
     }
     return {
-        "encoder": f"`{group[0].choices['encoder']}`",
+        "encoder": f"`{_name(group)}`",
         "bits up": f"{_bits(group, 'upload'):.3f}",
         "bits down": f"{_bits(group, 'broadcast'):.3f}",
         "fewer up": f"{fmean(run.summary['upload_ratio'] for run in group):.2f} ×",
@@ -41,19 +41,31 @@ def _bits(group: Group, way: str) -> float:
 
 
 def figure(groups: list[Group], path: Path) -> None:
-    """Draws accuracy against the bits a parameter, both ways together."""
-    picture = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    axes = picture.subplots()
-    for group in groups:
-        bits = _bits(group, "upload") + _bits(group, "broadcast")
-        accuracy = 100 * fmean(run.summary["final_test_accuracy"] for run in group)
-        axes.plot(bits, accuracy, "o", markersize=4)
-        axes.annotate(
-            group[0].choices["encoder"], (bits, accuracy), fontsize=7, xytext=(3, 3), textcoords="offset points"
-        )
-    axes.set(xscale="log", xlabel="bits a parameter, both ways together", ylabel="final test accuracy, %")
-    axes.grid(alpha=0.3)
+    """Draws bits and accuracies side by side, a row an encoder, fewest bits up first."""
+    groups = sorted(groups, key=lambda group: -_bits(group, "upload"))
+    rows = range(len(groups))
+    picture = Figure(figsize=(10, 1 + 0.2 * len(groups)), dpi=110, layout="constrained")
+    bits, accuracy = picture.subplots(1, 2, sharey=True)
+    for way, colour in (("upload", "tab:blue"), ("broadcast", "tab:orange")):
+        bits.plot([_bits(group, way) for group in groups], rows, "o", color=colour, markersize=4, label=way)
+    for place, group in enumerate(groups):
+        found = [100 * run.summary["final_test_accuracy"] for run in group]
+        accuracy.plot(found, [place] * len(found), ".", color="tab:gray", markersize=4)
+        accuracy.plot(fmean(found), place, "o", color="tab:green", markersize=4)
+    bits.set(xscale="log", xlabel="bits a parameter", yticks=rows, yticklabels=[_name(group) for group in groups])
+    bits.tick_params(axis="y", labelsize=8)
+    bits.legend()
+    accuracy.set(xlabel="final test accuracy, %: each seed, and the mean")
+    for axes in (bits, accuracy):
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.01)
     picture.savefig(path)
+
+
+def _name(group: Group) -> str:
+    """Returns the encoder, and the client where it is not the default."""
+    choices = group[0].choices
+    return choices["encoder"] + ("" if choices["client"] == "sgd" else f", client={choices['client']}")
 
 
 def main() -> None:
@@ -64,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     failed = {}
     try:
-        groups = sorted(group_by_seed(read_runs(args.runs)), key=lambda group: group[0].choices["encoder"])
+        groups = sorted(group_by_seed(read_runs(args.runs)), key=_name)
         for folder in find_runs(args.runs):
             try:
                 read_run(folder)
