@@ -36,10 +36,10 @@ class RunConfig:
     test_batch_size: examples an evaluation batch. workers: threads a rank, "auto" for one a core. evaluate_every and
     checkpoint_every: in rounds; the last round is always evaluated and kept. keep: checkpoints that stay. resume:
     "auto" goes on from the newest checkpoint in the run's folder, "never" does not, a path is that of a checkpoint or
-    of a run's folder.
-    min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats` times in a row, and
-    then ends the run. precision: of forward and
-    backward passes. faults, guard: what goes wrong with clients, and what is done about updates out of line.
+    of a run's folder. min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats`
+    times in a row, and then ends the run. precision: of forward and backward passes. faults, guard: what goes wrong
+    with clients, and what is done about updates out of line. accuracy_floor: the final test accuracy, from 0 to 1, at
+    which hydra/sweeper=fewest_bits looks for the fewest bits.
     """
 
     rounds: int
@@ -57,6 +57,7 @@ class RunConfig:
     precision: Literal["float32", "bf16"]
     faults: dict[str, Any] | None
     guard: dict[str, Any] | None
+    accuracy_floor: float | None = None
 
     def __post_init__(self) -> None:
         counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "keep")
@@ -67,6 +68,8 @@ class RunConfig:
             raise ValueError(f"repeats must be 0 or more, not {self.repeats}")
         if self.min_clients > self.clients_per_round:
             raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
+        if self.accuracy_floor is not None and not 0 <= self.accuracy_floor <= 1:
+            raise ValueError(f"accuracy_floor must be from 0 to 1, not {self.accuracy_floor}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
 
@@ -143,7 +146,10 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, joint))
 
 
-_NEUTRAL = ("rounds", "evaluate_every", "checkpoint_every", "keep", "resume", "min_clients", "repeats", "workers")
+_NEUTRAL = (
+    *("rounds", "evaluate_every", "checkpoint_every", "keep", "resume"),
+    *("min_clients", "repeats", "workers", "accuracy_floor"),
+)
 """The keys of `run` that may differ between a run and its continuation: they change no round's outcome."""
 
 
@@ -173,6 +179,8 @@ def explain(error: Exception) -> str:
         return f"{key} is not a key; allowed here: {', '.join(sorted(map(str, parent)))}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
+    if re.search(r"Could not (find|load) 'hydra/(launcher|sweeper)/", text):
+        return f'{text} (some come with pip install "fedq[sweep]")'
     return text
 
 

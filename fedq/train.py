@@ -5,6 +5,7 @@ python -m fedq.train encoder=uint8     (installed: fedq-train encoder=uint8)
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from contextlib import ExitStack, closing, suppress
 from datetime import datetime
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedq.config import ConfigError, build, build_encoder, build_run, check, differences, explain, plain
 from fedq.errors import FedqError
+from fedq.simulation.sweep import objective
 from fedq.tracking.console import ConsoleProgress
 from fedq.tracking.metrics import MetricsFile
 from fedq.tracking.summary import Summary
@@ -65,7 +67,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def compose(task: Callable[[DictConfig], None]) -> None:
+def compose(task: Callable[[DictConfig], float]) -> None:
     """Has Hydra run `task` with the configuration that the command line makes, or with each of a sweep's."""
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets Hydra's errors come through to be told in one line
@@ -77,15 +79,19 @@ def compose(task: Callable[[DictConfig], None]) -> None:
         sys.exit(f"fedq: {explain(error)}")
 
 
-def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> None:
-    """Runs one job of a command line; a job that fails says so, and does not end the sweep it may be part of."""
+def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
+    """Runs one job of a command line and returns what a search minimises, infinity where the job fails.
+
+    A job that fails says so, and does not end the sweep it may be part of.
+    """
     from fedq.simulation.stopping import Interrupted, Stopping
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        if finished(cfg, folder):
-            log.info("%s holds this run, finished: nothing to do", folder)
-            return
+        if earlier := finished(cfg, folder):
+            its_folder, values = earlier
+            log.info("%s holds this run, finished: nothing to do", its_folder)
+            return objective(values, plain(cfg, "run").get("accuracy_floor"))
         metrics_file = MetricsFile(folder)
     except BlockingIOError as error:  # not a folder to leave anything in
         raise ConfigError(f"another process runs in {folder}; set hydra.run.dir or hydra.sweep.subdir") from error
@@ -105,19 +111,28 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> None:
     except Exception:
         log.exception("this is a bug in fedq or in a class that the configuration names:")
     else:
-        return
+        return objective(summary.values, plain(cfg, "run").get("accuracy_floor"))
     if HydraConfig.get().mode == RunMode.RUN or not summary.is_ours:
         sys.exit(1)  # a sweep goes on and tells of all that failed at its end, by their summaries
+    return math.inf
 
 
-def finished(cfg: DictConfig, folder: Path) -> bool:
-    """Tells whether `folder` holds the whole of the run that `cfg` asks for."""
-    path = folder / "summary.json"
-    if plain(cfg, "run").get("resume") != "auto" or not path.exists():
-        return False
-    summary = json.loads(path.read_text())
-    whole = summary["status"] == "completed" and summary["rounds"] >= plain(cfg, "run")["rounds"]
-    return whole and not differences(summary["config"], plain(cfg))
+def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the folder and summary of a run that is the whole of what `cfg` asks for, None if there is none.
+
+    It is in `folder` or, of a search, which may draw the same choice again, in the folder of another job.
+    """
+    run = plain(cfg, "run")
+    if run.get("resume") != "auto":
+        return None
+    search = HydraConfig.get().mode == RunMode.MULTIRUN and run.get("accuracy_floor") is not None
+    for path in (folder / "summary.json", *(sorted(folder.parent.glob("*/summary.json")) if search else ())):
+        if path.exists():
+            summary = json.loads(path.read_text())
+            enough = summary["rounds"] == run["rounds"] or (path.parent == folder and summary["rounds"] > run["rounds"])
+            if summary["status"] == "completed" and enough and not differences(summary["config"], plain(cfg)):
+                return path.parent, summary
+    return None
 
 
 def train(

@@ -76,9 +76,9 @@ class Summary:
         self.is_ours = self.values["config"] is not None or not path.exists()
         if not self.is_ours:
             return
-        status = (
-            "completed" if error is None else "interrupted" if issubclass(type(error), KeyboardInterrupt) else "failed"
-        )
+        # SystemExit: a launcher that takes the job back into its queue
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        status = "completed" if error is None else "interrupted" if stopped else "failed"
         self.values |= {"status": status} | ({"error": str(error)} if error else {})
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.values, indent=2) + "\n")
