@@ -57,14 +57,6 @@ class Share:
         self.records: dict[int, Record] = {}
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
-    def merge(self, other: "Share") -> None:
-        """Takes in what another part of the cohort came to."""
-        for level, place, contribution in other.sums.partial_results():
-            self.sums.add(place, contribution, level)
-        self.records |= other.records
-        for phase in PHASES:
-            self.seconds[phase] += other.seconds[phase]
-
 
 Gather = Callable[[Task, Sequence[Client]], Share]
 """Has a cohort do a task, wherever its clients run."""
