@@ -5,7 +5,8 @@ thread each. In a turn:
 - products of two 1024 × 1024 matrices, as many threads at once as there are workers: the machine's peak;
 - the bare loop: every client from the same weights, over its examples in random order; no fedq, no messages, no
   averaging;
-- rounds: float32, uint8 both ways, drive (8 bits down; a rotation and one bit up), and float32 computed in bfloat16;
+- rounds: float32, uint8 both ways, drive (8 bits down; a rotation and one bit up) with a rotation for each client and
+  with one for all, and float32 computed in bfloat16;
 - an evaluation of 1,000 examples.
 Prints medians, median ratios within a turn, and where the time goes. A round takes 24.5 MFLOP an example
 forward, three times that with backward. At last a new process starts: `start` is the time until its first round begins.
@@ -43,7 +44,10 @@ SIDE, PRODUCTS = 1024, 8  # of the matrices; products a thread
 FORWARD = 24.5e6  # floating-point operations an example
 EXACT = StateDictEncoder()
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
-DRIVE = StateDictEncoder(Encoder([HadamardRotation(4096, shared=False), Eden(1, 4096)], FixedWidth()))
+DRIVE, SHARED = (
+    StateDictEncoder(Encoder([HadamardRotation(4096, shared=shared), Eden(1, 4096)], FixedWidth()))
+    for shared in (False, True)
+)
 
 
 def side_by_side(work: Callable[[int], None]) -> None:
@@ -153,6 +157,7 @@ def main() -> None:
             "float32": exact,
             "uint8": fedq_round(UINT8, UINT8, "float32", data, workers)[0],
             "drive": fedq_round(UINT8, DRIVE, "float32", data, workers)[0],
+            "drive, shared rotation": fedq_round(UINT8, SHARED, "float32", data, workers)[0],
             "float32 in bf16": fedq_round(EXACT, EXACT, "bf16", data, workers)[0],
             "evaluation": evaluation,
         }
