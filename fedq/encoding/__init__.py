@@ -3,6 +3,7 @@
 from fedq.encoding.adaptive import StateUpdate
 from fedq.encoding.coders import (
     ANS,
+    CABAC,
     AdaptiveCoder,
     Best,
     Coder,
@@ -56,6 +57,7 @@ from fedq.keys import BROADCAST, Key
 __all__ = [
     "ANS",
     "BROADCAST",
+    "CABAC",
     "QSGD",
     "AdaptiveCoder",
     "AdaptiveEncodingStage",

@@ -2,6 +2,7 @@
 
 from fedq.encoding.coders.ans import ANS
 from fedq.encoding.coders.best import Best
+from fedq.encoding.coders.cabac import CABAC
 from fedq.encoding.coders.coder import AdaptiveCoder, Coder
 from fedq.encoding.coders.elias import Elias
 from fedq.encoding.coders.fixed_width import FixedWidth
@@ -14,6 +15,7 @@ from fedq.encoding.coders.zstandard import Zstandard
 
 __all__ = [
     "ANS",
+    "CABAC",
     "AdaptiveCoder",
     "Best",
     "Coder",

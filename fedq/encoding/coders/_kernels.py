@@ -297,3 +297,197 @@ def golomb_decode(data, order, out):
     if bit % 8 and data[bit // 8] >> (bit % 8):
         return -1
     return (bit + 7) // 8
+
+
+# ------------------------------------------------------------- context-adaptive binary arithmetic coding (cabac.py)
+
+CLASSES, BINS = 64, 16
+_TOP, _BOTTOM = U64(1 << 48), U64(1 << 32)  # the interval's width stays above the one and below the other
+_FIRST, _LAST = 4, 256  # a probability moves by a part of its error, from the one at first to the other
+_RATES = np.array([65536 // max(n, 1) for n in range(_LAST + 1)])
+_EVEN = 32768
+
+
+@_compiled
+def _shift(c):
+    """Returns how many of a magnitude's lowest bits are taken for random in class c."""
+    return max(0, c // 2 - 17)
+
+
+@_compiled
+def cabac_model():
+    """Returns the probability of a 1, in 65,536ths, and the rate at which it moves, of each class and bin.
+
+    In class c magnitudes are about 2^(c/2 − 16) on average, and geometric until it is known better.
+    """
+    chances, rates = np.empty((CLASSES, BINS), np.int64), np.full((CLASSES, BINS), _FIRST)
+    for c in range(CLASSES):
+        mean = (1.25 if c % 2 == 0 else 1.75) * 2.0 ** (c // 2 - 16)
+        more = mean / (1 + mean)
+        for _ in range(_shift(c)):
+            more = more * more
+        chances[c] = min(max(np.int64(more * 65536), 32), 65536 - 32)
+    return chances, rates
+
+
+@_compiled
+def _class(mean, held, bits):
+    """Returns the class of a number above 0: two an octave, read off its exponent and its fraction's first bit."""
+    held[0] = mean  # `bits` is the same memory
+    return min(max((bits[0] >> 51) - 2 * (1023 - 16), 0), CLASSES - 1)
+
+
+@_compiled
+def _learn(chances, rates, c, b, bit):
+    n = rates[c, b]
+    chance = chances[c, b] + (((65536 if bit else 0) - chances[c, b]) * _RATES[n] >> 16)
+    chances[c, b] = min(max(chance, 8), 65536 - 8)
+    rates[c, b] = min(n + 1, _LAST)
+
+
+@_compiled
+def _carry(out, at):
+    """Adds 1 to the number whose words end before `at`."""
+    at -= 1
+    while out[at] == 0xFFFF:
+        out[at] = 0
+        at -= 1
+    out[at] += 1
+
+
+@_compiled
+def _put(low, span, bit, chance, out, at):
+    """Narrows the interval from `low`, `span` wide, to the part of `bit`; writes the words that are settled."""
+    bound = (span >> U64(16)) * U64(chance)
+    if bit:
+        span = bound
+    else:
+        low += bound
+        span -= bound
+        if low >= _TOP:
+            low -= _TOP
+            _carry(out, at)
+    while span < _BOTTOM:
+        out[at] = low >> U64(32)
+        low, span, at = (low << U64(16)) & (_TOP - U64(1)), span << U64(16), at + 1
+    return low, span, at
+
+
+@_compiled
+def cabac_encode(rows, centre, out):
+    """Codes the integers of a matrix less `centre` into words of 16 bits; returns how many.
+
+    `out` has room for four words a symbol, and four more. See cabac.py for the format.
+    """
+    height, width = rows.shape
+    chances, rates = cabac_model()
+    columns, held = np.zeros(width), np.zeros(1)
+    bits = held.view(np.int64)
+    low, span, at, total = U64(0), _TOP - U64(1), 0, 0
+    for i in range(height):
+        mean, row = (total + 0.25) / (i * width + 4.0), 0
+        share = 1 / ((i + 2.0) * mean)
+        for j in range(width):
+            value = np.int64(rows[i, j]) - centre
+            c = _class((columns[j] + 2 * mean) * share * ((row + 4 * mean) / (j + 4.0)), held, bits)
+            size, shift, b = abs(value), _shift(c), 0
+            upper = size >> shift
+            while b < BINS:
+                bit = upper > b
+                low, span, at = _put(low, span, bit, chances[c, b], out, at)
+                _learn(chances, rates, c, b, bit)
+                if not bit:
+                    break
+                b += 1
+            if b == BINS:  # the rest in the exponential Golomb code
+                rest = upper - BINS + 1
+                length = _length(rest)
+                for k in range(length):
+                    low, span, at = _put(low, span, k < length - 1, _EVEN, out, at)
+                for k in range(length - 2, -1, -1):
+                    low, span, at = _put(low, span, (rest >> k) & 1, _EVEN, out, at)
+            for k in range(shift - 1, -1, -1):
+                low, span, at = _put(low, span, (size >> k) & 1, _EVEN, out, at)
+            if size:
+                low, span, at = _put(low, span, value < 0, _EVEN, out, at)
+            columns[j] += size
+            row += size
+        total += row
+    # the number in the interval with the most zeros at its end, which are left out
+    last = low + _BOTTOM - U64(1)
+    if last >= _TOP:
+        _carry(out, at)
+    out[at] = (last >> U64(32)) & U64(0xFFFF)
+    at += 1
+    while at and out[at - 1] == 0:
+        at -= 1
+    return at
+
+
+@_compiled
+def _get(code, span, chance, words, at):
+    """Inverts `_put`: `code` is the number told, less the interval's lower end. Zeros follow the last word."""
+    bound = (span >> U64(16)) * U64(chance)
+    bit = code < bound
+    if bit:
+        span = bound
+    else:
+        code -= bound
+        span -= bound
+    while span < _BOTTOM:
+        code, span = code << U64(16), span << U64(16)
+        if at < len(words):
+            code |= U64(words[at])
+        at += 1
+    return bit, code, span, at
+
+
+@_compiled
+def cabac_decode(words, centre, lowest, highest, rows):
+    """Inverts `cabac_encode`; returns whether it could have made these words, from integers within these limits."""
+    height, width = rows.shape
+    chances, rates = cabac_model()
+    columns, held = np.zeros(width), np.zeros(1)
+    bits = held.view(np.int64)
+    code, span, at, total = U64(0), _TOP - U64(1), 3, 0
+    for k in range(3):
+        code = (code << U64(16)) | U64(words[k] if k < len(words) else 0)
+    for i in range(height):
+        mean, row = (total + 0.25) / (i * width + 4.0), 0
+        share = 1 / ((i + 2.0) * mean)
+        for j in range(width):
+            c = _class((columns[j] + 2 * mean) * share * ((row + 4 * mean) / (j + 4.0)), held, bits)
+            size, shift, b = 0, _shift(c), 0
+            while b < BINS:
+                bit, code, span, at = _get(code, span, chances[c, b], words, at)
+                _learn(chances, rates, c, b, bit)
+                if not bit:
+                    break
+                b += 1
+            size = b
+            if b == BINS:
+                length, bit = 0, True
+                while bit and length < 32:
+                    bit, code, span, at = _get(code, span, _EVEN, words, at)
+                    length += 1
+                rest = 1
+                for _ in range(length - 1):
+                    bit, code, span, at = _get(code, span, _EVEN, words, at)
+                    rest = 2 * rest + bit
+                size = rest + BINS - 1
+            for _ in range(shift):
+                bit, code, span, at = _get(code, span, _EVEN, words, at)
+                size = 2 * size + bit
+            value = size
+            if size:
+                bit, code, span, at = _get(code, span, _EVEN, words, at)
+                value = -size if bit else size
+            value += centre
+            if not lowest <= value <= highest:
+                return False
+            rows[i, j] = value
+            columns[j] += size
+            row += size
+        total += row
+    # `at` is three words ahead of what was settled; one more than that was written, less zeros at the end
+    return code < _BOTTOM and len(words) <= at - 2 and (len(words) == 0 or words[len(words) - 1] != 0)

@@ -55,10 +55,7 @@ def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, byte
 
     Raises ValueError for a symbol out of range.
     """
-    values = symbols.reshape(-1).cpu().numpy()
-    lowest, highest = _range(spec)
-    if not lowest <= int(values.min()) <= int(values.max()) <= highest:
-        raise ValueError(f"a symbol is not from {lowest} to {highest}")
+    values = checked(symbols, spec)
     if direct := _direct(spec):
         return b"", values.astype(np.uint8 if direct <= 256 else np.uint16, copy=False), b""
     sample = np.sort(values[:: len(values) // MOST + 1])
@@ -66,6 +63,15 @@ def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, byte
     tokens, low = np.empty(len(values), np.uint16), np.empty(4 * len(values) + 1, np.uint8)
     used = kernels().split(values.astype(np.int32, copy=False), centre, tokens, low)
     return _CENTRE.pack(centre), tokens, low[:used].tobytes()
+
+
+def checked(symbols: Tensor, spec: TensorSpec) -> np.ndarray:
+    """Returns at least one symbol (flat). Raises ValueError for one out of range."""
+    values: np.ndarray = symbols.reshape(-1).cpu().numpy()
+    lowest, highest = limits(spec)
+    if not lowest <= int(values.min()) <= int(values.max()) <= highest:
+        raise ValueError(f"a symbol is not from {lowest} to {highest}")
+    return values
 
 
 def take_centre(data: memoryview, spec: TensorSpec) -> tuple[int, memoryview]:
@@ -114,7 +120,7 @@ def detokenise(centre: int, tokens: np.ndarray, low: memoryview, spec: TensorSpe
     values, used = tokens, 0
     if not _direct(spec):
         values = np.empty(len(tokens), np.int32)
-        used = kernels().join(tokens, centre, padded(low), *_range(spec), values)
+        used = kernels().join(tokens, centre, padded(low), *limits(spec), values)
     if used != len(low):
         raise ValueError("the bytes behind the tokens do not fit them")
     if values.dtype == np.uint16:
@@ -176,12 +182,12 @@ def normalise(counts: np.ndarray, bits: int) -> np.ndarray:
 
 def _direct(spec: TensorSpec) -> int | None:
     """Returns the number of levels where each is a token, None where there are too many."""
-    lowest, highest = _range(spec)
+    lowest, highest = limits(spec)
     return highest + 1 if lowest == 0 and highest < MOST else None
 
 
-def _range(spec: TensorSpec) -> tuple[int, int]:
-    """Returns the least and the greatest symbol."""
+def limits(spec: TensorSpec) -> tuple[int, int]:
+    """Returns the least and the greatest symbol that `spec` allows."""
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
         raise TypeError(f"an entropy coder takes integers, not {spec.dtype}")
     if spec.levels is not None:

@@ -1,0 +1,68 @@
+"""Context-adaptive binary arithmetic coding.
+
+A matrix is coded row by row. What a symbol's magnitude may be is told by the mean magnitudes so far of its column and of
+its row, over that of all: the product is one of 64 classes, two an octave, and each has probabilities of its own that
+follow the symbols. Nothing else travels: no table, no scales.
+
+Format: 16-bit words, little-endian, of one number in the interval that the symbols lead to, zeros at its end left out.
+A symbol is, as binary decisions: whether its magnitude is above 0, 1, 2, … in units of 2^k, up to 16; what is beyond in
+the exponential Golomb code; k low bits, where k is larger the larger the class; the sign. The last two are taken for
+random. A symbol of 0 … levels − 1 counts from the middle one. A tensor without elements, or all 0, has no bytes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.encoding.coders import tokens as shared
+from fedq.encoding.coders.coder import Buffer, Coder
+from fedq.encoding.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class CABAC(Coder):
+    """Context-adaptive binary arithmetic coding (Marpe 2003) by the scales of rows and columns, for integers.
+
+    Takes symbols of any number of levels, or none, in any integer dtype. The first axis are the rows of the matrix, all
+    others its columns. For matrices whose rows and columns differ in scale, or are dead, and for few bits a symbol.
+    """
+
+    def size(self, spec: TensorSpec) -> None:
+        """As Coder.size."""
+        return None
+
+    def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
+        """As Coder.encode."""
+        if not spec.numel:
+            return b""
+        values = shared.checked(symbols, spec)
+        out = np.empty(4 * spec.numel + 4, np.uint16)
+        used = shared.kernels().cabac_encode(values.reshape(_matrix(spec)), _centre(spec), out)
+        return out[:used].astype("<u2", copy=False).data.cast("B")
+
+    def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
+        """As Coder.decode."""
+        if len(data) % 2:
+            raise ValueError(f"{len(data)} bytes are not words of 16 bits")
+        values = np.empty(_matrix(spec), np.int32)
+        words = np.frombuffer(data, "<u2").astype(np.uint16, copy=False)
+        limits = shared.limits(spec)
+        if not spec.numel:
+            good = not len(words)
+        else:
+            good = shared.kernels().cabac_decode(words, _centre(spec), *limits, values)
+        if not good:
+            raise ValueError("the words do not end as the symbols do")
+        return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
+
+
+def _matrix(spec: TensorSpec) -> tuple[int, int]:
+    """Returns the rows and the columns: a vector is one row."""
+    rows = spec.shape[0] if len(spec.shape) > 1 else 1
+    return rows, spec.numel // max(rows, 1)
+
+
+def _centre(spec: TensorSpec) -> int:
+    return (spec.levels - 1) // 2 if spec.levels else 0
