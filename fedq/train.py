@@ -29,6 +29,8 @@ from fedq.tracking.metrics import MetricsFile
 from fedq.tracking.summary import Summary
 
 if TYPE_CHECKING:
+    import torch
+
     from fedq.data import Client, FederatedDataset
     from fedq.learning import FederatedAveraging
     from fedq.simulation.loop import Clients
@@ -221,15 +223,14 @@ def assemble(
     from fedq.learning import FederatedAveraging
     from fedq.simulation.workers import Workers
 
-    run, dataset = build_run(cfg), build(cfg, "dataset")
+    run = build_run(cfg)
+    device, dataset = own_device(run.device), build(cfg, "dataset")
     if run.clients_per_round > dataset.num_clients:
         raise ConfigError(
             f"run.clients_per_round: {run.clients_per_round} is more than the {dataset.num_clients} clients; "
             "take fewer, or more with dataset.clients where the dataset allows"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
-    # of several processes on a machine, each takes a device of its own
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if run.device == "cuda" else run.device
     faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))
     process = FederatedAveraging(
         model=build(cfg, "model", num_classes=dataset.num_classes),
@@ -251,6 +252,23 @@ def assemble(
         return [faults.client(one, Key(run.seed, serial, one.number)) for one in chosen] if faults else chosen
 
     return process, dataset, clients
+
+
+def own_device(name: str) -> "torch.device":
+    """Returns the device that this process takes for `run.device`. Raises ConfigError where it cannot be used."""
+    import torch
+
+    if name == "cuda":  # of several processes on a machine, each takes a device of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch's, of a driver, a build or a name that is none
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ConfigError(f"run.device: {name} cannot be used here: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what comes from other ranks is put there
+    return device
 
 
 def _folder_argument() -> str:

@@ -29,7 +29,8 @@ class Adaptive(ABC):
 
     Each round the server sends `params(state)` to the clients, in the broadcast, where they are counted. Each
     client's `encode` may report tensors (`update_spec`), which travel exact in its upload, are combined over the
-    cohort as declared, and give the next state. `spec` is that of the tensor that enters the chain.
+    cohort as declared, and give the next state. `spec` is that of the tensor that enters the chain. State, params and
+    aggregated reports are on the CPU, whatever device the tensor is on.
     """
 
     @abstractmethod

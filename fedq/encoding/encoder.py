@@ -197,10 +197,10 @@ def described(part: Any) -> str:
 
 
 def _declared(part: Adaptive, update: Tensors, spec: TensorSpec) -> dict[str, Tensor]:
-    """Returns the state updates in the order declared; raises TypeError where they are others."""
+    """Returns the state updates in the order declared, on the CPU; raises TypeError where they are others."""
     declared = {name: value.spec for name, value in part.update_spec(spec).items()}
     check_declared(f"{type(part).__name__}.encode", update, declared)
-    return {name: update[name] for name in declared}
+    return {name: update[name].cpu() for name in declared}
 
 
 def _returned(name: str, count: int, result: Any) -> Any:

@@ -76,11 +76,12 @@ class LocalTraining:
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
         velocities: dict[str, Tensor] = {}
+        all_x, all_y = examples.x.to(device), examples.y.to(device)
         loss_sum, correct, seen = 0.0, 0, 0
         for epoch in range(self.epochs):
             order = torch.from_numpy(key.fold("shuffle").fold(str(epoch)).permutation(len(examples.y)))
-            order = order[: self.max_examples]
-            x, y = examples.x[order].to(device), examples.y[order].to(device)
+            order = order[: self.max_examples].to(device)
+            x, y = all_x[order], all_y[order]
             for start in range(0, len(order), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
                 model.zero_grad()

@@ -132,6 +132,8 @@ class FederatedAveraging:
         whatever the number of workers. Raises TooFewClients, and Diverged where the weights cannot be sent.
         """
         clients = list(clients)
+        # a checkpoint's are on the CPU
+        state = replace(state, weights={name: value.to(self.device) for name, value in state.weights.items()})
         seconds = dict.fromkeys(PHASES, 0.0)
         key = Key(self.seed, state.serial)
         with _timed(seconds, "encode"):

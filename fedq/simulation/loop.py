@@ -7,7 +7,7 @@ from time import perf_counter
 import numpy as np
 
 from fedq.config import RunConfig
-from fedq.data import Client, FederatedDataset
+from fedq.data import Client, Examples, FederatedDataset
 from fedq.encoding import Key
 from fedq.learning import FederatedAveraging, Gather, ServerState, TooFewClients
 
@@ -37,7 +37,7 @@ def rounds(
     is raised; the bits of all its cohorts are the round's. `clients` gives a round's; without it they are the
     dataset's. `gather` is as for `FederatedAveraging.next`.
     """
-    test = dataset.test()
+    test = Examples(*(part.to(process.device) for part in dataset.test()))
     while state.round < run.rounds:
         started, before = perf_counter(), state
         while state.round == before.round:

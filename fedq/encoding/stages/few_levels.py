@@ -11,7 +11,16 @@ from torch import Tensor
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.levels import look_up, look_up_scaled
-from fedq.encoding.stages.sums import CHUNK, blocks, check_block, check_scale, largest_magnitude, sums, working_dtype
+from fedq.encoding.stages.sums import (
+    CHUNK,
+    blocks,
+    check_block,
+    check_scale,
+    divided,
+    largest_magnitude,
+    sums,
+    working_dtype,
+)
 from fedq.keys import Key
 
 
@@ -49,7 +58,7 @@ class TernGrad(EncodingStage):
         """As EncodingStage.encode."""
         work, scale = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x)
         if self.clip is not None and scale:
-            (total,) = sums(x, lambda part: part.div(scale).square_())
+            (total,) = sums(x, lambda part: divided(part, scale).square_())
             scale *= min(1.0, self.clip * math.sqrt(total / x.numel()))
         side = {"scale": torch.tensor(scale, dtype=work)}
         symbols, bits = torch.ones(x.shape, dtype=torch.uint8, device=x.device), key.bit_generator()
@@ -57,7 +66,7 @@ class TernGrad(EncodingStage):
             return symbols, side
         flat, out = x.reshape(-1), symbols.view(-1)
         for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK].to(work).div(float(side["scale"])).clamp_(-1, 1)
+            part = divided(flat[start : start + CHUNK].to(work), float(side["scale"])).clamp_(-1, 1)
             out[start : start + CHUNK] = _round_up(part.abs(), bits).clamp_(max=1).copysign_(part).add_(1)
         return symbols, side
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.rotation import decoded, finite, hadamard_, random_signs
-from fedq.encoding.stages.sums import LARGEST_BLOCK, working_dtype
+from fedq.encoding.stages.sums import LARGEST_BLOCK, divided, working_dtype
 from fedq.keys import Key
 
 _CHUNK = 1 << 18  # coefficients worked on at a time: the working set stays in the cache
@@ -82,7 +82,7 @@ class KashinRepresentation(EncodingStage):
         for some in _chunks(blocks, size):
             part = y[some]
             left = torch.zeros_like(part).index_copy_(1, columns, rows[some] * signs[some])
-            level = left.norm(dim=1, keepdim=True) / math.sqrt(self.delta * size)
+            level = divided(left.norm(dim=1, keepdim=True), math.sqrt(self.delta * size))
             hadamard_(left)
             for _ in range(self.iterations - 1):
                 clipped = left.clamp(-level, level)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedq.encoding.adaptive import StateUpdate
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
-from fedq.encoding.stages.sums import largest_magnitude, working_dtype
+from fedq.encoding.stages.sums import divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 
@@ -77,13 +77,12 @@ class PowerSGD(AdaptiveEncodingStage):
         work = working_dtype(self, spec)
         y, report = x.new_zeros(self.rank * (rows + columns), dtype=work), torch.zeros_like(basis)
         if top := largest_magnitude(x):
-            # divided by a tensor: CUDA would multiply by a number's reciprocal, which a denormal has none of
-            matrix = x.contiguous().view(rows, columns).to(work) / torch.tensor(top, dtype=work, device=x.device)
+            matrix = divided(x.contiguous().view(rows, columns).to(work), top)
             lying = matrix if rows <= columns else matrix.t()
             long = _orthonormal(basis.to(lying) @ lying)
             short = long @ lying.t()
             if peak := largest_magnitude(short):
-                report = (short / peak).half()
+                report = divided(short, peak).half()
                 balance = math.sqrt(peak / largest_magnitude(long))
                 short, long = short * (math.sqrt(top) / balance), long * (math.sqrt(top) * balance)
                 y = torch.cat([f.reshape(-1) for f in ((short, long) if rows <= columns else (long, short))])
@@ -97,7 +96,7 @@ class PowerSGD(AdaptiveEncodingStage):
         left, right = y[: self.rank * rows], y[self.rank * rows :]
         # of the largest values the products may overflow on the way, though their sum does not
         peak, limit = largest_magnitude(left) or 1.0, torch.finfo(spec.dtype).max
-        product: Tensor = (left.view(-1, rows) / peak).t() @ right.view(-1, columns)
+        product: Tensor = divided(left.view(-1, rows), peak).t() @ right.view(-1, columns)
         return product.mul_(peak).clamp_(-limit, limit).to(spec.dtype).view(spec.shape)
 
 

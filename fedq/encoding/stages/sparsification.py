@@ -11,7 +11,7 @@ from torch import Tensor
 from fedq.encoding.coders import Coder, SparseMask
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import largest_magnitude, sums, working_dtype
+from fedq.encoding.stages.sums import divided, largest_magnitude, sums, working_dtype
 from fedq.keys import Key
 
 
@@ -165,7 +165,7 @@ class Threshold(_Masked):
     def _mask(self, x: Tensor) -> np.ndarray:
         threshold, unit = self.threshold, largest_magnitude(x)
         if self.relative and unit:
-            (total,) = sums(x, lambda part: part.div(unit).square_())  # in units of the largest: no overflow
+            (total,) = sums(x, lambda part: divided(part, unit).square_())  # in units of the largest: no overflow
             threshold *= unit * math.sqrt(total / x.numel())
         magnitudes = x.to(working_dtype(self, TensorSpec.of(x))).abs().cpu().numpy()
         mask: np.ndarray = magnitudes > min(threshold, float(np.finfo(magnitudes.dtype).max))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import CHUNK, largest_magnitude, sums, working_dtype
+from fedq.encoding.stages.sums import CHUNK, divided, largest_magnitude, sums, working_dtype
 from fedq.encoding.stages.uniform import noise
 from fedq.keys import Key
 
@@ -80,7 +80,7 @@ class StepQuantization(EncodingStage):
         work, peak, side = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x), {}
         step = self.step
         if self.relative:
-            rms = peak * math.sqrt(sums(x, lambda v: (v / peak).square())[0] / x.numel()) if peak else 0.0
+            rms = peak * math.sqrt(sums(x, lambda v: divided(v, peak).square_())[0] / x.numel()) if peak else 0.0
             info = torch.finfo(work)
             step = min(max(self.step * rms, info.smallest_normal * info.eps), info.max)
             side["step"] = torch.tensor(step, dtype=work)
@@ -90,14 +90,14 @@ class StepQuantization(EncodingStage):
         symbols = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         random = key.bit_generator()
         for part, out in zip(torch.split(x.reshape(-1), CHUNK), torch.split(symbols.view(-1), CHUNK), strict=True):
-            scaled = part.to(work) / step
+            scaled = divided(part.to(work), step)
             if self.rounding == "nearest":
                 # the cast cuts the fraction off, towards 0
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
             else:
                 out.copy_(scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17).floor_())
         if self.centroids:
-            (excess,) = sums(x, lambda v: self._excess(v.abs() / step))
+            (excess,) = sums(x, lambda v: self._excess(divided(v.abs(), step)))
             side["shift"] = torch.tensor(excess / max(1, int(symbols.count_nonzero())), dtype=work).clamp(-1, 1)
         return symbols, side
 

@@ -25,6 +25,14 @@ def largest_magnitude(x: Tensor) -> float:
     return max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
 
 
+def divided(x: Tensor, by: float) -> Tensor:
+    """Returns x / by, of `x` float32 or float64, with the same bits on every device.
+
+    CUDA multiplies by a number's reciprocal, which is off in the last bit, and infinite for a denormal: not a tensor's.
+    """
+    return x / torch.tensor(by, dtype=x.dtype, device=x.device)
+
+
 def sums(x: Tensor, *terms: Callable[[Tensor], Tensor]) -> list[float]:
     """Returns the sum over all elements of each of `terms`, which take float64 and write nothing.
 
