@@ -87,13 +87,15 @@ class RuleConfig:
 class DirectionConfig:
     """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs.
 
-    joint: encode all tensors above the threshold as one vector.
+    joint, reference, common_scale: see StateDictEncoder.
     """
 
     stages: list[Any]
     coder: dict[str, Any]
     rules: list[Any] = field(default_factory=list)
     joint: bool = False
+    reference: Literal["none", "initial", "last"] = "none"
+    common_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,10 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
         return Encoder(stages, build(cfg, f"{path}.coder"))
 
     path = f"encoder.{direction}"
-    patterns = [rule["pattern"] for rule in plain(cfg, path).get("rules", [])]
-    rules = {pattern: chain(f"{path}.rules[{i}]") for i, pattern in enumerate(patterns)}
-    threshold, joint = plain(cfg, "encoder")["threshold"], plain(cfg, path).get("joint", False)
-    return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, joint))
+    node, threshold = plain(cfg, path), plain(cfg, "encoder")["threshold"]
+    rules = {rule["pattern"]: chain(f"{path}.rules[{i}]") for i, rule in enumerate(node.get("rules", []))}
+    options = {name: node[name] for name in ("joint", "reference", "common_scale") if name in node}
+    return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, **options))
 
 
 _NEUTRAL = (

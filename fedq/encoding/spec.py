@@ -31,6 +31,12 @@ class TensorSpec:
         return cls(shape, torch.uint8 if levels <= 256 else torch.int32, levels)
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns where the tensor is taken for a matrix: the first axis by all others; a vector is a row."""
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        return rows, self.numel // max(rows, 1)
+
+    @property
     def numel(self) -> int:
         """The number of elements."""
         return torch.Size(self.shape).numel()

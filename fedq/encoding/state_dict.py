@@ -1,10 +1,11 @@
 """Which tensor gets which encoder; a state_dict ↔ one message."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ Schema = Mapping[str, TensorSpec]
 
 ByTensor = Mapping[str, ByPlace]
 """State, params or updates of all that is adaptive: tensor's name → place in its chain → tensors."""
+
+Reference = Literal["none", "initial", "last"]
+"""What is subtracted before tensors are encoded: nothing, the run's initial weights, or what was last received."""
 
 JOINT = "*"
 """The name of the vector of all that is encoded as one; no tensor of a module is called so."""
@@ -64,18 +68,29 @@ class StateDictEncoder:
     a tensor's name fits gives its encoder. With `joint`, what goes through `encoder` is encoded as one vector, the
     tensors behind each other in the schema's order: so that top-k chooses among the whole model's elements.
 
-    The body of a message is: the attached tensors, exact; then a payload a tensor, in the schema's order.
+    What goes through stages can be made smaller first, or alike:
+    - `reference`: instead of each tensor its difference is encoded from one that both sides hold;
+    - with `common_scale` all are divided by the root mean square over all of them, one value of the message. Stages
+      whose steps are not relative then have the same step in all tensors, and bits are shared out between these to
+      where they reduce the squared error most ("equal slope", Shoham and Gersho 1988).
+
+    The body of a message is: the attached tensors, exact; the common scale (float32); then a payload a tensor, in the
+    schema's order.
     """
 
     encoder: Encoder = Encoder()
     threshold: int = 10_000
     rules: Mapping[str, Encoder] = field(default_factory=dict)
     joint: bool = False
+    reference: Reference = "none"
+    common_scale: bool = False
     _fingerprints: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.threshold < 0:
             raise ValueError(f"threshold must be 0 or more elements, not {self.threshold}")
+        if self.reference not in get_args(Reference):
+            raise ValueError(f"reference must be one of {get_args(Reference)}, not {self.reference!r}")
 
     def chains(self, schema: Schema) -> dict[str, tuple[TensorSpec, Encoder]]:
         """Returns what is encoded, in order, with its encoder: the tensors, and the joint vector in the first's place.
@@ -143,16 +158,28 @@ class StateDictEncoder:
         params: ByTensor | None = None,
         attached: Tensors | None = None,
         report: bool = False,
+        reference: Tensors | None = None,
     ) -> tuple[bytes, ByTensor]:
         """Returns the message of a state_dict and the state updates of what is adaptive.
 
         `params` are the adaptive parts'. `attached` tensors travel before the payloads; with `report`, so do the
-        updates. Raises EncodeError, naming the tensor, for NaN and infinity, which are never sent, and for what a
+        updates. `reference` is the state_dict that the encoder's reference stands for. Raises EncodeError, naming the tensor, for NaN and infinity, which are never sent, and for what a
         stage does not take.
         """
         schema, payloads, updates = schema_of(tensors), [], {}
         chains = self.chains(schema)
         tensors = {name: _finite(name, tensor.detach()) for name, tensor in tensors.items()}
+        staged = self._staged(schema)
+        for name, other in self._references(reference, staged).items():
+            tensors[name] = _finite(name, tensors[name] - other)
+        scale = []
+        if self.common_scale:
+            squares = [float(torch.linalg.vector_norm(tensors[name], dtype=torch.float64)) ** 2 for name in staged]
+            size = max(1, sum(schema[name].numel for name in staged))
+            scale = [torch.tensor(math.sqrt(sum(squares) / size) or 1.0)]
+            if not 0 < float(scale[0]) < math.inf:
+                raise EncodeError(f"the tensors {', '.join(staged)} are too large or too small for a common scale")
+            tensors |= {name: tensors[name] / scale[0].to(tensors[name]) for name in staged}
         if joined := self._joined(schema):
             tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
         for name, (_, encoder) in chains.items():
@@ -166,6 +193,7 @@ class StateDictEncoder:
         front = dict(attached or {}) | (flatten(updates) if report else {})
         exact = Encoder()
         parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
+        parts += [part for tensor in scale for part in exact.encode(tensor, key, {})[0]]
         return frame.pack(parts + payloads, self._fingerprint(schema, schema_of(front)), key), updates
 
     def decode(
@@ -177,6 +205,7 @@ class StateDictEncoder:
         attached: Schema | None = None,
         device: torch.device | str = "cpu",
         partly: bool = False,
+        reference: Tensors | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the state_dict of `schema` and the attached tensors of the schema `attached`, all finite.
 
@@ -190,19 +219,31 @@ class StateDictEncoder:
         try:
             for name, spec in (attached or {}).items():
                 front[name] = read(reader, spec)
+            name = "of the common scale"
+            scale = float(read(reader, TensorSpec((), torch.float32))) if self.common_scale else 1.0
+            if not scale > 0:
+                raise ValueError(f"{scale} is no scale")
             chains = self.chains(schema)
             if params is None:
                 own = {f"{name}/{i}" for name, (_, encoder) in chains.items() for i in encoder.adaptive()}
                 params = unflatten({path: t for path, t in front.items() if path.rpartition("/")[0] in own})
             for name, (spec, encoder) in chains.items():
-                own_key, own_params, until = key.fold(name), params.get(name, {}), len(encoder.front(spec))
+                own_key, own_params = key.fold(name), params.get(name, {})
+                # clients' scales differ: nothing is left to decode after a sum
+                until = 0 if self.common_scale else len(encoder.front(spec))
                 tensor = encoder.decode(reader, spec, own_key, own_params, torch.device(device), until)
-                tensors[name] = finite(tensor) if partly else encoder.finish(tensor, spec, own_key, own_params)
+                if self.common_scale and encoder.stages:
+                    tensor = tensor.mul_(scale)
+                tensors[name] = finite(tensor) if not until or partly else encoder.finish(tensor, spec, own_key, own_params)
             name = "after the last"
             reader.close()
+            if not partly:
+                tensors = self._split(tensors, schema)
+                for name, other in self._references(reference, self._staged(schema)).items():
+                    tensors[name] = finite(tensors[name] + other)
         except ValueError as error:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
-        return tensors if partly else self._split(tensors, schema), front
+        return tensors, front
 
     def finish(
         self,
@@ -221,8 +262,11 @@ class StateDictEncoder:
         tensors, name = {}, ""
         try:
             for name, (spec, encoder) in self.chains(schema).items():
-                own_params = (params or {}).get(name, {})
-                tensors[name] = encoder.finish(total[name].to(device), spec, key.fold(name), own_params)
+                own_params, tensor = (params or {}).get(name, {}), total[name].to(device)
+                if self.common_scale:
+                    tensors[name] = finite(tensor)
+                else:
+                    tensors[name] = encoder.finish(tensor, spec, key.fold(name), own_params)
         except ValueError as error:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
         return self._split(tensors, schema)
@@ -233,6 +277,19 @@ class StateDictEncoder:
             if fnmatchcase(name, pattern):
                 return encoder
         return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
+
+    def _staged(self, schema: Schema) -> list[str]:
+        """Returns the names of the tensors that go through stages: all others travel exact."""
+        encoders = {name: self._encoder_for(name, spec) for name, spec in schema.items()}
+        return [name for name, encoder in encoders.items() if encoder and encoder.stages]
+
+    def _references(self, reference: Tensors | None, names: Sequence[str]) -> Tensors:
+        """Returns what the named tensors are encoded as differences from; nothing without a reference."""
+        if self.reference == "none":
+            return {}
+        if reference is None:
+            raise TypeError(f"a state_dict must be given for reference={self.reference!r}")
+        return {name: reference[name] for name in names}
 
     def _joined(self, schema: Schema) -> dict[str, TensorSpec]:
         """Returns the names of the tensors that are encoded as one vector, each with that vector's spec."""
@@ -261,7 +318,9 @@ class StateDictEncoder:
         """Hashes all that both sides must agree on before they can read each other's messages."""
         both = tuple(schema.items()), tuple(attached.items())
         if both not in self._fingerprints:  # to describe them takes longer than to encode a small message
-            agreed = (list(schema.items()), list(self.chains(schema).items()), list(attached.items()))
+            agreed: list[Any] = [list(schema.items()), list(self.chains(schema).items()), list(attached.items())]
+            if self.reference != "none" or self.common_scale:
+                agreed += [self.reference, self.common_scale]
             self._fingerprints[both] = hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
         return self._fingerprints[both]
 

@@ -139,7 +139,9 @@ class FederatedAveraging:
         with _timed(seconds, "encode"):
             down = self.broadcast.params(self._schema, state.broadcast)
             try:
-                message, reported = self.broadcast.encode(state.weights, key, down, self._params_of(state))
+                message, reported = self.broadcast.encode(
+                    state.weights, key, down, self._params_of(state), reference=self._initial
+                )
             except EncodeError as error:
                 raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
         task = Task(state.serial, message, state.norm)
@@ -203,7 +205,7 @@ class FederatedAveraging:
         with _timed(share.seconds, "decode"):
             # All clients decode the same bytes to the same weights and only read them: once is enough.
             received, brought = self.broadcast.decode(
-                task.message, key, self._schema, attached=self._attached, device=self.device
+                task.message, key, self._schema, attached=self._attached, device=self.device, reference=self._initial
             )
         up = {path.removeprefix(_UPLOAD): value for path, value in brought.items() if path.startswith(_UPLOAD)}
         one_client = partial(self._client, task, received, unflatten(up))

@@ -25,8 +25,8 @@ from fedq.encoding.spec import TensorSpec
 class CABAC(Coder):
     """Context-adaptive binary arithmetic coding (Marpe 2003) by the scales of rows and columns, for integers.
 
-    Takes symbols of any number of levels, or none, in any integer dtype. The first axis are the rows of the matrix, all
-    others its columns. For matrices whose rows and columns differ in scale, or are dead, and for few bits a symbol.
+    Takes symbols of any number of levels, or none, in any integer dtype; of what axes the rows are, see
+    TensorSpec.matrix. For matrices whose rows and columns differ in scale, or are dead, and for few bits a symbol.
     """
 
     def size(self, spec: TensorSpec) -> None:
@@ -39,14 +39,14 @@ class CABAC(Coder):
             return b""
         values = shared.checked(symbols, spec)
         out = np.empty(4 * spec.numel + 4, np.uint16)
-        used = shared.kernels().cabac_encode(values.reshape(_matrix(spec)), _centre(spec), out)
+        used = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec), out)
         return out[:used].astype("<u2", copy=False).data.cast("B")
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """As Coder.decode."""
         if len(data) % 2:
             raise ValueError(f"{len(data)} bytes are not words of 16 bits")
-        values = np.empty(_matrix(spec), np.int32)
+        values = np.empty(spec.matrix, np.int32)
         words = np.frombuffer(data, "<u2").astype(np.uint16, copy=False)
         limits = shared.limits(spec)
         if not spec.numel:
@@ -56,12 +56,6 @@ class CABAC(Coder):
         if not good:
             raise ValueError("the words do not end as the symbols do")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
-
-
-def _matrix(spec: TensorSpec) -> tuple[int, int]:
-    """Returns the rows and the columns: a vector is one row."""
-    rows = spec.shape[0] if len(spec.shape) > 1 else 1
-    return rows, spec.numel // max(rows, 1)
 
 
 def _centre(spec: TensorSpec) -> int:

@@ -10,6 +10,7 @@ from fedq.encoding.stages.low_rank import PowerSGD, RandomSubspace
 from fedq.encoding.stages.product import ProductQuantization
 from fedq.encoding.stages.rotation import CosineRotation, HadamardRotation
 from fedq.encoding.stages.sign import OneBitTwoMeans, ScaledSign
+from fedq.encoding.stages.singular import SingularVectors
 from fedq.encoding.stages.sparsification import RandomMask, Threshold, TopK
 from fedq.encoding.stages.step import StepQuantization
 from fedq.encoding.stages.uniform import UniformQuantization
@@ -35,6 +36,7 @@ __all__ = [
     "RandomMask",
     "RandomSubspace",
     "ScaledSign",
+    "SingularVectors",
     "StepQuantization",
     "TernGrad",
     "ThreeLevel",

@@ -25,6 +25,10 @@ class StepQuantization(EncodingStage):
 
     rounding: "nearest"; "stochastic" or "dithered" as in UniformQuantization: unbiased, squared error up to step²/4
         and always step²/12.
+    rate_weight: with "nearest", an element goes to the symbol with the least (error in steps)² + rate_weight · bits; the
+        bits are those of symbols with a geometric magnitude whose mean is that of their row times that of their column
+        over that of all, as CABAC takes it (see `rate_distortion`). 0 is plain rounding; ln 4 / 12 = 0.1155 is what
+        a step saves in error and costs in bits at high rate.
     dead_zone: with "nearest", magnitudes below dead_zone · step become 0, those below (dead_zone + 1) · step become
         1, and so on: ½ is plain rounding, more makes more zeros. Above 0, up to 1.
     centroids: with "nearest", the decoder moves all but the zeros by what their magnitudes are larger on average, a
@@ -41,6 +45,7 @@ class StepQuantization(EncodingStage):
     rounding: Literal["nearest", "stochastic", "dithered"] = "nearest"
     dead_zone: float = 0.5
     centroids: bool = False
+    rate_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1e-37 <= self.step < math.inf:
@@ -49,8 +54,12 @@ class StepQuantization(EncodingStage):
             raise ValueError(f"rounding must be nearest, stochastic or dithered, not {self.rounding!r}")
         if not 0 < self.dead_zone <= 1:
             raise ValueError(f"dead_zone must be above 0 and at most 1, not {self.dead_zone}")
-        if self.rounding != "nearest" and (self.dead_zone != 0.5 or self.centroids):
-            raise ValueError(f"rounding must be nearest for dead_zone and centroids, not {self.rounding}")
+        if not 0 <= self.rate_weight < math.inf:
+            raise ValueError(f"rate_weight must be 0 or more, not {self.rate_weight}")
+        if self.rounding != "nearest" and (self.dead_zone != 0.5 or self.centroids or self.rate_weight):
+            raise ValueError(f"rounding must be nearest for dead_zone, centroids and rate_weight, not {self.rounding}")
+        if self.rate_weight and self.dead_zone != 0.5:
+            raise ValueError("at most one of rate_weight and dead_zone must be given: each sets where 0 ends")
 
     @property
     def unbiased(self) -> bool:
@@ -96,9 +105,13 @@ class StepQuantization(EncodingStage):
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
             else:
                 out.copy_(scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17).floor_())
+        if self.rate_weight:
+            rate_distortion_(symbols, x, step, self.rate_weight)
         if self.centroids:
-            (excess,) = sums(x, lambda v: self._excess(divided(v.abs(), step)))
-            side["shift"] = torch.tensor(excess / max(1, int(symbols.count_nonzero())), dtype=work).clamp(-1, 1)
+            kept = symbols.view(-1).nonzero().view(-1)
+            excess = divided(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
+            (total,) = sums(excess, lambda v: v)
+            side["shift"] = torch.tensor(total / max(1, len(kept)), dtype=work).clamp(-1, 1)
         return symbols, side
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
@@ -116,7 +129,26 @@ class StepQuantization(EncodingStage):
             out.copy_(value.mul_(step).clamp_(-largest, largest))
         return decoded
 
-    def _excess(self, steps: Tensor) -> Tensor:
-        """Returns by how much a magnitude in steps is more than its symbol; 0 for the symbol 0."""
-        symbol = (steps + (1 - self.dead_zone)).floor_()
-        return torch.where(symbol > 0, steps - symbol, 0)
+
+def rate_distortion_(symbols: Tensor, x: Tensor, step: float, weight: float) -> None:
+    """Moves the plainly rounded `symbols` of `x`, in place, to where (error in steps)² + weight · bits is least.
+
+    A magnitude of mean μ is taken for geometric: 1 more costs log₂(1 + 1/μ) bits, and the first of them the sign's.
+    μ follows the symbols: it is found twice.
+    """
+    columns = TensorSpec.of(x).matrix[1]
+    flat = symbols.view(-1)
+    places = flat.nonzero().view(-1)  # rates only ever pull towards 0
+    if not len(places):
+        return
+    value = divided(x.reshape(-1)[places].double(), step)
+    magnitude, row, column = value.abs(), places // columns, places % columns
+    found = flat[places].abs().double()
+    for _ in range(2):
+        total = float(found.sum())
+        mean = torch.bincount(row, found)[row] * torch.bincount(column, found)[column] / max(total, 1.0)
+        cost = torch.log2(1 + 1 / mean.clamp_(min=2.0**-30)).mul_(weight / 2)
+        reduced = magnitude - cost
+        found = (reduced + 0.5).floor_().clamp_(min=0)
+        found[reduced < 0.5 + weight / 2] = 0
+    flat[places] = found.copysign(value).to(symbols.dtype)
