@@ -14,16 +14,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
-from hydra import compose, initialize_config_dir
-
-from fedq.config import build, build_run
-from fedq.encoding import Key
-from fedq.learning import FederatedAveraging
-from fedq.learning.client import update_of
-from fedq.simulation.loop import cohort, rounds
-from fedq.simulation.workers import Workers
-from fedq.train import CONF
 
 ROUNDS = (5, 15)
 STATES = ("round5", "round15", "weights15")
@@ -31,6 +21,19 @@ STATES = ("round5", "round15", "weights15")
 
 def train() -> dict[str, np.ndarray]:
     """Returns the tensors of all states, float32, by STATE/NAME."""
+    # not above: peers' environments have none of these, but read the file
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from fedq.config import build, build_run
+    from fedq.encoding import Key
+    from fedq.learning import FederatedAveraging
+    from fedq.learning.client import update_of
+    from fedq.simulation.loop import cohort, rounds
+    from fedq.simulation.workers import Workers
+    from fedq.train import CONF
+
+    torch.set_num_threads(1)
     last = max(ROUNDS)
     overrides = ["encoder=float32", f"run.rounds={last}", f"run.evaluate_every={last}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -67,7 +70,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/frontier"), help="folder of tensors.npz")
     out: Path = parser.parse_args().out
-    torch.set_num_threads(1)
     kept = train()
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "tensors.npz", **kept)  # type: ignore[arg-type]  # names may be any but "file"
