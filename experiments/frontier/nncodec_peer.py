@@ -4,7 +4,7 @@ python -m experiments.frontier.nncodec_peer --environments FOLDER [--tensors out
 
 The environment is made in FOLDER where absent. Every point is a stream that NNCodec made of all tensors of a state and
 decoded again: bits are 8 × its bytes / parameters, seconds are one run's, with one thread, after another to warm up.
-Writes nncodec.csv and prints the lower envelope.
+Writes nncodec.csv and prints bits at round decibels; without --environments it prints what nncodec.csv holds.
 
 The modes: `dependent` (trellis-coded) or `uniform` quantisation, each over a grid of steps (`qp`; four more double
 the step) and of weights of the rate in the encoder's decisions (`lambda_scale`: RDOQ; 0 is NNCodec's default). Rows of
@@ -34,7 +34,14 @@ HERE = Path(__file__).parent
 DENSE = "dense1.weight"
 COARSEST = {"round5": -36, "round15": -32, "weights15": -24}  # qp, at which there is hardly anything left
 RATE_WEIGHTS = {"dependent": (0.0, 0.3, 0.6, 1.0, 1.4, 2.0, 3.0, 4.0, 6.0), "uniform": (0.0, 0.5, 1.0, 2.0, 3.0)}
-RANGE = (-3.5, -14.5)  # dB: from this of all parameters to this of the large tensor, where they are larger
+RANGE = (-2.5, -16)  # dB: from this of all parameters to this of the large tensor, where they are larger
+TARGETS = (-4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14)  # dB
+CHOICES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("uniform", ("uniform",), True),
+    ("uniform RDOQ", ("uniform",), False),
+    ("dependent", ("dependent",), True),
+    ("best", ("uniform", "dependent"), False),
+)
 OTHERS: dict[str, dict[str, Any]] = {
     "rows not skipped": {"row_skipping": False},
     "fixed contexts": {"param_opt": False},
@@ -105,19 +112,19 @@ def measure(tensors: dict[str, np.ndarray], state: str, mode: str, qp: int, lamb
     )
 
 
-def envelope(points: list[Point], bits: str, decibels: str) -> set[Point]:
-    """Returns the points on the lower convex hull of bits over decibels."""
-    hull: list[tuple[float, float, Point]] = []
-    for x, y, point in sorted(((getattr(p, bits), getattr(p, decibels), p) for p in points), key=lambda t: t[:2]):
-        if hull and y >= hull[-1][1]:
+def hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the lower convex hull of (bits, decibels), from few bits to many."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if best and y >= best[-1][1]:
             continue
-        while len(hull) > 1:
-            (x0, y0, _), (x1, y1, _) = hull[-2:]
+        while len(best) > 1:
+            (x0, y0), (x1, y1) = best[-2:]
             if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
                 break
-            hull.pop()
-        hull.append((x, y, point))
-    return {point for _, _, point in hull}
+            best.pop()
+        best.append((x, y))
+    return best
 
 
 def grid(tensors: dict[str, np.ndarray], state: str) -> Iterator[Point]:
@@ -151,41 +158,56 @@ def inside(path: Path, out: Path) -> None:
             tensors = load(path, state)
             measure(tensors, state, "dependent", COARSEST[state], 1.0)
             points = list(grid(tensors, state))
-            best = envelope(points, "bits", "decibels")
-            dense_best = envelope(points, "dense_bits", "dense_decibels")
+            best = hull([(p.bits, p.decibels) for p in points])
+            dense_best = hull([(p.dense_bits, p.dense_decibels) for p in points])
             for point in points:
-                point = replace(point, envelope=point in best, dense_envelope=point in dense_best)
+                point = replace(
+                    point,
+                    envelope=(point.bits, point.decibels) in best,
+                    dense_envelope=(point.dense_bits, point.dense_decibels) in dense_best,
+                )
                 row = {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in asdict(point).items()}
                 writer.writerow(row)
             file.flush()
 
 
+def table(points: list[dict[str, str]], large: bool) -> None:
+    """Prints the bits at TARGETS, between the points of each choice's envelope, of all or of the large tensor alone."""
+    bits, decibels = ("dense_bits", "dense_decibels") if large else ("bits", "decibels")
+    print(f"\n{DENSE if large else 'all parameters':25}", *(f"{target:>6} dB" for target in TARGETS))
+    for state in STATES:
+        for name, modes, plain in CHOICES:
+            chosen = [p for p in points if p["state"] == state and p["mode"] in modes]
+            chosen = [p for p in chosen if not plain or float(p["lambda_scale"]) == 0]
+            best = hull([(float(p[bits]), float(p[decibels])) for p in chosen])
+            x, y = zip(*reversed(best), strict=True)
+            cells = (f"{np.interp(target, y, x, left=math.nan, right=math.nan):9.3f}" for target in TARGETS)
+            print(f"{state:10}{name:15}", *cells)
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--environments", type=Path, help="folder of the virtual environments")
+    parser.add_argument("--environments", type=Path, help="measure; folder of the virtual environments")
     parser.add_argument("--tensors", type=Path, default=Path("outputs/frontier/tensors.npz"))
     parser.add_argument("--out", type=Path, default=HERE / "nncodec.csv")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the environment
     options = parser.parse_args()
-    if options.environments is None:  # within one
+    if options.inside:
         inside(options.tensors, options.out)
         return
-    from experiments.peers.peers import environment
+    if options.environments:
+        from experiments.peers.peers import environment
 
-    python = environment(options.environments.resolve(), "nncodec", sys.executable, HERE)
-    command = [python, "-m", "experiments.frontier.nncodec_peer", "--tensors", options.tensors.resolve()]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", options.out.resolve()], check=True, cwd=HERE.parent.parent, env=one_thread)
-    for kind, bits, decibels in (
-        ("envelope", "bits", "decibels"),
-        ("dense_envelope", "dense_bits", "dense_decibels"),
-    ):
-        columns = ("state", "mode", "qp", "lambda_scale", bits, decibels, "encode_seconds", "decode_seconds")
-        print(",".join(columns))
-        with options.out.open() as file:
-            for row in csv.DictReader(file):
-                if row[kind] == "True":
-                    print(",".join(row[column] for column in columns))
+        python = environment(options.environments.resolve(), "nncodec", sys.executable, HERE)
+        command: list[str | Path] = [python, "-m", "experiments.frontier.nncodec_peer", "--inside"]
+        command += ["--tensors", options.tensors.resolve(), "--out", options.out.resolve()]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=HERE.parent.parent, env=one_thread)
+    with options.out.open() as file:
+        points = list(csv.DictReader(file))
+    for large in (False, True):
+        table(points, large)
 
 
 if __name__ == "__main__":
