@@ -28,15 +28,18 @@ PEERS = ("flower", "blazefl", "pfl")
 WARM_UP = 2
 
 
-def environment(folder: Path, peer: str, python: str) -> Path:
-    """Returns the Python of the peer's virtual environment, made first if it is not there."""
+def environment(folder: Path, peer: str, python: str, requirements: Path = HERE) -> Path:
+    """Returns the Python of the peer's virtual environment, made first if it is not there.
+
+    `requirements` is the folder of PEER.txt.
+    """
     own, done = folder / peer / "bin" / "python", folder / peer / "complete"
     if not done.exists():
         subprocess.run([python, "-m", "venv", "--clear", folder / peer], check=True)
         # torch first, so that all contestants have the same
         same = f"torch=={torch.__version__.split('+')[0]}"
         subprocess.run([own, "-m", "pip", "install", "--quiet", same], check=True)
-        subprocess.run([own, "-m", "pip", "install", "--quiet", same, "-r", HERE / f"{peer}.txt"], check=True)
+        subprocess.run([own, "-m", "pip", "install", "--quiet", same, "-r", requirements / f"{peer}.txt"], check=True)
         done.touch()
     return own
 

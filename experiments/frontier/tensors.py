@@ -1,0 +1,81 @@
+"""Trains the default run uncompressed and keeps what an upload has to carry: updates, and how far weights came.
+
+python -m experiments.frontier.tensors [--out outputs/frontier]
+
+Writes tensors.npz, float32, with every tensor of the model under STATE/NAME (as in "round5/dense1.weight"):
+
+round5, round15     a client's update (trained − received) after so many rounds: the cohort's first client
+weights15           the server's weights after 15 rounds − its initial weights
+
+The same bytes whenever it runs on one machine; `load` gives a state back.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+ROUNDS = (5, 15)
+STATES = ("round5", "round15", "weights15")
+
+
+def train() -> dict[str, np.ndarray]:
+    """Returns the tensors of all states, float32, by STATE/NAME."""
+    # not above: peers' environments have none of these, but read the file
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from fedq.config import build, build_run
+    from fedq.encoding import Key
+    from fedq.learning import FederatedAveraging
+    from fedq.learning.client import update_of
+    from fedq.simulation.loop import cohort, rounds
+    from fedq.simulation.workers import Workers
+    from fedq.train import CONF
+
+    torch.set_num_threads(1)
+    last = max(ROUNDS)
+    overrides = ["encoder=float32", f"run.rounds={last}", f"run.evaluate_every={last}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides)
+    run, dataset, training = build_run(cfg), build(cfg, "dataset"), build(cfg, "client")
+    model = build(cfg, "model", num_classes=dataset.num_classes)
+    network = model().to(memory_format=torch.channels_last)  # as the process has it
+    kept = {}
+    with Workers() as workers:
+        process = FederatedAveraging(model, training, build(cfg, "server"), seed=run.seed, map=workers.map)
+        initial = process.initialize()
+        for state, metrics in rounds(process, initial, dataset, run):
+            accuracy = metrics.get("test/accuracy")
+            if state.round in ROUNDS:
+                client = int(cohort(run.seed, state.serial, dataset.num_clients, run.clients_per_round)[0])
+                key = Key(run.seed, state.serial, client).fold("train")
+                training.train(network, state.weights, dataset.client(client).load(), key)
+                for name, value in update_of(network.state_dict(), state.weights).items():
+                    kept[f"round{state.round}/{name}"] = value.numpy().copy(order="C")
+    print(f"test accuracy after {last} rounds: {accuracy:.3f}")
+    for name, value in state.weights.items():
+        kept[f"weights{last}/{name}"] = (value - initial.weights[name]).numpy().copy(order="C")
+    return kept
+
+
+def load(path: Path, state: str) -> dict[str, np.ndarray]:
+    """Returns a state's tensors by their names in the model, in its order. Needs numpy alone."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name.removeprefix(f"{state}/"): file[name] for name in file.files if name.startswith(f"{state}/")}
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("outputs/frontier"), help="folder of tensors.npz")
+    out: Path = parser.parse_args().out
+    kept = train()
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "tensors.npz", **kept)  # type: ignore[arg-type]  # names may be any but "file"
+    for name, value in kept.items():
+        print(f"{name:28} {value.dtype} {value.shape!s:20} standard deviation {value.std():.3g}")
+
+
+if __name__ == "__main__":
+    main()
