@@ -87,7 +87,7 @@ class RuleConfig:
 class DirectionConfig:
     """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs.
 
-    joint, reference, common_scale: see StateDictEncoder.
+    joint, reference, common_scale, error_feedback: see StateDictEncoder.
     """
 
     stages: list[Any]
@@ -96,6 +96,7 @@ class DirectionConfig:
     joint: bool = False
     reference: Literal["none", "initial", "last"] = "none"
     common_scale: bool = False
+    error_feedback: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class EncoderConfig:
     threshold: int
     broadcast: dict[str, Any]
     upload: dict[str, Any]
+
+
+_OPTIONS = ("joint", "reference", "common_scale", "error_feedback")
+"""The keys of a direction that StateDictEncoder takes as they are."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -144,7 +149,7 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     path = f"encoder.{direction}"
     node, threshold = plain(cfg, path), plain(cfg, "encoder")["threshold"]
     rules = {rule["pattern"]: chain(f"{path}.rules[{i}]") for i, rule in enumerate(node.get("rules", []))}
-    options = {name: node[name] for name in ("joint", "reference", "common_scale") if name in node}
+    options = {name: node[name] for name in _OPTIONS if name in node}
     return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, **options))
 
 

@@ -70,6 +70,8 @@ class StateDictEncoder:
 
     What goes through stages can be made smaller first, or alike:
     - `reference`: instead of each tensor its difference is encoded from one that both sides hold;
+    - with `error_feedback` whoever encodes keeps what a message did not tell, the `residual`, and adds it to the
+      tensors of the next (Seide 2014; Karimireddy 2019): small elements that are rounded to 0 are sent in the end;
     - with `common_scale` all are divided by the root mean square over all of them, one value of the message. Stages
       whose steps are not relative then have the same step in all tensors, and bits are shared out between these to
       where they reduce the squared error most ("equal slope", Shoham and Gersho 1988).
@@ -84,6 +86,7 @@ class StateDictEncoder:
     joint: bool = False
     reference: Reference = "none"
     common_scale: bool = False
+    error_feedback: bool = False
     _fingerprints: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +94,10 @@ class StateDictEncoder:
             raise ValueError(f"threshold must be 0 or more elements, not {self.threshold}")
         if self.reference not in get_args(Reference):
             raise ValueError(f"reference must be one of {get_args(Reference)}, not {self.reference!r}")
+        if self.reference == "last" and self.error_feedback:
+            raise ValueError(
+                "error_feedback must be false with reference=last, whose differences hold all errors before"
+            )
 
     def chains(self, schema: Schema) -> dict[str, tuple[TensorSpec, Encoder]]:
         """Returns what is encoded, in order, with its encoder: the tensors, and the joint vector in the first's place.
@@ -163,8 +170,8 @@ class StateDictEncoder:
         """Returns the message of a state_dict and the state updates of what is adaptive.
 
         `params` are the adaptive parts'. `attached` tensors travel before the payloads; with `report`, so do the
-        updates. `reference` is the state_dict that the encoder's reference stands for. Raises EncodeError, naming the tensor, for NaN and infinity, which are never sent, and for what a
-        stage does not take.
+        updates. `reference` is the state_dict that the encoder's reference stands for. Raises EncodeError, naming the
+        tensor, for NaN and infinity, which are never sent, and for what a stage does not take.
         """
         schema, payloads, updates = schema_of(tensors), [], {}
         chains = self.chains(schema)
@@ -234,7 +241,9 @@ class StateDictEncoder:
                 tensor = encoder.decode(reader, spec, own_key, own_params, torch.device(device), until)
                 if self.common_scale and encoder.stages:
                     tensor = tensor.mul_(scale)
-                tensors[name] = finite(tensor) if not until or partly else encoder.finish(tensor, spec, own_key, own_params)
+                tensors[name] = (
+                    finite(tensor) if not until or partly else encoder.finish(tensor, spec, own_key, own_params)
+                )
             name = "after the last"
             reader.close()
             if not partly:
@@ -277,6 +286,15 @@ class StateDictEncoder:
             if fnmatchcase(name, pattern):
                 return encoder
         return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
+
+    def compensated(self, tensors: Tensors, residual: Tensors) -> Tensors:
+        """Returns the tensors to encode: with the residual of the message before, which is empty before the first."""
+        return {name: value + residual[name] if name in residual else value for name, value in tensors.items()}
+
+    def residual(self, tensors: Tensors, decoded: Tensors) -> dict[str, Tensor]:
+        """Returns what the message of `tensors` did not tell; empty without error feedback."""
+        names = self._staged(schema_of(tensors)) if self.error_feedback else []
+        return {name: tensors[name] - decoded[name] for name in names}
 
     def _staged(self, schema: Schema) -> list[str]:
         """Returns the names of the tensors that go through stages: all others travel exact."""

@@ -27,6 +27,7 @@ from fedq.learning.server import ServerOptimizer, ServerState, server_step, weig
 log = logging.getLogger(__name__)
 
 _UPLOAD = "upload/"  # before the names of the upload's params among what a broadcast attaches
+_EXACT = StateDictEncoder()
 _WINDOW = 16  # clients that are put in order of size at a time: so many updates may wait for their neighbours'
 
 
@@ -137,14 +138,16 @@ class FederatedAveraging:
         seconds = dict.fromkeys(PHASES, 0.0)
         key = Key(self.seed, state.serial)
         with _timed(seconds, "encode"):
-            down = self.broadcast.params(self._schema, state.broadcast)
+            down, base = self.broadcast.params(self._schema, state.broadcast), b""
+            reference = state.received or self._initial
+            if self.broadcast.reference == "last":
+                base, _ = _EXACT.encode(reference, key)
+            told = self.broadcast.compensated(state.weights, state.residual)
             try:
-                message, reported = self.broadcast.encode(
-                    state.weights, key, down, self._params_of(state), reference=self._initial
-                )
+                message, reported = self.broadcast.encode(told, key, down, self._params_of(state), reference=reference)
             except EncodeError as error:
                 raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
-        task = Task(state.serial, message, state.norm)
+        task = Task(state.serial, message, state.norm, base)
 
         gathering = perf_counter()
         share = gather(task, clients) if gather else self.contribute(task, enumerate(clients))
@@ -157,9 +160,10 @@ class FederatedAveraging:
                 log.warning("round %d: client %d is left out: %s", state.round, record.client, record.reason)
 
         usable = [record for record in records if not record.failure]
+        behind = sum(state.catching_up(record.client, len(base)) for record in records)
         sent = replace(
             state,
-            broadcasted_bits=state.broadcasted_bits + 8 * len(message) * len(clients),
+            broadcasted_bits=state.broadcasted_bits + 8 * (len(message) * len(clients) + behind),
             aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
         )
         if total is None or len(usable) < self.min_clients:
@@ -187,7 +191,10 @@ class FederatedAveraging:
                 optimizer=optimizer,
                 broadcast=self.broadcast.update_state(self._schema, state.broadcast, own_reports),
                 upload=self.upload.update_state(self._schema, state.upload, total.reports),
+                residual=self.broadcast.residual(told, share.received),
             )
+            if self.broadcast.reference == "last":
+                after = _followed(after, share.received, len(message), len(base), [r.client for r in usable])
             if self.guard:
                 norms = [record.norm for record in records if record.norm is not None]
                 after = replace(after, norm=self.guard.update(state.norm, norms))
@@ -204,9 +211,11 @@ class FederatedAveraging:
         key = Key(self.seed, task.round)
         with _timed(share.seconds, "decode"):
             # All clients decode the same bytes to the same weights and only read them: once is enough.
+            last = _EXACT.decode(task.base, key, self._schema, device=self.device)[0] if task.base else self._initial
             received, brought = self.broadcast.decode(
-                task.message, key, self._schema, attached=self._attached, device=self.device, reference=self._initial
+                task.message, key, self._schema, attached=self._attached, device=self.device, reference=last
             )
+            share.received = received
         up = {path.removeprefix(_UPLOAD): value for path, value in brought.items() if path.startswith(_UPLOAD)}
         one_client = partial(self._client, task, received, unflatten(up))
         for place, contribution, record in self.map(one_client, _longest_first(clients)):
@@ -314,6 +323,17 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] += perf_counter() - started
+
+
+def _followed(
+    state: ServerState, received: dict[str, Tensor], length: int, full: int, clients: Iterable[int]
+) -> ServerState:
+    """Returns the state after a round whose broadcast, of `length` bytes, `clients` are known to have received."""
+    lengths, rounds = (*state.lengths, length), state.round
+    holders = state.holders | dict.fromkeys(clients, rounds)
+    # who missed so much that all at once is shorter need not be remembered
+    holders = {client: had for client, had in holders.items() if sum(lengths[had:]) < full}
+    return replace(state, received=received, lengths=lengths, holders=holders)
 
 
 def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:

@@ -42,17 +42,26 @@ class Record:
 
 
 class Task(NamedTuple):
-    """A round's work as the clients get it: the serial number of the round, the broadcast, the norm guard's state."""
+    """A round's work as the clients get it.
+
+    The serial number of the round, the broadcast, the norm guard's state; where the broadcast is the difference from
+    what clients received last, a message of that, exact, for those that do not have it.
+    """
 
     round: int
     message: bytes
     norm: float
+    base: bytes = b""
 
 
 class Share:
-    """What a part of a cohort, or all of it, came to: the sums of contributions, a record a client, seconds of work."""
+    """What a part of a cohort, or all of it, came to.
+
+    The weights it received, the sums of contributions, a record a client, seconds of work.
+    """
 
     def __init__(self, combine: Callable[[Contribution, Contribution], Contribution]) -> None:
+        self.received: dict[str, Tensor] = {}
         self.sums: PairwiseTree[Contribution] = PairwiseTree(combine)
         self.records: dict[int, Record] = {}
         self.seconds = dict.fromkeys(PHASES, 0.0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ class ServerState:
 
     round: rounds done. weights: the model's state_dict. optimizer: the server optimizer's state_dict. broadcast and
     upload: states of the adaptive encoding stages. broadcasted_bits and aggregated_bits: sums over all rounds. repeats:
-    cohorts of which too few answered. norm: the norm guard's estimate, 0 before the first.
+    cohorts of which too few answered. norm: the norm guard's estimate, 0 before the first. residual: what the broadcast
+    has not told yet, for error feedback. received, lengths, holders: for a broadcast of differences from what was last
+    received, the weights that a client has which followed all rounds, the bytes of each round's message, and of how
+    many rounds a client has had them; clients that would rather be sent all of `received` are not among `holders`.
     """
 
     round: int
@@ -32,11 +35,22 @@ class ServerState:
     aggregated_bits: int = 0
     repeats: int = 0
     norm: float = 0.0
+    residual: dict[str, Tensor] = field(default_factory=dict)
+    received: dict[str, Tensor] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    holders: dict[int, int] = field(default_factory=dict)
 
     @property
     def serial(self) -> int:
         """The round's number in keys and messages: no two cohorts share one."""
         return self.round + self.repeats
+
+    def catching_up(self, client: int, full: int) -> int:
+        """Returns how many bytes a client must be sent to hold `received`, of which an exact message has `full`.
+
+        These are the messages that it missed, or all at once. Before the first round it holds the initial weights.
+        """
+        return min(full, sum(self.lengths[self.holders.get(client, 0) :]))
 
 
 def weighted(

@@ -110,7 +110,8 @@ class Ranks:
         """Has the cohort do a task on all ranks; called on rank 0, while the others call `contribute_to`."""
         bounds = split([client.examples for client in clients], self.size)
         numbers = [client.number for client in clients]
-        self.tell({"round": task.round, "norm": task.norm, "numbers": numbers, "bounds": bounds}, task.message)
+        order = {"round": task.round, "norm": task.norm, "base": len(task.base), "numbers": numbers, "bounds": bounds}
+        self.tell(order, task.base + task.message)
         return self._reduce(contribute(task, list(enumerate(clients))[: bounds[1]]))
 
     def contribute_to(
@@ -123,7 +124,8 @@ class Ranks:
         """Does this rank's part of what `gather` ordered; `clients` gives those of a round with some numbers."""
         first, last = order["bounds"][self.rank : self.rank + 2]
         mine = clients(order["round"], order["numbers"][first:last])
-        self._reduce(contribute(Task(order["round"], message, order["norm"]), enumerate(mine, first)))
+        base, message = message[: order["base"]], message[order["base"] :]
+        self._reduce(contribute(Task(order["round"], message, order["norm"], base), enumerate(mine, first)))
 
     def _reduce(self, share: Share) -> Share:
         """Adds up neighbours' shares, then neighbouring pairs', and so on: rank 0 is left with all."""

@@ -1,8 +1,8 @@
 """Context-adaptive binary arithmetic coding.
 
-A matrix is coded row by row. What a symbol's magnitude may be is told by the mean magnitudes so far of its column and of
-its row, over that of all: the product is one of 64 classes, two an octave, and each has probabilities of its own that
-follow the symbols. Nothing else travels: no table, no scales.
+A matrix is coded row by row. What a symbol's magnitude may be is told by the mean magnitudes so far of its column and
+of its row, over that of all: the product is one of 64 classes, two an octave, and each has probabilities of its own
+that follow the symbols. Nothing else travels: no table, no scales.
 
 Format: 16-bit words, little-endian, of one number in the interval that the symbols lead to, zeros at its end left out.
 A symbol is, as binary decisions: whether its magnitude is above 0, 1, 2, … in units of 2^k, up to 16; what is beyond in

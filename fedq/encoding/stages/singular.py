@@ -114,9 +114,9 @@ class SingularVectors(EncodingStage):
         noise = self.step**2 / 12
         squares = values.double().cpu()[: min(self.rank, rows)].square()
         left = (energy - squares.cumsum(0)).clamp_(min=0)
-        vectors = sum(n * torch.log2(1 + squares / (n * noise)) for n in (rows, columns))
+        one, other = (n * torch.log2(1 + squares / (n * noise)) for n in (rows, columns))
         rest = rows * columns * torch.log2(1 + torch.cat((torch.tensor([energy]), left)) / (rows * columns * noise))
-        bits = rest + torch.cat((torch.zeros(1), vectors.cumsum(0)))
+        bits = rest + torch.cat((torch.zeros(1), (one + other).cumsum(0)))
         return int(bits.argmin())
 
     def _rounded(self, vectors: Tensor) -> Tensor:
