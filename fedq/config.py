@@ -87,7 +87,7 @@ class RuleConfig:
 class DirectionConfig:
     """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs.
 
-    joint, reference, common_scale, error_feedback: see StateDictEncoder.
+    joint, reference, common_scale, error_feedback, pace: see StateDictEncoder.
     """
 
     stages: list[Any]
@@ -97,6 +97,7 @@ class DirectionConfig:
     reference: Literal["none", "initial", "last"] = "none"
     common_scale: bool = False
     error_feedback: bool = False
+    pace: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     node, threshold = plain(cfg, path), plain(cfg, "encoder")["threshold"]
     rules = {rule["pattern"]: chain(f"{path}.rules[{i}]") for i, rule in enumerate(node.get("rules", []))}
     options = {name: node[name] for name in _OPTIONS if name in node}
+    if node.get("pace"):
+        options["pace"] = build(cfg, f"{path}.pace")
     return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, **options))
 
 

@@ -20,6 +20,7 @@ from fedq.encoding.coders import (
 )
 from fedq.encoding.encoder import Encoder
 from fedq.encoding.message import MessageError
+from fedq.encoding.pace import BitBudget, FollowLoss
 from fedq.encoding.spec import TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
 from fedq.encoding.stages import (
@@ -64,6 +65,7 @@ __all__ = [
     "AdaptiveEncodingStage",
     "AdaptiveQuantileClip",
     "Best",
+    "BitBudget",
     "Cast",
     "ClipByNorm",
     "ClipByValue",
@@ -75,6 +77,7 @@ __all__ = [
     "Encoder",
     "EncodingStage",
     "FixedWidth",
+    "FollowLoss",
     "Golomb",
     "HadamardRotation",
     "Huffman",

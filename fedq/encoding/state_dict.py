@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fedq.encoding import message as frame
-from fedq.encoding.adaptive import StateUpdate
+from fedq.encoding.adaptive import Adaptive, StateUpdate
 from fedq.encoding.encoder import ByPlace, Encoder, described, finite, is_finite, read
 from fedq.encoding.message import MessageError
+from fedq.encoding.pace import Pace
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.errors import FedqError
 from fedq.keys import Key
@@ -29,6 +30,13 @@ Reference = Literal["none", "initial", "last"]
 
 JOINT = "*"
 """The name of the vector of all that is encoded as one; no tensor of a module is called so."""
+
+
+PACE = "*pace"
+"""The name under which the state of a direction's pace stands among those of tensors."""
+
+
+_SCALAR = TensorSpec((), torch.float32)
 
 
 class EncodeError(FedqError, ValueError):
@@ -74,7 +82,8 @@ class StateDictEncoder:
       tensors of the next (Seide 2014; Karimireddy 2019): small elements that are rounded to 0 are sent in the end;
     - with `common_scale` all are divided by the root mean square over all of them, one value of the message. Stages
       whose steps are not relative then have the same step in all tensors, and bits are shared out between these to
-      where they reduce the squared error most ("equal slope", Shoham and Gersho 1988).
+      where they reduce the squared error most ("equal slope", Shoham and Gersho 1988);
+    - `pace` multiplies the common scale with a factor that follows earlier rounds.
 
     The body of a message is: the attached tensors, exact; the common scale (float32); then a payload a tensor, in the
     schema's order.
@@ -87,6 +96,7 @@ class StateDictEncoder:
     reference: Reference = "none"
     common_scale: bool = False
     error_feedback: bool = False
+    pace: Pace | None = None
     _fingerprints: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +108,8 @@ class StateDictEncoder:
             raise ValueError(
                 "error_feedback must be false with reference=last, whose differences hold all errors before"
             )
+        if self.pace and not self.common_scale:
+            raise ValueError("common_scale must be true for a pace, which multiplies it")
 
     def chains(self, schema: Schema) -> dict[str, tuple[TensorSpec, Encoder]]:
         """Returns what is encoded, in order, with its encoder: the tensors, and the joint vector in the first's place.
@@ -115,18 +127,17 @@ class StateDictEncoder:
 
     def initial_state(self, schema: Schema) -> ByTensor:
         """Returns the state of all that is adaptive before the first round."""
+        specs = {name: spec for name, (spec, _) in self.chains(schema).items()}
         return {
-            name: {i: part.initial_state(spec) for i, part in encoder.adaptive().items()}
-            for name, (spec, encoder) in self.chains(schema).items()
-            if encoder.adaptive()
+            name: {i: part.initial_state(specs.get(name, _SCALAR)) for i, part in parts.items()}
+            for name, parts in self._adaptive(schema).items()
         }
 
     def params(self, schema: Schema, state: ByTensor) -> ByTensor:
         """Returns what the adaptive parts need this round, on both sides."""
-        chains = self.chains(schema)
+        adaptive = self._adaptive(schema)
         return {
-            name: {i: chains[name][1].adaptive()[i].params(own) for i, own in by_place.items()}
-            for name, by_place in state.items()
+            name: {i: adaptive[name][i].params(own) for i, own in by_place.items()} for name, by_place in state.items()
         }
 
     def update_spec(self, schema: Schema) -> dict[str, TensorSpec]:
@@ -152,10 +163,10 @@ class StateDictEncoder:
 
     def update_state(self, schema: Schema, state: ByTensor, aggregated: Tensors) -> ByTensor:
         """Returns the state of the next round from the combined updates of a cohort of at least one."""
-        updates, chains, after = unflatten(aggregated), self.chains(schema), {}
+        updates, adaptive, after = unflatten(aggregated), self._adaptive(schema), {}
         for name, by_place in state.items():
-            adaptive, own_updates = chains[name][1].adaptive(), updates.get(name, {})
-            after[name] = {i: adaptive[i].update_state(own, own_updates.get(i, {})) for i, own in by_place.items()}
+            parts, own_updates = adaptive[name], updates.get(name, {})
+            after[name] = {i: parts[i].update_state(own, own_updates.get(i, {})) for i, own in by_place.items()}
         return after
 
     def encode(
@@ -166,14 +177,17 @@ class StateDictEncoder:
         attached: Tensors | None = None,
         report: bool = False,
         reference: Tensors | None = None,
+        loss: float | None = None,
     ) -> tuple[bytes, ByTensor]:
         """Returns the message of a state_dict and the state updates of what is adaptive.
 
         `params` are the adaptive parts'. `attached` tensors travel before the payloads; with `report`, so do the
-        updates. `reference` is the state_dict that the encoder's reference stands for. Raises EncodeError, naming the
-        tensor, for NaN and infinity, which are never sent, and for what a stage does not take.
+        updates. `reference` is the state_dict that the encoder's reference stands for; `loss` that of the training
+        which gave the tensors, for a pace that follows it. Raises EncodeError, naming the tensor, for NaN and infinity,
+        which are never sent, and for what a stage does not take.
         """
-        schema, payloads, updates = schema_of(tensors), [], {}
+        schema, payloads, params = schema_of(tensors), [], params or {}
+        updates: dict[str, ByPlace] = {}
         chains = self.chains(schema)
         tensors = {name: _finite(name, tensor.detach()) for name, tensor in tensors.items()}
         staged = self._staged(schema)
@@ -183,7 +197,8 @@ class StateDictEncoder:
         if self.common_scale:
             squares = [float(torch.linalg.vector_norm(tensors[name], dtype=torch.float64)) ** 2 for name in staged]
             size = max(1, sum(schema[name].numel for name in staged))
-            scale = [torch.tensor(math.sqrt(sum(squares) / size) or 1.0)]
+            factor = float(params[PACE][0]["factor"]) if self.pace else 1.0
+            scale = [torch.tensor(math.sqrt(sum(squares) / size) * factor or 1.0)]
             if not 0 < float(scale[0]) < math.inf:
                 raise EncodeError(f"the tensors {', '.join(staged)} are too large or too small for a common scale")
             tensors |= {name: tensors[name] / scale[0].to(tensors[name]) for name in staged}
@@ -191,12 +206,16 @@ class StateDictEncoder:
             tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
         for name, (_, encoder) in chains.items():
             try:
-                payload, reported = encoder.encode(tensors[name], key.fold(name), (params or {}).get(name, {}))
+                payload, reported = encoder.encode(tensors[name], key.fold(name), params.get(name, {}))
             except ValueError as error:
                 raise EncodeError(f"tensor {name!r} cannot be encoded: {error}") from error
             payloads += payload
             if reported:
                 updates[name] = reported
+        if self.pace:
+            bits = 8 * sum(memoryview(part).nbytes for part in payloads)
+            numbers = {"bits": bits / max(1, sum(spec.numel for spec in schema.values())), "loss": loss}
+            updates[PACE] = {0: {self.pace.reports: torch.tensor(numbers[self.pace.reports], dtype=torch.float32)}}
         front = dict(attached or {}) | (flatten(updates) if report else {})
         exact = Encoder()
         parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
@@ -232,7 +251,7 @@ class StateDictEncoder:
                 raise ValueError(f"{scale} is no scale")
             chains = self.chains(schema)
             if params is None:
-                own = {f"{name}/{i}" for name, (_, encoder) in chains.items() for i in encoder.adaptive()}
+                own = {f"{name}/{i}" for name, parts in self._adaptive(schema).items() for i in parts}
                 params = unflatten({path: t for path, t in front.items() if path.rpartition("/")[0] in own})
             for name, (spec, encoder) in chains.items():
                 own_key, own_params = key.fold(name), params.get(name, {})
@@ -324,12 +343,20 @@ class StateDictEncoder:
             tensors |= {name: piece.reshape(schema[name].shape) for name, piece in zip(joined, pieces, strict=True)}
         return {name: tensors[name] for name in schema}
 
+    def _adaptive(self, schema: Schema) -> dict[str, dict[int, Adaptive]]:
+        """Returns all that is adaptive: parts of chains by their place, and the pace."""
+        parts = {name: encoder.adaptive() for name, (_, encoder) in self.chains(schema).items()}
+        if self.pace:
+            parts[PACE] = {0: self.pace}
+        return {name: by_place for name, by_place in parts.items() if by_place}
+
     def _updates(self, schema: Schema) -> dict[str, StateUpdate]:
+        specs = {name: spec for name, (spec, _) in self.chains(schema).items()}
         return {
             f"{name}/{i}/{update}": value
-            for name, (spec, encoder) in self.chains(schema).items()
-            for i, part in encoder.adaptive().items()
-            for update, value in part.update_spec(spec).items()
+            for name, parts in self._adaptive(schema).items()
+            for i, part in parts.items()
+            for update, value in part.update_spec(specs.get(name, _SCALAR)).items()
         }
 
     def _fingerprint(self, schema: Schema, attached: Schema) -> bytes:
@@ -338,7 +365,7 @@ class StateDictEncoder:
         if both not in self._fingerprints:  # to describe them takes longer than to encode a small message
             agreed: list[Any] = [list(schema.items()), list(self.chains(schema).items()), list(attached.items())]
             if self.reference != "none" or self.common_scale:
-                agreed += [self.reference, self.common_scale]
+                agreed += [self.reference, self.common_scale, self.pace]
             self._fingerprints[both] = hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
         return self._fingerprints[both]
 

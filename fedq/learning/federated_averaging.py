@@ -106,6 +106,8 @@ class FederatedAveraging:
         self._attached = schema_of(self._params_of(self.initialize()))
         self._reports = self.upload.update_spec(self._schema)
         self._local = threading.local()
+        if self.broadcast.pace and self.broadcast.pace.reports == "loss":
+            raise FedqError("encoder.broadcast.pace: only clients know a training loss; give it to encoder.upload.pace")
         if client.structured:
             self._check_projection()
 
@@ -254,7 +256,8 @@ class FederatedAveraging:
                 training = self.client.train(model, received, examples, key.fold("train"), project, self.precision)
                 update = update_of(model.state_dict(), received)
             with _timed(record.seconds, "encode"):
-                message, _ = self.upload.encode(update, key, params, report=True)
+                loss = training.loss / max(1, training.seen)
+                message, _ = self.upload.encode(update, key, params, report=True, loss=loss)
             record.bits, record.training = 8 * len(message), training
             if self.uplink:
                 message = self.uplink(message, key)
