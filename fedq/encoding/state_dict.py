@@ -163,8 +163,8 @@ class StateDictEncoder:
         """Returns the message of a state_dict and the state updates of what is adaptive.
 
         `params` are the adaptive parts'. `attached` tensors travel before the payloads; with `report`, so do the
-        updates. `reference` is the state_dict that the encoder's reference stands for. Raises EncodeError, naming the tensor, for NaN and infinity, which are never sent, and for what a
-        stage does not take.
+        updates. `reference` is the state_dict that the encoder's reference stands for. Raises EncodeError, naming the
+        tensor, for NaN and infinity, which are never sent, and for what a stage does not take.
         """
         schema, payloads, updates = schema_of(tensors), [], {}
         chains = self.chains(schema)
@@ -234,7 +234,9 @@ class StateDictEncoder:
                 tensor = encoder.decode(reader, spec, own_key, own_params, torch.device(device), until)
                 if self.common_scale and encoder.stages:
                     tensor = tensor.mul_(scale)
-                tensors[name] = finite(tensor) if not until or partly else encoder.finish(tensor, spec, own_key, own_params)
+                if until and not partly:
+                    tensor = encoder.finish(tensor, spec, own_key, own_params)
+                tensors[name] = finite(tensor)
             name = "after the last"
             reader.close()
             if not partly:

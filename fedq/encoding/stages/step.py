@@ -25,10 +25,10 @@ class StepQuantization(EncodingStage):
 
     rounding: "nearest"; "stochastic" or "dithered" as in UniformQuantization: unbiased, squared error up to step²/4
         and always step²/12.
-    rate_weight: with "nearest", an element goes to the symbol with the least (error in steps)² + rate_weight · bits; the
-        bits are those of symbols with a geometric magnitude whose mean is that of their row times that of their column
-        over that of all, as CABAC takes it (see `rate_distortion`). 0 is plain rounding; ln 4 / 12 = 0.1155 is what
-        a step saves in error and costs in bits at high rate.
+    rate_weight: with "nearest", an element goes to the symbol with the least (error in steps)² + rate_weight · bits;
+        the bits are those of symbols with a geometric magnitude whose mean is that of their row times that of their
+        column over that of all, as CABAC takes it (see `rate_distortion_`). 0 is plain rounding; ln 4 / 12 = 0.1155 is
+        what a step saves in error and costs in bits at high rate.
     dead_zone: with "nearest", magnitudes below dead_zone · step become 0, those below (dead_zone + 1) · step become
         1, and so on: ½ is plain rounding, more makes more zeros. Above 0, up to 1.
     centroids: with "nearest", the decoder moves all but the zeros by what their magnitudes are larger on average, a
