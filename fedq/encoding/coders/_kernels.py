@@ -3,6 +3,8 @@
 numba does not check bounds: whatever comes from the wire is checked in here before it is used as an index.
 """
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -528,3 +530,48 @@ def cabac_decode(words, centre, lowest, highest, rows):
         above += 1
     # `at` is three words ahead of what was settled; one more than that was written, less zeros at the end
     return code < _BOTTOM and len(words) <= at - 2 and (len(words) == 0 or words[len(words) - 1] != 0)
+
+
+# ---------------------------------------------------------------------- rates against errors (stages/step.py)
+
+
+@_compiled
+def _cheapest(size, most, mean, weight):
+    """Returns the m up to `most` with the least (size − m)² + weight · bits, of geometric magnitudes with this mean."""
+    reduced = size - weight / 2 * math.log2(1 + 1 / max(mean, 2.0**-30))
+    m = min(math.floor(reduced + 0.5), most)
+    return m if m > 0 and m * (2 * reduced - m) > weight else 0  # `weight`: a sign's bit, that 0 has not
+
+
+@_compiled
+def rate_distortion(values, symbols, step, weight):
+    """Moves the symbols of a matrix, in place, as stages.step.rate_distortion_ tells."""
+    height, width = symbols.shape
+    ends, places = np.zeros(height + 1, np.int64), np.empty(np.count_nonzero(symbols) + 1, np.int32)
+    rows, columns = np.zeros(height), np.zeros(width)
+    for i in range(height):
+        at, some = ends[i], False
+        for j in range(width):
+            some |= symbols[i, j] != 0
+        if some:
+            for j in range(width):
+                places[at] = j  # without a branch: what is 0 is written over
+                at += symbols[i, j] != 0
+        for k in range(ends[i], at):
+            size = abs(np.int64(symbols[i, places[k]]))
+            rows[i] += size
+            columns[places[k]] += size
+        ends[i + 1] = at
+    for last in (False, True):
+        own_rows, own_columns, total = np.zeros(height), np.zeros(width), max(rows.sum(), 1.0)
+        for i in range(height):
+            share = rows[i] / total
+            for k in range(ends[i], ends[i + 1]):
+                j = places[k]
+                plain = np.int64(symbols[i, j])
+                size = _cheapest(abs(np.float64(values[i, j])) / step, abs(plain), share * columns[j], weight)
+                own_rows[i] += size
+                own_columns[j] += size
+                if last:
+                    symbols[i, j] = size if plain > 0 else -size
+        rows, columns = own_rows, own_columns

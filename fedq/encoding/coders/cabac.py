@@ -42,7 +42,7 @@ class CABAC(Coder):
         if not spec.numel:
             return b""
         values = shared.checked(symbols, spec)
-        words = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec))
+        words: np.ndarray = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec))
         return words.astype("<u2", copy=False).tobytes()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
