@@ -105,6 +105,7 @@ class FederatedAveraging:
         self._attached = schema_of(self._params_of(self.initialize()))
         self._reports = self.upload.update_spec(self._schema)
         self._local = threading.local()
+        self._check_references()
         if client.structured:
             self._check_projection()
 
@@ -276,6 +277,15 @@ class FederatedAveraging:
         message, _ = self.upload.encode({**weights, **gradients}, key, params)
         decoded, _ = self.upload.decode(message, key, self._schema, params, device=self.device)
         return {name: decoded[name] for name in gradients}
+
+    def _check_references(self) -> None:
+        """Raises FedqError for a reference that there is none of."""
+        if self.upload.reference != "none":
+            raise FedqError(
+                f"upload.reference must be none, not {self.upload.reference}: an update is a difference already"
+            )
+        if self.broadcast.reference == "last":
+            raise FedqError("broadcast.reference=last is not supported yet: choose none or initial")
 
     def _check_projection(self) -> None:
         """Raises FedqError unless what two steps of a client add up to can be sent without loss."""
