@@ -323,18 +323,18 @@ def _shift(c):
 
 @_compiled
 def cabac_model():
-    """Returns the probability of a 1, in 65,536ths, and the rate at which it moves, of each class and bin.
+    """Returns the probability of a 1, of 2^32, and the number of the rate at which it moves, of each class and bin.
 
     In class c magnitudes are about 2^(c/2 − 16) on average, and geometric until it is known better. Behind the last
     class is that of the flags of rows.
     """
-    chances, rates = np.full((CLASSES + 1, BINS), _EVEN), np.full((CLASSES + 1, BINS), _FIRST)
+    chances, rates = np.full((CLASSES + 1, BINS), _EVEN << 16), np.full((CLASSES + 1, BINS), _FIRST)
     for c in range(CLASSES):
         mean = (1.25 if c % 2 == 0 else 1.75) * 2.0 ** (c // 2 - 16)
         more = mean / (1 + mean)
         for _ in range(_shift(c)):
             more = more * more
-        chances[c] = min(max(np.int64(more * 65536), 32), 65536 - 32)
+        chances[c] = min(max(np.int64(more * 65536), 32), 65536 - 32) << 16
     return chances, rates
 
 
@@ -348,7 +348,7 @@ def _class(mean, held, bits):
 @_compiled
 def _learn(chances, rates, c, b, bit):
     n, chance = rates[c, b], chances[c, b]
-    aim = 65536 - _LEAST if bit else _LEAST
+    aim = (65536 - _LEAST if bit else _LEAST) << 16
     chances[c, b] = chance + ((aim - chance) * _RATES[n] >> 16)
     rates[c, b] = min(n + 1, _LAST)
 
@@ -405,7 +405,7 @@ def cabac_encode(rows, centre):
             some = False
             for j in range(width):
                 some |= rows[i, j] != centre
-            low, span, at = _put(low, span, some, chances[CLASSES, 0], out, at)
+            low, span, at = _put(low, span, some, chances[CLASSES, 0] >> 16, out, at)
             _learn(chances, rates, CLASSES, 0, some)
             if not some:
                 continue
@@ -420,7 +420,7 @@ def cabac_encode(rows, centre):
                 upper = size >> shift
                 while b < BINS:
                     bit = upper > b
-                    low, span, at = _put(low, span, bit, chances[c, b], out, at)
+                    low, span, at = _put(low, span, bit, chances[c, b] >> 16, out, at)
                     _learn(chances, rates, c, b, bit)
                     if not bit:
                         break
@@ -487,7 +487,7 @@ def cabac_decode(words, centre, lowest, highest, rows):
         return False
     for i in range(height):
         if width >= FLAGGED:
-            some, code, span, at = _get(code, span, chances[CLASSES, 0], words, at)
+            some, code, span, at = _get(code, span, chances[CLASSES, 0] >> 16, words, at)
             _learn(chances, rates, CLASSES, 0, some)
             if not some:
                 continue
@@ -497,7 +497,7 @@ def cabac_decode(words, centre, lowest, highest, rows):
             c = _class((columns[j] + 2 * mean) * share * ((row + 4 * mean) / (j + 4.0)), held, bits)
             size, shift, b = 0, _shift(c), 0
             while b < BINS:
-                bit, code, span, at = _get(code, span, chances[c, b], words, at)
+                bit, code, span, at = _get(code, span, chances[c, b] >> 16, words, at)
                 _learn(chances, rates, c, b, bit)
                 if not bit:
                     break
