@@ -16,6 +16,7 @@ from fedq.encoding.encoder import ByPlace, Encoder, described, finite, is_finite
 from fedq.encoding.message import MessageError
 from fedq.encoding.pace import Pace
 from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.stages.sums import divided
 from fedq.errors import FedqError
 from fedq.keys import Key
 
@@ -85,8 +86,8 @@ class StateDictEncoder:
       where they reduce the squared error most ("equal slope", Shoham and Gersho 1988);
     - `pace` multiplies the common scale with a factor that follows earlier rounds.
 
-    The body of a message is: the attached tensors, exact; the common scale (float32); then a payload a tensor, in the
-    schema's order.
+    The body of a message is: the attached tensors, exact; the common scale (float64 if a tensor that it scales is, else
+    float32); then a payload a tensor, in the schema's order.
     """
 
     encoder: Encoder = Encoder()
@@ -191,17 +192,13 @@ class StateDictEncoder:
         chains = self.chains(schema)
         tensors = {name: _finite(name, tensor.detach()) for name, tensor in tensors.items()}
         staged = self._staged(schema)
-        for name, other in self._references(reference, staged).items():
+        for name, other in self._references(reference, schema).items():
             tensors[name] = _finite(name, tensors[name] - other)
         scale = []
         if self.common_scale:
-            squares = [float(torch.linalg.vector_norm(tensors[name], dtype=torch.float64)) ** 2 for name in staged]
-            size = max(1, sum(schema[name].numel for name in staged))
             factor = float(params[PACE][0]["factor"]) if self.pace else 1.0
-            scale = [torch.tensor(math.sqrt(sum(squares) / size) * factor or 1.0)]
-            if not 0 < float(scale[0]) < math.inf:
-                raise EncodeError(f"the tensors {', '.join(staged)} are too large or too small for a common scale")
-            tensors |= {name: tensors[name] / scale[0].to(tensors[name]) for name in staged}
+            scale = [_common_scale([tensors[name] for name in staged], factor, self._scale_spec(schema).dtype)]
+            tensors |= {name: _divided(tensors[name], float(scale[0])) for name in staged}
         if joined := self._joined(schema):
             tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
         for name, (_, encoder) in chains.items():
@@ -240,13 +237,15 @@ class StateDictEncoder:
         Raises MessageError, and nothing else, for bytes that `encode` with this schema, key and encoder does not make;
         memory stays within the schema's.
         """
+        if partly and self.reference != "none":
+            raise TypeError(f"a sum of differences from reference={self.reference!r} is not a sum of tensors")
         reader = frame.unpack(message, self._fingerprint(schema, attached or {}), key)
         front, tensors, name = {}, {}, ""
         try:
             for name, spec in (attached or {}).items():
                 front[name] = read(reader, spec)
             name = "of the common scale"
-            scale = float(read(reader, TensorSpec((), torch.float32))) if self.common_scale else 1.0
+            scale = float(read(reader, self._scale_spec(schema))) if self.common_scale else 1.0
             if not scale > 0:
                 raise ValueError(f"{scale} is no scale")
             chains = self.chains(schema)
@@ -258,16 +257,15 @@ class StateDictEncoder:
                 # clients' scales differ: nothing is left to decode after a sum
                 until = 0 if self.common_scale else len(encoder.front(spec))
                 tensor = encoder.decode(reader, spec, own_key, own_params, torch.device(device), until)
-                if self.common_scale and encoder.stages:
-                    tensor = tensor.mul_(scale)
-                tensors[name] = (
-                    finite(tensor) if not until or partly else encoder.finish(tensor, spec, own_key, own_params)
-                )
+                if self.common_scale and _is_staged(spec, encoder):
+                    tensor = _multiplied_(tensor, scale)
+                whole = until and not partly
+                tensors[name] = encoder.finish(tensor, spec, own_key, own_params) if whole else finite(tensor)
             name = "after the last"
             reader.close()
             if not partly:
                 tensors = self._split(tensors, schema)
-                for name, other in self._references(reference, self._staged(schema)).items():
+                for name, other in self._references(reference, schema).items():
                     tensors[name] = finite(tensors[name] + other)
         except ValueError as error:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
@@ -316,17 +314,26 @@ class StateDictEncoder:
         return {name: tensors[name] - decoded[name] for name in names}
 
     def _staged(self, schema: Schema) -> list[str]:
-        """Returns the names of the tensors that go through stages: all others travel exact."""
+        """Returns the names of the floating tensors that go through stages: all others travel as they are."""
         encoders = {name: self._encoder_for(name, spec) for name, spec in schema.items()}
-        return [name for name, encoder in encoders.items() if encoder and encoder.stages]
+        return [name for name, encoder in encoders.items() if encoder and _is_staged(schema[name], encoder)]
 
-    def _references(self, reference: Tensors | None, names: Sequence[str]) -> Tensors:
-        """Returns what the named tensors are encoded as differences from; nothing without a reference."""
+    def _scale_spec(self, schema: Schema) -> TensorSpec:
+        """Returns the spec of the common scale: float64 where a tensor that it scales is."""
+        wide = any(schema[name].dtype == torch.float64 for name in self._staged(schema))
+        return TensorSpec((), torch.float64 if wide else torch.float32)
+
+    def _references(self, reference: Tensors | None, schema: Schema) -> Tensors:
+        """Returns what tensors are encoded as differences from; nothing without a reference."""
         if self.reference == "none":
             return {}
         if reference is None:
             raise TypeError(f"a state_dict must be given for reference={self.reference!r}")
-        return {name: reference[name] for name in names}
+        others = {name: reference.get(name) for name in self._staged(schema)}
+        found = {name: other for name, other in others.items() if other is not None}
+        if any(name not in found or TensorSpec.of(found[name]) != schema[name] for name in others):
+            raise TypeError(f"the reference={self.reference!r} has other names, shapes or dtypes than the state_dict")
+        return found
 
     def _joined(self, schema: Schema) -> dict[str, TensorSpec]:
         """Returns the names of the tensors that are encoded as one vector, each with that vector's spec."""
@@ -368,6 +375,33 @@ class StateDictEncoder:
                 agreed += [self.reference, self.common_scale, self.pace]
             self._fingerprints[both] = hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
         return self._fingerprints[both]
+
+
+def _is_staged(spec: TensorSpec, encoder: Encoder) -> bool:
+    return bool(encoder.stages) and spec.dtype.is_floating_point
+
+
+def _common_scale(tensors: Sequence[Tensor], factor: float, dtype: torch.dtype) -> Tensor:
+    """Returns the root mean square over all tensors times a factor, above 0: 1 where all is 0.
+
+    Raises EncodeError for an overflow.
+    """
+    norms = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors]
+    value = factor * math.hypot(*norms) / math.sqrt(max(1, sum(tensor.numel() for tensor in tensors)))
+    if not value < torch.finfo(dtype).max:
+        raise EncodeError("the tensors are too large for a common scale")
+    return torch.tensor(max(value, torch.finfo(dtype).smallest_normal) if value else 1.0, dtype=dtype)
+
+
+def _divided(tensor: Tensor, by: float) -> Tensor:
+    return divided(tensor.to(torch.promote_types(tensor.dtype, torch.float32)), by).to(tensor.dtype)
+
+
+def _multiplied_(tensor: Tensor, by: float) -> Tensor:
+    """Returns the product, cut off at the dtype's limits; may write to `tensor`."""
+    limit = torch.finfo(tensor.dtype).max
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return wide.mul_(by).clamp_(-limit, limit).to(tensor.dtype)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -106,8 +106,7 @@ class FederatedAveraging:
         self._attached = schema_of(self._params_of(self.initialize()))
         self._reports = self.upload.update_spec(self._schema)
         self._local = threading.local()
-        if self.broadcast.pace and self.broadcast.pace.reports == "loss":
-            raise FedqError("encoder.broadcast.pace: only clients know a training loss; give it to encoder.upload.pace")
+        self._check_directions()
         if client.structured:
             self._check_projection()
 
@@ -288,6 +287,15 @@ class FederatedAveraging:
         message, _ = self.upload.encode({**weights, **gradients}, key, params)
         decoded, _ = self.upload.decode(message, key, self._schema, params, device=self.device)
         return {name: decoded[name] for name in gradients}
+
+    def _check_directions(self) -> None:
+        """Raises FedqError for what one direction has and the other has not."""
+        if self.upload.reference != "none":
+            raise FedqError(
+                f"upload.reference must be none, not {self.upload.reference}: an update is a difference already"
+            )
+        if self.broadcast.pace and self.broadcast.pace.reports == "loss":
+            raise FedqError("broadcast.pace: only clients know a training loss; give it to upload.pace")
 
     def _check_projection(self) -> None:
         """Raises FedqError unless what two steps of a client add up to can be sent without loss."""

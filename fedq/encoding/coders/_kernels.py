@@ -1,7 +1,9 @@
-"""The inner loops of the entropy coders, compiled by numba on first use; only integers.
+"""The inner loops of the entropy coders, compiled by numba on first use; only integers, but for the classes of CABAC.
 
 numba does not check bounds: whatever comes from the wire is checked in here before it is used as an index.
 """
+
+import math
 
 import numpy as np
 from numba import njit
@@ -302,10 +304,15 @@ def golomb_decode(data, order, out):
 # ------------------------------------------------------------- context-adaptive binary arithmetic coding (cabac.py)
 
 CLASSES, BINS = 64, 16
+FLAGGED = 128
+"""Rows of so many symbols, or more, begin with whether they hold any but 0."""
+
 _TOP, _BOTTOM = U64(1 << 48), U64(1 << 32)  # the interval's width stays above the one and below the other
 _FIRST, _LAST = 4, 256  # a probability moves by a part of its error, from the one at first to the other
 _RATES = np.array([65536 // max(n, 1) for n in range(_LAST + 1)])
-_EVEN = 32768
+_EVEN, _LEAST = 32768, 8  # probabilities in 65,536ths: of what is random, and the smallest of all
+_PIECE = 64  # symbols coded between two looks at the room that is left
+_ROOM = (_PIECE + 2) * 20  # words: a symbol takes at most 16 decisions of up to 14 bits and 80 of one bit
 
 
 @_compiled
@@ -316,17 +323,18 @@ def _shift(c):
 
 @_compiled
 def cabac_model():
-    """Returns the probability of a 1, in 65,536ths, and the rate at which it moves, of each class and bin.
+    """Returns the probability of a 1, of 2^32, and the number of the rate at which it moves, of each class and bin.
 
-    In class c magnitudes are about 2^(c/2 − 16) on average, and geometric until it is known better.
+    In class c magnitudes are about 2^(c/2 − 16) on average, and geometric until it is known better. Behind the last
+    class is that of the flags of rows.
     """
-    chances, rates = np.empty((CLASSES, BINS), np.int64), np.full((CLASSES, BINS), _FIRST)
+    chances, rates = np.full((CLASSES + 1, BINS), _EVEN << 16), np.full((CLASSES + 1, BINS), _FIRST)
     for c in range(CLASSES):
         mean = (1.25 if c % 2 == 0 else 1.75) * 2.0 ** (c // 2 - 16)
         more = mean / (1 + mean)
         for _ in range(_shift(c)):
             more = more * more
-        chances[c] = min(max(np.int64(more * 65536), 32), 65536 - 32)
+        chances[c] = min(max(np.int64(more * 65536), 32), 65536 - 32) << 16
     return chances, rates
 
 
@@ -339,9 +347,9 @@ def _class(mean, held, bits):
 
 @_compiled
 def _learn(chances, rates, c, b, bit):
-    n = rates[c, b]
-    chance = chances[c, b] + (((65536 if bit else 0) - chances[c, b]) * _RATES[n] >> 16)
-    chances[c, b] = min(max(chance, 8), 65536 - 8)
+    n, chance = rates[c, b], chances[c, b]
+    aim = (65536 - _LEAST if bit else _LEAST) << 16
+    chances[c, b] = chance + ((aim - chance) * _RATES[n] >> 16)
     rates[c, b] = min(n + 1, _LAST)
 
 
@@ -357,16 +365,19 @@ def _carry(out, at):
 
 @_compiled
 def _put(low, span, bit, chance, out, at):
-    """Narrows the interval from `low`, `span` wide, to the part of `bit`; writes the words that are settled."""
+    """Narrows the interval from `low`, `span` wide, to the part of `bit`; writes the words that are settled.
+
+    That of a 1 is the upper one: where all is 0, `low` is.
+    """
     bound = (span >> U64(16)) * U64(chance)
     if bit:
+        low += span - bound
         span = bound
-    else:
-        low += bound
-        span -= bound
         if low >= _TOP:
             low -= _TOP
             _carry(out, at)
+    else:
+        span -= bound
     while span < _BOTTOM:
         out[at] = low >> U64(32)
         low, span, at = (low << U64(16)) & (_TOP - U64(1)), span << U64(16), at + 1
@@ -374,45 +385,61 @@ def _put(low, span, bit, chance, out, at):
 
 
 @_compiled
-def cabac_encode(rows, centre, out):
-    """Codes the integers of a matrix less `centre` into words of 16 bits; returns how many.
+def _with_room(out, at):
+    """Returns `out`, or a longer copy where its end is near."""
+    return out if len(out) - at >= _ROOM else np.concatenate((out, np.empty_like(out)))
 
-    `out` has room for four words a symbol, and four more. See cabac.py for the format.
-    """
+
+@_compiled
+def cabac_encode(rows, centre):
+    """Returns the words of 16 bits of the integers of a matrix less `centre`. See cabac.py for the format."""
     height, width = rows.shape
     chances, rates = cabac_model()
     columns, held = np.zeros(width), np.zeros(1)
     bits = held.view(np.int64)
-    low, span, at, total = U64(0), _TOP - U64(1), 0, 0
+    out = np.empty(rows.size // 64 + _ROOM, np.uint16)
+    low, span, at, total, above = U64(0), _TOP - U64(1), 0, 0, 0
     for i in range(height):
-        mean, row = (total + 0.25) / (i * width + 4.0), 0
-        share = 1 / ((i + 2.0) * mean)
-        for j in range(width):
-            value = np.int64(rows[i, j]) - centre
-            c = _class((columns[j] + 2 * mean) * share * ((row + 4 * mean) / (j + 4.0)), held, bits)
-            size, shift, b = abs(value), _shift(c), 0
-            upper = size >> shift
-            while b < BINS:
-                bit = upper > b
-                low, span, at = _put(low, span, bit, chances[c, b], out, at)
-                _learn(chances, rates, c, b, bit)
-                if not bit:
-                    break
-                b += 1
-            if b == BINS:  # the rest in the exponential Golomb code
-                rest = upper - BINS + 1
-                length = _length(rest)
-                for k in range(length):
-                    low, span, at = _put(low, span, k < length - 1, _EVEN, out, at)
-                for k in range(length - 2, -1, -1):
-                    low, span, at = _put(low, span, (rest >> k) & 1, _EVEN, out, at)
-            for k in range(shift - 1, -1, -1):
-                low, span, at = _put(low, span, (size >> k) & 1, _EVEN, out, at)
-            if size:
-                low, span, at = _put(low, span, value < 0, _EVEN, out, at)
-            columns[j] += size
-            row += size
+        out = _with_room(out, at)
+        if width >= FLAGGED:
+            some = False
+            for j in range(width):
+                some |= rows[i, j] != centre
+            low, span, at = _put(low, span, some, chances[CLASSES, 0] >> 16, out, at)
+            _learn(chances, rates, CLASSES, 0, some)
+            if not some:
+                continue
+        mean, row = (total + 0.25) / (above * width + 4.0), 0
+        share = 1 / ((above + 2.0) * mean)
+        for start in range(0, width, _PIECE):
+            out = _with_room(out, at)
+            for j in range(start, min(start + _PIECE, width)):
+                value = np.int64(rows[i, j]) - centre
+                c = _class((columns[j] + 2 * mean) * share * ((row + 4 * mean) / (j + 4.0)), held, bits)
+                size, shift, b = abs(value), _shift(c), 0
+                upper = size >> shift
+                while b < BINS:
+                    bit = upper > b
+                    low, span, at = _put(low, span, bit, chances[c, b] >> 16, out, at)
+                    _learn(chances, rates, c, b, bit)
+                    if not bit:
+                        break
+                    b += 1
+                if b == BINS:  # the rest in the exponential Golomb code
+                    rest = upper - BINS + 1
+                    length = _length(rest)
+                    for k in range(length):
+                        low, span, at = _put(low, span, k < length - 1, _EVEN, out, at)
+                    for k in range(length - 2, -1, -1):
+                        low, span, at = _put(low, span, (rest >> k) & 1, _EVEN, out, at)
+                for k in range(shift - 1, -1, -1):
+                    low, span, at = _put(low, span, (size >> k) & 1, _EVEN, out, at)
+                if size:
+                    low, span, at = _put(low, span, value < 0, _EVEN, out, at)
+                    columns[j] += size
+                    row += size
         total += row
+        above += 1
     # the number in the interval with the most zeros at its end, which are left out
     last = low + _BOTTOM - U64(1)
     if last >= _TOP:
@@ -421,19 +448,20 @@ def cabac_encode(rows, centre, out):
     at += 1
     while at and out[at - 1] == 0:
         at -= 1
-    return at
+    return out[:at]
 
 
 @_compiled
 def _get(code, span, chance, words, at):
     """Inverts `_put`: `code` is the number told, less the interval's lower end. Zeros follow the last word."""
     bound = (span >> U64(16)) * U64(chance)
-    bit = code < bound
+    rest = span - bound
+    bit = code >= rest
     if bit:
+        code -= rest
         span = bound
     else:
-        code -= bound
-        span -= bound
+        span = rest
     while span < _BOTTOM:
         code, span = code << U64(16), span << U64(16)
         if at < len(words):
@@ -444,22 +472,32 @@ def _get(code, span, chance, words, at):
 
 @_compiled
 def cabac_decode(words, centre, lowest, highest, rows):
-    """Inverts `cabac_encode`; returns whether it could have made these words, from integers within these limits."""
+    """Inverts `cabac_encode`; returns whether it could have made these words, from integers within these limits.
+
+    `rows` hold `centre` everywhere before.
+    """
     height, width = rows.shape
     chances, rates = cabac_model()
     columns, held = np.zeros(width), np.zeros(1)
     bits = held.view(np.int64)
-    code, span, at, total = U64(0), _TOP - U64(1), 3, 0
+    code, span, at, total, above = U64(0), _TOP - U64(1), 3, 0, 0
     for k in range(3):
         code = (code << U64(16)) | U64(words[k] if k < len(words) else 0)
+    if code >= span:
+        return False
     for i in range(height):
-        mean, row = (total + 0.25) / (i * width + 4.0), 0
-        share = 1 / ((i + 2.0) * mean)
+        if width >= FLAGGED:
+            some, code, span, at = _get(code, span, chances[CLASSES, 0] >> 16, words, at)
+            _learn(chances, rates, CLASSES, 0, some)
+            if not some:
+                continue
+        mean, row = (total + 0.25) / (above * width + 4.0), 0
+        share = 1 / ((above + 2.0) * mean)
         for j in range(width):
             c = _class((columns[j] + 2 * mean) * share * ((row + 4 * mean) / (j + 4.0)), held, bits)
             size, shift, b = 0, _shift(c), 0
             while b < BINS:
-                bit, code, span, at = _get(code, span, chances[c, b], words, at)
+                bit, code, span, at = _get(code, span, chances[c, b] >> 16, words, at)
                 _learn(chances, rates, c, b, bit)
                 if not bit:
                     break
@@ -478,16 +516,62 @@ def cabac_decode(words, centre, lowest, highest, rows):
             for _ in range(shift):
                 bit, code, span, at = _get(code, span, _EVEN, words, at)
                 size = 2 * size + bit
-            value = size
             if size:
                 bit, code, span, at = _get(code, span, _EVEN, words, at)
-                value = -size if bit else size
-            value += centre
-            if not lowest <= value <= highest:
-                return False
-            rows[i, j] = value
-            columns[j] += size
-            row += size
+                value = centre - size if bit else centre + size
+                if not lowest <= value <= highest:
+                    return False
+                rows[i, j] = value
+                columns[j] += size
+                row += size
+        if width >= FLAGGED and not row:
+            return False  # the flag tells otherwise
         total += row
+        above += 1
     # `at` is three words ahead of what was settled; one more than that was written, less zeros at the end
     return code < _BOTTOM and len(words) <= at - 2 and (len(words) == 0 or words[len(words) - 1] != 0)
+
+
+# ---------------------------------------------------------------------- rates against errors (stages/step.py)
+
+
+@_compiled
+def _cheapest(size, most, mean, weight):
+    """Returns the m up to `most` with the least (size − m)² + weight · bits, of geometric magnitudes with this mean."""
+    reduced = size - weight / 2 * math.log2(1 + 1 / max(mean, 2.0**-30))
+    m = min(math.floor(reduced + 0.5), most)
+    return m if m > 0 and m * (2 * reduced - m) > weight else 0  # `weight`: a sign's bit, that 0 has not
+
+
+@_compiled
+def rate_distortion(values, symbols, step, weight):
+    """Moves the symbols of a matrix, in place, as stages.step.rate_distortion_ tells."""
+    height, width = symbols.shape
+    ends, places = np.zeros(height + 1, np.int64), np.empty(np.count_nonzero(symbols) + 1, np.int32)
+    rows, columns = np.zeros(height), np.zeros(width)
+    for i in range(height):
+        at, some = ends[i], False
+        for j in range(width):
+            some |= symbols[i, j] != 0
+        if some:
+            for j in range(width):
+                places[at] = j  # without a branch: what is 0 is written over
+                at += symbols[i, j] != 0
+        for k in range(ends[i], at):
+            size = abs(np.int64(symbols[i, places[k]]))
+            rows[i] += size
+            columns[places[k]] += size
+        ends[i + 1] = at
+    for last in (False, True):
+        own_rows, own_columns, total = np.zeros(height), np.zeros(width), max(rows.sum(), 1.0)
+        for i in range(height):
+            share = rows[i] / total
+            for k in range(ends[i], ends[i + 1]):
+                j = places[k]
+                plain = np.int64(symbols[i, j])
+                size = _cheapest(abs(np.float64(values[i, j])) / step, abs(plain), share * columns[j], weight)
+                own_rows[i] += size
+                own_columns[j] += size
+                if last:
+                    symbols[i, j] = size if plain > 0 else -size
+        rows, columns = own_rows, own_columns

@@ -5,9 +5,13 @@ of its row, over that of all: the product is one of 64 classes, two an octave, a
 that follow the symbols. Nothing else travels: no table, no scales.
 
 Format: 16-bit words, little-endian, of one number in the interval that the symbols lead to, zeros at its end left out.
+A row of 128 symbols or more begins with whether it holds any but 0; one that does not is left out of all that follows.
 A symbol is, as binary decisions: whether its magnitude is above 0, 1, 2, … in units of 2^k, up to 16; what is beyond in
 the exponential Golomb code; k low bits, where k is larger the larger the class; the sign. The last two are taken for
 random. A symbol of 0 … levels − 1 counts from the middle one. A tensor without elements, or all 0, has no bytes.
+
+All that classes and probabilities follow from is computed alike by both sides, on every machine: in integers, and by
+additions, multiplications and divisions of float64 that no compiler may change.
 """
 
 from dataclasses import dataclass
@@ -38,25 +42,20 @@ class CABAC(Coder):
         if not spec.numel:
             return b""
         values = shared.checked(symbols, spec)
-        out = np.empty(4 * spec.numel + 4, np.uint16)
-        used = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec), out)
-        return out[:used].astype("<u2", copy=False).data.cast("B")
+        words: np.ndarray = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec))
+        return words.astype("<u2", copy=False).tobytes()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """As Coder.decode."""
         if len(data) % 2:
             raise ValueError(f"{len(data)} bytes are not words of 16 bits")
-        values = np.empty(spec.matrix, np.int32)
         words = np.frombuffer(data, "<u2").astype(np.uint16, copy=False)
-        limits = shared.limits(spec)
-        if not spec.numel:
-            good = not len(words)
-        else:
-            good = shared.kernels().cabac_decode(words, _centre(spec), *limits, values)
-        if not good:
+        centre, limits = _centre(spec), shared.limits(spec)
+        values = np.full(spec.matrix, centre, np.int32) if centre else np.zeros(spec.matrix, np.int32)
+        if not shared.kernels().cabac_decode(words, centre, *limits, values):
             raise ValueError("the words do not end as the symbols do")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 
 
 def _centre(spec: TensorSpec) -> int:
-    return (spec.levels - 1) // 2 if spec.levels else 0
+    return shared.limits(spec)[1] // 2 if spec.levels else 0

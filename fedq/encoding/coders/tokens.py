@@ -191,7 +191,7 @@ def limits(spec: TensorSpec) -> tuple[int, int]:
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
         raise TypeError(f"an entropy coder takes integers, not {spec.dtype}")
     if spec.levels is not None:
-        return 0, spec.levels - 1
+        return 0, min(spec.levels, 2**31) - 1
     if spec.dtype == torch.bool:
         return 0, 1
     info = torch.iinfo(spec.dtype)

@@ -15,6 +15,8 @@ from fedq.encoding.stages.sums import largest_magnitude, working_dtype
 from fedq.keys import Key
 
 _SPARE = 8  # more directions than are asked for: the last ones found are the least exact (Halko 2011, §4.2)
+_MOST = 1 << 30  # steps from 0
+_BOTH = ("left", "right")
 _EXACT = 128  # rows, or columns, up to which all singular vectors are found
 
 
@@ -25,8 +27,8 @@ class SingularVectors(EncodingStage):
     Takes a floating tensor of any shape, as a matrix of its first axis by all others; gives what is left of it, in the
     same shape. A client's update of a dense layer is a sum of few outer products, one for each of its examples, and
     what many rounds add up to has few directions too: k of them are k · (rows + columns) numbers instead of
-    rows · columns. They are found by a randomised subspace iteration (Halko 2011, algorithm 4.4). How many are sent is
-    up to `rank`, chosen so that the bits of all, with those of what is left, are fewest: for a normal variable of
+    rows · columns. They are found by one randomised subspace iteration (Halko 2011, algorithm 4.4). How many are sent,
+    up to `rank`, is chosen so that the bits of all, with those of what is left, are fewest: for a normal variable of
     variance v and a squared error d both count as log₂(1 + v / d) / 2, with d = step² / 12. So more are sent the
     smaller the step. The longer of each pair of vectors, times its singular value, is rounded to multiples of `step`,
     and the shorter is fitted to what came of that, and rounded too: each number then adds step² / 12 to the squared
@@ -64,50 +66,53 @@ class SingularVectors(EncodingStage):
         """As Stage.side_coder."""
         return CABAC()
 
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """The same; raises ValueError for side values that `encode` does not give."""
+        if side:
+            sent = int(side["values"].count_nonzero())
+            if not bool((side["values"][:sent] > 0).all()) or any(bool(side[name][sent:].any()) for name in _BOTH):
+                raise ValueError("there are vectors without a singular value, or one below 0")
+        return spec
+
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
         """As EncodingStage.encode."""
         spec = TensorSpec.of(x)
         side = {name: torch.zeros(own.shape, dtype=own.dtype) for name, own in self.side_spec(spec).items()}
-        peak = largest_magnitude(x)
+        peak, work = largest_magnitude(x), working_dtype(self, spec)
         if not side or peak < self.step:
             return x, side
-        if peak * math.sqrt(x.numel()) > self.step * 2**30:
-            raise ValueError(f"{peak} is too large for steps of {self.step}")
-        matrix = x.reshape(spec.matrix).to(working_dtype(self, spec))
-        flipped = matrix.t() if spec.matrix[0] > spec.matrix[1] else matrix  # no more rows than columns
-        names = ("right", "left") if spec.matrix[0] > spec.matrix[1] else ("left", "right")
-        values, vectors = _leading(flipped, self.rank + _SPARE, key)
-        count = self._count(values, float(torch.linalg.vector_norm(matrix)) ** 2, *flipped.shape)
+        if peak > math.sqrt(torch.finfo(work).max / x.numel()) or peak * math.sqrt(x.numel()) > self.step * _MOST:
+            raise ValueError(f"{peak} is too large, or too large for steps of {self.step}")
+        matrix = x.reshape(spec.matrix).to(work)
+        flipped, names = (matrix.t(), _BOTH[::-1]) if spec.matrix[0] > spec.matrix[1] else (matrix, _BOTH)
+        values, vectors = _leading(flipped, self.rank, key)  # of no more rows than columns
+        energy = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+        count = self._count(values, energy, *flipped.shape)
         if not count:
             return x, side
-        size = (values[:count] / self.step).round_().clamp_(min=1).int()
-        long = self._rounded(vectors[:count] * size[:, None] * self.step)
-        directions = long.to(matrix) / size[:, None]
-        some = long.any(1)
-        fitted = torch.zeros(count, len(flipped), dtype=matrix.dtype, device=matrix.device)
-        # least squares: the short vectors that fit the long ones as they are received
-        own = directions[some]
-        gram = own @ own.t()
-        gram.diagonal().add_(1e-6 * float(gram.diagonal().max()) if len(own) else 0)
-        fitted[some] = torch.linalg.solve(gram, own @ flipped.t())
-        short = self._rounded(fitted)
+        size = (values[:count] / self.step).round_().clamp_(min=1)
+        long = self._rounded(vectors[:count] * (size * self.step)[:, None])
+        short = self._rounded(_fitted(long.to(matrix) / size[:, None], flipped))
         for name, tensor in zip(("values", *names), (size, short, long), strict=True):
             side[name][:count] = tensor.cpu()
-        return (matrix - self._product(side, matrix)).view(x.shape).to(x.dtype), side
+        left, right = self._factors(side, matrix)
+        return torch.addmm(matrix, left, right, alpha=-1).view(x.shape).to(x.dtype), side
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
-        if not side:
+        if not side or not side["values"].any():
             return y
-        work = y.reshape(spec.matrix).to(working_dtype(self, spec))
-        limit = torch.finfo(spec.dtype).max
-        return (work + self._product(side, work)).clamp_(-limit, limit).view(spec.shape).to(spec.dtype)
+        work, limit = y.reshape(spec.matrix).to(working_dtype(self, spec)), torch.finfo(spec.dtype).max
+        left, right = self._factors(side, work)
+        return torch.addmm(work, left, right).clamp_(-limit, limit).view(spec.shape).to(spec.dtype)
 
-    def _product(self, side: Tensors, like: Tensor) -> Tensor:
-        """Returns the sum of the outer products of the vectors as they are received."""
-        sent = int(side["values"].count_nonzero())
-        size, left, right = (side[name][:sent].to(like) for name in ("values", "left", "right"))
-        return (left * self.step).t() @ (right / size[:, None])
+    def _factors(self, side: Tensors, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns two matrices whose product is the sum of what is sent; it is finite."""
+        sent, limit = int(side["values"].count_nonzero()), torch.finfo(like.dtype).max
+        size, left, right = (side[name][:sent].double() for name in ("values", *_BOTH))
+        # 256 products of 32 bits and this are still below the limit
+        right.mul_((self.step / size)[:, None]).clamp_(-limit * 2.0**-40, limit * 2.0**-40)
+        return left.to(like).t(), right.to(like)
 
     def _count(self, values: Tensor, energy: float, rows: int, columns: int) -> int:
         """Returns how many singular vectors take the fewest bits, with what is then left."""
@@ -120,27 +125,36 @@ class SingularVectors(EncodingStage):
         return int(bits.argmin())
 
     def _rounded(self, vectors: Tensor) -> Tensor:
-        symbols = (vectors / self.step).round_().int()
+        symbols = (vectors / self.step).round_().clamp_(-_MOST, _MOST).int()
         if self.rate_weight:
             rate_distortion_(symbols, vectors, self.step, self.rate_weight)
         return symbols
 
 
-def _leading(matrix: Tensor, count: int, key: Key) -> tuple[Tensor, Tensor]:
-    """Returns about the `count` largest singular values, largest first, and the right singular vectors as rows.
+def _leading(matrix: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:
+    """Returns about the `rank` largest singular values, largest first, and the right singular vectors as rows.
 
     `matrix` has no more rows than columns. Numbers of a float32 are off by its precision of the largest.
     """
-    rows = matrix.shape[0]
+    rows, count = matrix.shape[0], rank + _SPARE
     if rows <= max(_EXACT, count):
         small = matrix
     else:
-        draws = random_signs(rows * count, key.fold("sketch"), matrix.device).view(rows, count).to(matrix)
-        # each product with the matrix and its transpose makes the larger directions stand out more
-        basis = torch.linalg.qr(matrix @ (matrix.t() @ draws)).Q
-        basis = torch.linalg.qr(matrix @ (matrix.t() @ basis)).Q
-        small = basis.t() @ matrix
+        draws = random_signs(rows * count, key.fold("sketch"), matrix.device).view(rows, count).to(matrix) / rows
+        # the products with the matrix and its transpose make the larger directions stand out; what is still wrong is
+        # made good where the other vectors are fitted
+        small = torch.linalg.qr(matrix @ (matrix.t() @ draws)).Q.t() @ matrix
     squares, turn = torch.linalg.eigh(small @ small.t())
-    values = squares.clamp_(min=0).sqrt_().flip(0)[:count]
-    vectors = (turn.t() @ small).flip(0)[:count]
+    values = squares.clamp_(min=0).sqrt_().flip(0)[:rank]
+    vectors = turn.flip(1)[:, :rank].t() @ small
     return values, vectors / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+
+
+def _fitted(directions: Tensor, matrix: Tensor) -> Tensor:
+    """Returns the vectors, a row each, whose outer products with the rows `directions` come nearest to `matrix`."""
+    wide = directions.double()
+    gram = wide @ wide.t()
+    # some may be alike, or 0
+    gram.diagonal().add_(1e-6 * float(gram.diagonal().max()) + torch.finfo(gram.dtype).tiny)
+    fitted: Tensor = torch.linalg.solve(gram, (directions @ matrix.t()).double())
+    return fitted.to(matrix).contiguous()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedq.encoding.coders.tokens import kernels
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.sums import CHUNK, divided, largest_magnitude, sums, working_dtype
@@ -134,21 +135,11 @@ def rate_distortion_(symbols: Tensor, x: Tensor, step: float, weight: float) -> 
     """Moves the plainly rounded `symbols` of `x`, in place, to where (error in steps)² + weight · bits is least.
 
     A magnitude of mean μ is taken for geometric: 1 more costs log₂(1 + 1/μ) bits, and the first of them the sign's.
-    μ follows the symbols: it is found twice.
+    μ follows the symbols: it is found twice. Rates only ever pull towards 0.
     """
-    columns = TensorSpec.of(x).matrix[1]
-    flat = symbols.view(-1)
-    places = flat.nonzero().view(-1)  # rates only ever pull towards 0
-    if not len(places):
-        return
-    value = divided(x.reshape(-1)[places].double(), step)
-    magnitude, row, column = value.abs(), places // columns, places % columns
-    found = flat[places].abs().double()
-    for _ in range(2):
-        total = float(found.sum())
-        mean = torch.bincount(row, found)[row] * torch.bincount(column, found)[column] / max(total, 1.0)
-        cost = torch.log2(1 + 1 / mean.clamp_(min=2.0**-30)).mul_(weight / 2)
-        reduced = magnitude - cost
-        found = (reduced + 0.5).floor_().clamp_(min=0)
-        found[reduced < 0.5 + weight / 2] = 0
-    flat[places] = found.copysign(value).to(symbols.dtype)
+    spec = TensorSpec.of(x)
+    values = x.reshape(spec.matrix).to(torch.promote_types(x.dtype, torch.float32)).cpu().numpy()
+    moved = symbols.view(spec.matrix).cpu()
+    kernels().rate_distortion(values, moved.numpy(), step, weight)
+    if symbols.is_cuda:
+        symbols.copy_(moved.view(symbols.shape))
