@@ -3,10 +3,12 @@
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,6 +17,8 @@ from fedq.errors import FedqError
 from fedq.learning import ServerState
 
 log = logging.getLogger(__name__)
+
+_DAMAGE = (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError)
 
 
 class CheckpointError(FedqError):
@@ -29,22 +33,40 @@ def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round_{state.round:06d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with whole(path) as file:
         torch.save({field.name: getattr(state, field.name) for field in fields(state)} | {"config": config}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
     others = _newest_first(folder)
     later = [other for other in others if _round(other) > state.round]
     for other in [*folder.glob("round_*.tmp"), *later, *others[len(later) + keep :]]:
         other.unlink()
     return path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written that appears under its name only once all of it is on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def serials(folder: Path) -> list[int]:
+    """Returns the serial number of the next round of each checkpoint in `folder` that can be read."""
+    found = []
+    for path in _newest_first(folder):
+        with suppress(*_DAMAGE):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor's values
+            content.pop("config")
+            found.append(ServerState(**content).serial)
+    return found
 
 
 def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -59,7 +81,7 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
         return ServerState(**content), config
-    except (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
