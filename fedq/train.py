@@ -171,7 +171,8 @@ def train(
                 residuals.begin(earlier[0].serial, earlier[1] / "checkpoints" / "residuals")
             else:
                 residuals.begin(0)
-            order["residuals"] = [str(residuals.folder), residuals.mark()]
+            if shared:
+                order["residuals"] = [str(residuals.folder), residuals.mark()]
         if ranks:
             ranks.tell(order)
         process, dataset, clients = assemble(cfg, stopping, stack, residuals)
@@ -199,7 +200,7 @@ def train(
                 checkpoint.save(state, config, folder / "checkpoints", run.keep)
                 saved = state.round
                 if residuals:
-                    residuals.prune(checkpoint.serials(folder / "checkpoints"))
+                    residuals.prune([state.serial, *checkpoint.serials(folder / "checkpoints")])
 
         try:
             save()
@@ -208,7 +209,7 @@ def train(
                     tracker.write(metrics)
                 state = after
                 if residuals:
-                    residuals.settle(state.serial)
+                    residuals.settle()
                 if state.round % run.checkpoint_every == 0:
                     save()
         finally:

@@ -18,8 +18,6 @@ from fedq.learning import ServerState
 
 log = logging.getLogger(__name__)
 
-_DAMAGE = (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError)
-
 
 class CheckpointError(FedqError):
     """A checkpoint cannot be used; says which and why."""
@@ -59,13 +57,11 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def serials(folder: Path) -> list[int]:
-    """Returns the serial number of the next round of each checkpoint in `folder` that can be read."""
+    """Returns the serial number of the next round of each checkpoint in `folder` that can be used."""
     found = []
     for path in _newest_first(folder):
-        with suppress(*_DAMAGE):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor's values
-            content.pop("config")
-            found.append(ServerState(**content).serial)
+        with suppress(CheckpointError):
+            found.append(load(path)[0].serial)
     return found
 
 
@@ -81,7 +77,7 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
         return ServerState(**content), config
-    except _DAMAGE as error:
+    except (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {str(error).splitlines()[0]}") from error
 
 

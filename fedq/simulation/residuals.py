@@ -79,7 +79,7 @@ class Residuals:
             raise ResidualError(f"{source} is missing: without it clients' error feedback cannot go on")
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*.tmp"):
-            path.unlink()
+            path.unlink(missing_ok=True)
         if source and source.absolute() != self.folder:
             for client, versions in _listed(source).items():
                 if (version := _newest(versions, serial)) is not None:
@@ -126,12 +126,15 @@ class Residuals:
                 self._to_file(*least)
                 self._let_go(*least)
 
-    def settle(self, serial: int) -> None:
-        """Forgets what was only in memory and no checkpoint of round number `serial` or later can ask for."""
+    def settle(self) -> None:
+        """Forgets what is only in memory and not a client's newest: no checkpoint from now on can ask for it.
+
+        To be called between rounds, once one is done: a run that ends before goes on from the last that was.
+        """
         with self._lock:
             for client, version in list(self._held):
                 versions = self._versions[client]
-                if not versions[version] and any(version < later < serial for later in versions):
+                if not versions[version] and version < max(versions):
                     del versions[version]
                     self._let_go(client, version)
 
@@ -146,7 +149,7 @@ class Residuals:
         with self._lock:
             for client, versions in _listed(self.folder).items():
                 for version in versions - {_newest(versions, serial) for serial in serials}:
-                    _path(self.folder, client, version).unlink()
+                    _path(self.folder, client, version).unlink(missing_ok=True)
                     self._let_go(client, version)
                     self._versions.get(client, {}).pop(version, None)
 

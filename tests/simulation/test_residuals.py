@@ -107,7 +107,7 @@ def test_what_no_checkpoint_can_ask_for_is_never_written(tmp_path):
     kept = store(tmp_path)
     for serial in range(10):
         kept.save(1, serial, residual(1, serial))
-        kept.settle(serial + 1)
+        kept.settle()
     kept.save(1, 10, residual(1, 10))  # of a round that is not over: a run that stops here goes on from before it
     kept.flush()
     assert files(tmp_path) == ["1_10.residual", "1_9.residual"]
@@ -151,7 +151,7 @@ def test_the_same_run_killed_and_resumed_at_random_gets_the_same(tmp_path):
                 truth.setdefault(client, []).append(serial)
             serial += 1
             if draw.random() < 0.8:  # else the round is repeated: no checkpoint can be of this moment
-                kept.settle(serial)
+                kept.settle()
                 if draw.random() < 0.3:
                     kept.flush()
                     checkpoints = [*checkpoints, serial][-2:]
@@ -238,7 +238,7 @@ def test_threads_do_not_disturb_each_other(tmp_path, shared):
     with ThreadPoolExecutor(8) as pool:
         for serial in range(10):
             assert all(pool.map(one, range(24), [serial] * 24))
-            kept.settle(serial + 1)
+            kept.settle()
             if serial % 3 == 2:
                 kept.flush()
                 kept.prune([serial - 2, serial + 1])
