@@ -108,9 +108,16 @@ class Residuals:
             raise ResidualError(f"residual file {path} cannot be used: {error}") from error
 
     def save(self, client: int, serial: int, residual: Mapping[str, Tensor]) -> None:
-        """Keeps the client's residual after round number `serial`: finite tensors on the CPU, never changed again."""
+        """Keeps the client's residual after round number `serial`: finite tensors on the CPU, never changed again.
+
+        Raises OSError where a file cannot be written; on ranks ResidualError, which names it.
+        """
         if self._shared:
-            self._write(client, serial, residual)
+            try:
+                self._write(client, serial, residual)
+            except OSError as error:
+                path = _path(self.folder, client, serial)
+                raise ResidualError(f"residual file {path} cannot be written: {error}") from error
             return
         with self._lock:
             versions = self._versions.setdefault(client, {})

@@ -220,6 +220,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         kept.save(1, 1, residual(1, 1))
     assert files(tmp_path) == ["1_0.residual"]
+    with pytest.raises(ResidualError, match=r"1_1.residual cannot be written: .*No space"):
+        store(tmp_path, shared=True).save(1, 1, residual(1, 1))
 
 
 @pytest.mark.parametrize("shared", [False, True])
