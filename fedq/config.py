@@ -39,7 +39,8 @@ class RunConfig:
     of a run's folder. min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats`
     times in a row, and then ends the run. precision: of forward and backward passes. faults, guard: what goes wrong
     with clients, and what is done about updates out of line. accuracy_floor: the final test accuracy, from 0 to 1, at
-    which hydra/sweeper=fewest_bits looks for the fewest bits.
+    which hydra/sweeper=fewest_bits looks for the fewest bits. residual_memory: MiB of memory for what clients keep with
+    error feedback; beyond it what was least recently used is in files.
     """
 
     rounds: int
@@ -58,14 +59,16 @@ class RunConfig:
     faults: dict[str, Any] | None
     guard: dict[str, Any] | None
     accuracy_floor: float | None = None
+    residual_memory: int = 1024
 
     def __post_init__(self) -> None:
         counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "keep")
         for name in (*counts, "min_clients", "workers"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.repeats < 0:
-            raise ValueError(f"repeats must be 0 or more, not {self.repeats}")
+        for name in ("repeats", "residual_memory"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.min_clients > self.clients_per_round:
             raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
         if self.accuracy_floor is not None and not 0 <= self.accuracy_floor <= 1:
@@ -158,14 +161,18 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
 
 _NEUTRAL = (
     *("rounds", "evaluate_every", "checkpoint_every", "keep", "resume"),
-    *("min_clients", "repeats", "workers", "accuracy_floor"),
+    *("min_clients", "repeats", "workers", "accuracy_floor", "residual_memory"),
 )
 """The keys of `run` that may differ between a run and its continuation: they change no round's outcome."""
 
 
+_IMPLIED = {f"encoder.{direction}.error_feedback": False for direction in ("broadcast", "upload")}
+"""What a run was made with whose configuration, of an earlier version, does not say so."""
+
+
 def differences(there: Node, here: Node) -> list[str]:
     """Returns in words how the plain configuration of an earlier run differs from this one's; none in the same run."""
-    a, b = (_leaves(config, "") for config in (there, here))
+    a, b = (_IMPLIED | _leaves(config, "") for config in (there, here))
     return [
         f"{key} was {a.get(key, 'not set')}, not {b.get(key, 'not set')}"
         for key in sorted(a.keys() | b.keys())

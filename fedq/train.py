@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedq.learning import FederatedAveraging
     from fedq.simulation.loop import Clients
     from fedq.simulation.ranks import Ranks
+    from fedq.simulation.residuals import Residuals
     from fedq.simulation.stopping import Stopping
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def train(
     from fedq.encoding import Key, StateDictEncoder
     from fedq.simulation import checkpoint
     from fedq.simulation.loop import rounds
+    from fedq.simulation.residuals import Residuals
     from fedq.tracking.tensorboard import TensorBoard
 
     run, config = build_run(cfg), plain(cfg)
@@ -161,9 +163,19 @@ def train(
         earlier = checkpoint.resume(run.resume, folder, config)
         if not earlier and not metrics_file.empty:
             raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir")
+        order, residuals = {"job": config}, None
+        if config["encoder"]["upload"].get("error_feedback"):
+            shared = ranks is not None and ranks.size > 1
+            residuals = Residuals(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
+            if earlier:
+                residuals.begin(earlier[0].serial, earlier[1] / "checkpoints" / "residuals")
+            else:
+                residuals.begin(0)
+            if shared:
+                order["residuals"] = [str(residuals.folder), residuals.mark()]
         if ranks:
-            ranks.tell({"job": config})
-        process, dataset, clients = assemble(cfg, stopping, stack)
+            ranks.tell(order)
+        process, dataset, clients = assemble(cfg, stopping, stack, residuals)
         state = process.initialize()
         exact_message, _ = StateDictEncoder().encode(state.weights, Key(run.seed))
         summary.start(config, 8 * len(exact_message))
@@ -183,8 +195,12 @@ def train(
             nonlocal saved
             if saved != state.round:
                 metrics_file.sync()
+                if residuals:
+                    residuals.flush()
                 checkpoint.save(state, config, folder / "checkpoints", run.keep)
                 saved = state.round
+                if residuals:
+                    residuals.prune([state.serial, *checkpoint.serials(folder / "checkpoints")])
 
         try:
             save()
@@ -192,6 +208,8 @@ def train(
                 for tracker in (metrics_file, summary, tensorboard, progress):
                     tracker.write(metrics)
                 state = after
+                if residuals:
+                    residuals.settle()
                 if state.round % run.checkpoint_every == 0:
                     save()
         finally:
@@ -203,19 +221,25 @@ def train(
 
 def serve(ranks: "Ranks") -> None:
     """Does this process's part of what rank 0 runs."""
+    from fedq.simulation.residuals import Residuals
+
     with ExitStack() as stack:
         for order, message in ranks.listen():
             if "job" in order:
                 stack.close()
-                process, _, clients = assemble(OmegaConf.create(order["job"]), ranks.stopping, stack)
+                cfg, residuals = OmegaConf.create(order["job"]), None
+                if "residuals" in order:
+                    its_folder, mark = order["residuals"]
+                    residuals = Residuals.joined(its_folder, mark, build_run(cfg).seed)
+                process, _, clients = assemble(cfg, ranks.stopping, stack, residuals)
             else:
                 ranks.contribute_to(order, message, process.contribute, clients)
 
 
 def assemble(
-    cfg: DictConfig, stopping: "Stopping", stack: ExitStack
+    cfg: DictConfig, stopping: "Stopping", stack: ExitStack, residuals: "Residuals | None" = None
 ) -> tuple["FederatedAveraging", "FederatedDataset", "Clients"]:
-    """Returns what a checked configuration describes; `stack` ends its threads.
+    """Returns what a checked configuration describes; `stack` ends its threads, `residuals` are the clients'.
 
     Raises ConfigError where its parts do not fit together.
     """
@@ -245,6 +269,7 @@ def assemble(
         guard=guard,
         min_clients=run.min_clients,
         precision=run.precision,
+        residuals=residuals,
     )
 
     def clients(serial: int, numbers: Iterable[int]) -> "list[Client]":

@@ -26,10 +26,23 @@ def train(cwd: Path, arguments: list[str]) -> None:
     main()
 
 
+FEEDBACK = "encoder.upload.error_feedback=true"
+SPILLING = ["encoder=sign", FEEDBACK, "run.residual_memory=1", "run.checkpoint_every=3", "run.workers=2"]
+
+
 @pytest.mark.timeout(60 + 10 * KILLS)
-def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path):
-    # adaptive stages both ways and a server optimizer with state, so that all that a checkpoint holds counts
-    command = [*SMALL, "encoder=powersgd", "server=adam", "server.lr=0.01", "run.checkpoint_every=1", "run.workers=1"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        # adaptive stages both ways, so that all that a checkpoint holds counts
+        ["encoder=powersgd", "run.checkpoint_every=1", "run.workers=1"],
+        # the hidden layer has 0.6 MiB: of six clients' residuals one is in memory
+        SPILLING,
+    ],
+    ids=["adaptive", "residuals in files"],
+)
+def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, options):
+    command = [*SMALL, "server=adam", "server.lr=0.01", *options]  # a server optimizer with state
     command += ["run.evaluate_every=1"]  # so that where a run was first meant to end leaves no trace
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedq.train", "fedq.learning", "torch.utils.tensorboard"])
@@ -48,23 +61,29 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
             process.join()
-            in_a_write += any(tmp_path.glob("killed/checkpoints/*.tmp"))
+            in_a_write += any(tmp_path.glob("killed/checkpoints/**/*.tmp"))
         else:
             assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
             rounds += 20
-    print(f"{kills} kills in {rounds} rounds, {in_a_write} of them inside the write of a checkpoint")
+    print(f"{kills} kills in {rounds} rounds, {in_a_write} of them inside the write of a file")
     for folder in ("killed", "whole"):
         process = start(folder, rounds)
         process.join()
         assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
     assert len(metrics_of(tmp_path / "whole")) == rounds
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
-    assert len(list(tmp_path.glob("killed/checkpoints/*"))) == 2
+    assert len(list(tmp_path.glob("killed/checkpoints/*.*"))) == 2
+    kept = [
+        {path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.residual")}
+        for folder in ("killed", "whole")
+    ]
+    assert kept[0] == kept[1]
+    assert bool(kept[0]) == (options is SPILLING)
 
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
     """As people start it: two processes, one is killed, torchrun restarts both, and the outcome is one process's."""
-    command = [*SMALL, "run.rounds=60", "run.checkpoint_every=1", "encoder=hadamard"]
+    command = [*SMALL, "run.rounds=60", "run.checkpoint_every=1", "encoder=hadamard", FEEDBACK]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = tmp_path / "ranks"

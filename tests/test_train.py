@@ -310,14 +310,16 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
     assert [e.step for e in curves.Scalars("train/loss")] == [0, 1, 2]
 
 
-def test_a_run_goes_on_longer_and_from_another_folder(tmp_path):
-    fedq(tmp_path, *SMALL, "run.rounds=2", f"hydra.run.dir={tmp_path}/short")
-    fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}/whole")
-    fedq(tmp_path, *SMALL, f"run.resume={tmp_path}/short", f"hydra.run.dir={tmp_path}/other")
-    fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}/short")
+@pytest.mark.parametrize("encoder", [(), ("encoder=top_k", "encoder.upload.error_feedback=true")])
+def test_a_run_goes_on_longer_and_from_another_folder(tmp_path, encoder):
+    command = (*SMALL, *encoder)
+    fedq(tmp_path, *command, "run.rounds=2", f"hydra.run.dir={tmp_path}/short")
+    fedq(tmp_path, *command, f"hydra.run.dir={tmp_path}/whole")
+    fedq(tmp_path, *command, f"run.resume={tmp_path}/short", f"hydra.run.dir={tmp_path}/other")
+    fedq(tmp_path, *command, f"hydra.run.dir={tmp_path}/short", "run.residual_memory=0")
     assert_same_run(tmp_path / "other", tmp_path / "whole")
     assert_same_run(tmp_path / "short", tmp_path / "whole")
-    done = fedq(tmp_path, *SMALL, "run.resume=never", f"hydra.run.dir={tmp_path}/short", code=1)
+    done = fedq(tmp_path, *command, "run.resume=never", f"hydra.run.dir={tmp_path}/short", code=1)
     assert "belongs to another run" in done.stderr
     assert_same_run(tmp_path / "short", tmp_path / "whole")
 

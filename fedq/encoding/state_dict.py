@@ -271,6 +271,13 @@ class StateDictEncoder:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
         return tensors, front
 
+    def decodes_in_parts(self, schema: Schema) -> bool:
+        """Tells whether `decode` gives something else with `partly` than without."""
+        summed_first = not self.common_scale and any(
+            encoder.front(spec) for spec, encoder in self.chains(schema).values()
+        )
+        return summed_first or bool(self._joined(schema)) or self.reference != "none"
+
     def finish(
         self,
         total: Tensors,
@@ -304,14 +311,17 @@ class StateDictEncoder:
                 return encoder
         return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
 
-    def compensated(self, tensors: Tensors, residual: Tensors) -> Tensors:
+    def compensated(self, tensors: Tensors, residual: Tensors) -> dict[str, Tensor]:
         """Returns the tensors to encode: with the residual of the message before, which is empty before the first."""
         return {name: value + residual[name] if name in residual else value for name, value in tensors.items()}
 
     def residual(self, tensors: Tensors, decoded: Tensors) -> dict[str, Tensor]:
         """Returns what the message of `tensors` did not tell; empty without error feedback."""
-        names = self._staged(schema_of(tensors)) if self.error_feedback else []
-        return {name: tensors[name] - decoded[name] for name in names}
+        return {name: tensors[name] - decoded[name] for name in self.residual_schema(schema_of(tensors))}
+
+    def residual_schema(self, schema: Schema) -> Schema:
+        """Returns the schema of residuals: of what goes through stages; empty without error feedback."""
+        return {name: schema[name] for name in self._staged(schema)} if self.error_feedback else {}
 
     def _staged(self, schema: Schema) -> list[str]:
         """Returns the names of the floating tensors that go through stages: all others travel as they are."""

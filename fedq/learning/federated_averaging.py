@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, schema_of
+from fedq.encoding.encoder import is_finite
 from fedq.encoding.state_dict import ByTensor, flatten, unflatten
 from fedq.errors import FedqError
 from fedq.learning.client import LocalTraining, Precision, update_of
 from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import FAILURES, ClientFailure
 from fedq.learning.guard import NormGuard, norm
+from fedq.learning.residuals import InMemory, ResidualStore
 from fedq.learning.round import PHASES, Contribution, Gather, Record, Share, Task
 from fedq.learning.server import ServerOptimizer, ServerState, server_step, weighted
 
@@ -70,7 +72,9 @@ class FederatedAveraging:
     function to many clients; a pool's `map` trains them side by side, with the same result. uplink: from a client's
     message and its key to what the server receives of it; raises ClientFailure where that is nothing. guard: against
     updates whose norm is out of line. min_clients: with fewer usable updates `next` raises TooFewClients. precision: of
-    forward and backward passes; weights, updates and optimizers keep the model's dtype.
+    forward and backward passes; weights, updates and optimizers keep the model's dtype. residuals: where clients keep
+    theirs with the upload's error feedback; without it in this object's memory, beside the state: of a state before the
+    last one they are gone.
     """
 
     def __init__(
@@ -88,8 +92,10 @@ class FederatedAveraging:
         guard: NormGuard | None = None,
         min_clients: int = 1,
         precision: Precision = "float32",
+        residuals: ResidualStore | None = None,
     ) -> None:
         self.precision: Precision = precision
+        self.residuals: ResidualStore = InMemory() if residuals is None else residuals
         self.client, self.server = client, server
         self.broadcast, self.upload = broadcast or StateDictEncoder(), upload or StateDictEncoder()
         self.seed, self.device, self.map = seed, torch.device(device), map
@@ -105,6 +111,8 @@ class FederatedAveraging:
         self._initial = {name: value.detach().clone() for name, value in weights.items()}
         self._attached = schema_of(self._params_of(self.initialize()))
         self._reports = self.upload.update_spec(self._schema)
+        self._residuals = self.upload.residual_schema(self._schema)
+        self._in_parts = self.upload.decodes_in_parts(self._schema)
         self._local = threading.local()
         self._check_directions()
         if client.structured:
@@ -255,14 +263,21 @@ class FederatedAveraging:
                 training = self.client.train(model, received, examples, key.fold("train"), project, self.precision)
                 update = update_of(model.state_dict(), received)
             with _timed(record.seconds, "encode"):
+                if self._residuals:
+                    residual = self.residuals.load(client.number, task.round, self._residuals)
+                    update = self.upload.compensated(update, {n: r.to(self.device) for n, r in residual.items()})
                 loss = training.loss / max(1, training.seen)
                 message, _ = self.upload.encode(update, key, params, report=True, loss=loss)
             record.bits, record.training = 8 * len(message), training
-            if self.uplink:
+            own = None
+            if self._residuals:
+                message, own = self._send_and_keep(record, update, message, key, params)
+            elif self.uplink:
                 message = self.uplink(message, key)
 
             with _timed(record.seconds, "decode"):
-                decoded, reports = self.upload.decode(
+                # the server knows no more than the message: it reads the same out of the same bytes
+                decoded, reports = own or self.upload.decode(
                     message, key, self._schema, params, self._reports, self.device, partly=True
                 )
             with _timed(record.seconds, "aggregate"):
@@ -280,6 +295,32 @@ class FederatedAveraging:
             record.reason = str(error)
         return place, None, record
 
+    def _send_and_keep(
+        self, record: Record, update: Mapping[str, Tensor], message: bytes, key: Key, params: ByTensor
+    ) -> tuple[bytes, tuple[dict[str, Tensor], dict[str, Tensor]] | None]:
+        """Sends a client's message, and keeps what it does not tell of `update` for the client's next round.
+
+        Returns what the server receives, and what that decodes to where it is known by then. The client keeps its
+        earlier residual only where it sends nothing: what becomes of a message on the way it cannot know.
+        """
+        with _timed(record.seconds, "decode"):
+            own = self.upload.decode(message, key, self._schema, params, self._reports, self.device)
+        with _timed(record.seconds, "encode"):
+            # contiguous, as it comes out of a file: strides must not depend on where it was kept
+            residual = {n: r.contiguous().cpu() for n, r in self.upload.residual(update, own[0]).items()}
+            for name, value in residual.items():
+                if not is_finite(value):
+                    raise EncodeError(f"tensor {name!r}: what its message does not tell is beyond its dtype")
+        try:
+            received = self.uplink(message, key) if self.uplink else message
+        except ClientFailure as failure:
+            if failure.kind != "silent":
+                self.residuals.save(key.client, key.round, residual)
+            raise
+        with _timed(record.seconds, "encode"):
+            self.residuals.save(key.client, key.round, residual)
+        return received, own if received is message and not self._in_parts else None
+
     def _project(
         self, weights: Mapping[str, Tensor], key: Key, params: ByTensor, gradients: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -296,6 +337,11 @@ class FederatedAveraging:
             )
         if self.broadcast.pace and self.broadcast.pace.reports == "loss":
             raise FedqError("broadcast.pace: only clients know a training loss; give it to upload.pace")
+        if self.client.structured and self.upload.error_feedback:
+            raise FedqError(
+                "client.structured cannot go with encoder.upload.error_feedback: all of a structured update is sent, "
+                "and what another round left over is not within what this one can send"
+            )
 
     def _check_projection(self) -> None:
         """Raises FedqError unless what two steps of a client add up to can be sent without loss."""

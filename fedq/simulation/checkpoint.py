@@ -3,10 +3,12 @@
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -29,22 +31,38 @@ def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round_{state.round:06d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with whole(path) as file:
         torch.save({field.name: getattr(state, field.name) for field in fields(state)} | {"config": config}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
     others = _newest_first(folder)
     later = [other for other in others if _round(other) > state.round]
     for other in [*folder.glob("round_*.tmp"), *later, *others[len(later) + keep :]]:
         other.unlink()
     return path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written that appears under its name only once all of it is on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def serials(folder: Path) -> list[int]:
+    """Returns the serial number of the next round of each checkpoint in `folder` that can be used."""
+    found = []
+    for path in _newest_first(folder):
+        with suppress(CheckpointError):
+            found.append(load(path)[0].serial)
+    return found
 
 
 def load(path: Path) -> tuple[ServerState, dict[str, Any]]:

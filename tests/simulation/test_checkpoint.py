@@ -126,6 +126,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     state, its_folder = checkpoint.resume("auto", tmp_path, CONFIG)
     assert (state.round, its_folder) == (2, tmp_path)
     assert str(newest) in caplog.text
+    assert checkpoint.serials(folder) == [2, 1]
     # the run that goes on does away with the damaged one, and not with what it stands on
     (folder / "round_000099.tmp").write_bytes(b"half a checkpoint")
     checkpoint.save(states[1], CONFIG, folder, 2)

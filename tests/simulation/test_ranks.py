@@ -7,17 +7,27 @@ import signal
 import socket
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedq.data import Client, Examples
-from fedq.encoding import Encoder, FixedWidth, HadamardRotation, PowerSGD, StateDictEncoder, UniformQuantization
+from fedq.encoding import (
+    Encoder,
+    FixedWidth,
+    HadamardRotation,
+    PowerSGD,
+    ScaledSign,
+    StateDictEncoder,
+    UniformQuantization,
+)
 from fedq.learning import FederatedAveraging, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
 from fedq.models import MLP
 from fedq.simulation import ranks as ranks_module
 from fedq.simulation.ranks import RankLost, Ranks, split
+from fedq.simulation.residuals import Residuals
 from fedq.simulation.stopping import Stopping
 from fedq.simulation.workers import Workers
 
@@ -35,10 +45,10 @@ def make_client(number: int) -> Client:
     return Client(number, load, SIZES[number])
 
 
-def make_process(upload: StateDictEncoder, workers: Workers, seed: int = 5) -> FederatedAveraging:
+def make_process(upload: StateDictEncoder, workers: Workers, residuals: Residuals) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
     return FederatedAveraging(
-        partial(MLP, 10), LocalTraining(lr=0.1), server, ROTATED, upload, seed=seed, map=workers.map
+        partial(MLP, 10), LocalTraining(lr=0.1), server, ROTATED, upload, seed=5, map=workers.map, residuals=residuals
     )
 
 
@@ -46,17 +56,27 @@ def learning() -> StateDictEncoder:
     return StateDictEncoder(Encoder([PowerSGD(2)]), 1000)  # reports of its clients are added up
 
 
-def run(rank: int, size: int, workers: int, port: int, upload: StateDictEncoder, queue, rounds: int = 2) -> None:
+def feeding_back() -> StateDictEncoder:
+    chain = Encoder([HadamardRotation(), ScaledSign()], FixedWidth())
+    return StateDictEncoder(chain, 1000, error_feedback=True)
+
+
+def run(
+    rank: int, size: int, workers: int, port: int, upload: StateDictEncoder, folder: Path, queue, rounds: int = 3
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with Ranks(Stopping()) as ranks, Workers(workers) as pool:
-        process = make_process(upload, pool)
+        residuals = Residuals(folder, 5, 10**6, shared=size > 1)
+        process = make_process(upload, pool, residuals)
         if rank:
             for order, message in ranks.listen():
                 ranks.contribute_to(order, message, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
             return
+        residuals.begin(0)
         state = process.initialize()
         clients = [make_client(number) for number in range(len(SIZES))]
         for _ in range(rounds):
+            clients = clients[1:] + clients[:1]  # the next round's ranks have others
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
@@ -82,11 +102,16 @@ def processes():
     return context
 
 
-@pytest.mark.parametrize("upload", [ROTATED, learning()], ids=["summed before it is decoded", "adaptive"])
-def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload):
+@pytest.mark.parametrize(
+    "upload",
+    [ROTATED, learning(), feeding_back()],
+    ids=["summed before it is decoded", "adaptive", "with error feedback"],
+)
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload, tmp_path):
     def outcome(size: int, workers: int):
-        queue, port = processes.Queue(), free_port()
-        started = [processes.Process(target=run, args=(r, size, workers, port, upload, queue)) for r in range(size)]
+        queue, port, folder = processes.Queue(), free_port(), tmp_path / f"{size} {workers}"
+        arguments = (size, workers, port, upload, folder, queue)
+        started = [processes.Process(target=run, args=(rank, *arguments)) for rank in range(size)]
         for process in started:
             process.start()
         result = queue.get(timeout=120)
@@ -129,13 +154,13 @@ def test_cohorts_are_cut_into_neighbourhoods_of_equal_cost():
     assert max(sums) - min(sums) <= 2 * max(costs)
 
 
-def lose(rank: int, port: int, queue) -> None:
+def lose(rank: int, port: int, folder: Path, queue) -> None:
     """Rank 1 dies in the middle of a round; what becomes of rank 0 goes to the queue."""
     started = time.monotonic()
     if rank:
         threading_kill(queue)
     try:
-        run(rank, 2, 1, port, StateDictEncoder(), queue, rounds=10**6)
+        run(rank, 2, 1, port, StateDictEncoder(), folder, queue, rounds=10**6)
     except RankLost as error:
         queue.put((str(error), time.monotonic() - started))
 
@@ -145,9 +170,9 @@ def threading_kill(queue) -> None:
     signal.setitimer(signal.ITIMER_REAL, 2.0)
 
 
-def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes):
+def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes, tmp_path):
     queue, port = processes.Queue(), free_port()
-    started = [processes.Process(target=lose, args=(rank, port, queue)) for rank in range(2)]
+    started = [processes.Process(target=lose, args=(rank, port, tmp_path, queue)) for rank in range(2)]
     for process in started:
         process.start()
     message, seconds = queue.get(timeout=60)

@@ -1,0 +1,336 @@
+"""Error feedback at the clients."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fedq.data import Client, Examples
+from fedq.encoding import (
+    Encoder,
+    EncodingStage,
+    FixedWidth,
+    HadamardRotation,
+    Key,
+    PowerSGD,
+    ScaledSign,
+    StateDictEncoder,
+    TensorSpec,
+    TopK,
+)
+from fedq.encoding.message import repacked
+from fedq.errors import FedqError
+from fedq.learning import ClientFailure, FederatedAveraging, LocalTraining, TooFewClients, federated_averaging
+from fedq.learning.guard import NormGuard
+from fedq.learning.residuals import InMemory
+
+SIGN, TOP_K = Encoder([ScaledSign()], FixedWidth()), Encoder([TopK(0.01)])
+CHAINS = {
+    "sign": StateDictEncoder(SIGN, error_feedback=True),
+    "top_k": StateDictEncoder(TOP_K, error_feedback=True),
+    "joint": StateDictEncoder(TOP_K, 10, joint=True, error_feedback=True),
+    "summed first": StateDictEncoder(Encoder([HadamardRotation(), ScaledSign()], FixedWidth()), error_feedback=True),
+    "summed first, exact": StateDictEncoder(Encoder([HadamardRotation()]), error_feedback=True),
+    "common scale": StateDictEncoder(TOP_K, 100, common_scale=True, error_feedback=True),
+    "adaptive": StateDictEncoder(Encoder([PowerSGD(2)]), error_feedback=True),
+    "by rule": StateDictEncoder(TOP_K, rules={"small.weight": SIGN}, error_feedback=True),
+    "nothing": StateDictEncoder(error_feedback=True),
+}
+
+
+class Seen(InMemory):
+    """Remembers what is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+
+    def save(self, client, serial, residual):
+        self.saved[client, serial] = {name: value.clone() for name, value in residual.items()}
+        super().save(client, serial, residual)
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The true updates, in order."""
+    made, update_of = [], federated_averaging.update_of
+
+    def recording(trained, received):
+        update = update_of(trained, received)
+        made.append({name: value.clone() for name, value in update.items()})
+        return update
+
+    monkeypatch.setattr(federated_averaging, "update_of", recording)
+    return made
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_was_sent_and_the_last_residual_are_all_updates(process, client, updates, monkeypatch, chain):
+    upload, seen, decoded = CHAINS[chain], Seen(), []
+    decode = StateDictEncoder.decode
+
+    def recording(self, message, key, *args, partly=False, **kwargs):
+        if self is upload and key.client == 1:
+            decoded.append({n: t.clone() for n, t in decode(self, message, key, *args, **kwargs)[0].items()})
+        return decode(self, message, key, *args, partly=partly, **kwargs)
+
+    monkeypatch.setattr(StateDictEncoder, "decode", recording)
+    averaging, rounds = process(upload=upload, residuals=seen), 6
+    state = averaging.initialize()
+    for _ in range(rounds):
+        state, _ = averaging.next(state, [client(1)])
+    times = len(decoded) // rounds
+    reused = chain in ("sign", "top_k", "common scale", "adaptive", "by rule", "nothing")
+    assert len(decoded) == rounds * times
+    assert times == (1 if reused else 2)  # the server's decoding is the client's where it is certainly the same
+    sent, kept = decoded[::times], seen.saved.get((1, rounds - 1), {})
+    staged = {"joint": 3, "common scale": 2, "by rule": 2, "nothing": 0}.get(chain, 1)
+    assert len(kept) == staged
+    for name in updates[0]:
+        total = sum(update[name].double() for update in updates)
+        told = sum(message[name].double() for message in sent)
+        if name in kept:
+            assert kept[name].dtype == torch.float32
+            told += kept[name].double()
+            assert float(kept[name].norm()) > 0.1 * float(total.norm()) or "exact" in chain
+        torch.testing.assert_close(told, total, rtol=0, atol=1e-6 * float(total.abs().max()))
+
+
+def test_a_client_gets_its_own_and_of_its_last_round(process, client, updates):
+    seen = Seen()
+    averaging = process(upload=CHAINS["top_k"], residuals=seen)
+    state = averaging.initialize()
+    for cohort in ([1, 2], [2, 3], [1, 3]):
+        state, _ = averaging.next(state, [client(number) for number in cohort])
+    trained = dict(zip([(1, 0), (2, 0), (2, 1), (3, 1), (1, 2), (3, 2)], updates, strict=True))
+    for (number, serial), before in {(1, 2): (1, 0), (2, 1): (2, 0), (3, 2): (3, 1)}.items():
+        compensated = trained[number, serial]["big.weight"] + seen.saved[before]["big.weight"]
+        left = seen.saved[number, serial]["big.weight"]
+        sent = left != compensated
+        assert int(sent.sum()) == round(0.01 * sent.numel())  # the largest elements, exact
+        assert float(left[sent].abs().max()) == 0
+        assert float(compensated[sent].abs().min()) >= float(left.abs().max())
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(9, 2, bias=False)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def opposed(number: int) -> Client:
+    """Two clients of whom a loud feature tells the opposite, and eight quiet ones the same."""
+    y = torch.arange(20) % 2
+    signs = 2.0 * y[:, None] - 1
+    loud = signs * (3.0 if number else -3.0)
+    return Client(number, lambda: Examples(torch.cat((loud, signs * 0.3 * torch.ones(8)), 1), y))
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_strongly_biased_chain_learns_with_it_and_not_without(feedback):
+    # two of eighteen elements: the loud feature's, whose updates cancel each other
+    upload = StateDictEncoder(Encoder([TopK(2 / 18)]), 0, error_feedback=feedback)
+    averaging = FederatedAveraging(
+        Linear, LocalTraining(lr=0.5, batch_size=20), partial(torch.optim.SGD, lr=1.0), upload=upload
+    )
+    state = averaging.initialize()
+    for _ in range(60):
+        state, _ = averaging.next(state, [opposed(0), opposed(1)])
+    both = [opposed(number).load() for number in (0, 1)]
+    x, y = torch.cat([part.x for part in both]), torch.cat([part.y for part in both])
+    x[:, 0] = 0
+    found = averaging.evaluate(state, Examples(x, y))
+    if feedback:
+        assert found["accuracy"] == 1
+        assert found["loss"] < 0.2
+    else:
+        assert float(state.weights["layer.weight"][:, 1:].abs().max()) == 0
+        assert found["loss"] > 0.69
+
+
+class Wrong:
+    """An uplink with which each message of client 1 comes to harm from round 1 on."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __call__(self, message: bytes, key: Key) -> bytes:
+        if key.client != 1 or key.round != 1:
+            return message
+        match self.how:
+            case "crash":
+                raise ClientFailure("silent", "it crashed")
+            case "late":
+                raise ClientFailure("late", "it came late")
+            case "damaged":
+                return message[:-3] + b"\0\0\0"
+            case "cut":
+                return message[:-30]
+            case "replayed":
+                return repacked(message, key._replace(round=0))
+        return message
+
+
+def gone() -> Examples:
+    raise ClientFailure("silent", "it dropped out")
+
+
+NAN = Examples(torch.full((5, 1, 28, 28), torch.nan), torch.zeros(5, dtype=torch.int64))
+EMPTY = Examples(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("how", "keeps"),
+    [
+        *[(how, "the new") for how in ("nothing", "late", "damaged", "cut", "replayed", "outlier")],
+        *[(how, "the old") for how in ("crash", "dropout", "empty", "nan", "undecodable")],
+    ],
+)
+def test_what_a_client_that_fails_keeps(process, client, updates, monkeypatch, how, keeps):
+    """Of three rounds it fails in the second; what it sends in the third tells what it had kept."""
+    second = {"dropout": gone, "empty": lambda: EMPTY, "nan": lambda: NAN}.get(how)
+    guard = NormGuard("drop", initial=1e-6) if how == "outlier" else None
+    seen = Seen()
+    averaging = process(upload=CHAINS["sign"], residuals=seen, uplink=Wrong(how))
+    state, failed = averaging.initialize(), []
+    for number in range(3):
+        one = Client(1, second) if second and number == 1 else client(1)
+        averaging.guard = guard if number == 1 else None
+        with monkeypatch.context() as patch:
+            if how == "undecodable" and number == 1:
+                patch.setattr(federated_averaging, "is_finite", lambda tensor: False)
+            try:
+                state, metrics = averaging.next(state, [one, client(2)])
+                failed.append(metrics["clients_failed"])
+            except TooFewClients as error:  # all of a round's are out of line
+                state = error.state
+                failed.append(2)
+        if how == "undecodable" and number == 1:
+            assert failed[-1] == 2
+    assert failed[0] == failed[2] == 0
+    assert bool(failed[1]) == (how != "nothing")
+    mine = [serial for client, serial in seen.saved if client == 1]
+    assert mine == ([0, 1, 2] if keeps == "the new" else [0, 2])
+
+
+def test_what_it_kept_is_what_it_adds(process, client, updates):
+    """A client whose message was lost on the way goes on as if it had come; one that crashed as if not there."""
+    sent: dict[str, bytes] = {}
+    for how in ("late", "crash", "nothing"):
+
+        def uplink(message, key, how=how, wrong=None):
+            if (key.client, key.round) == (1, 2):
+                sent[how] = message
+            return Wrong(how)(message, key)
+
+        # the server stands still, so that only what is kept differs
+        averaging = process(
+            upload=CHAINS["sign"], uplink=uplink, server=partial(torch.optim.SGD, lr=0.0), client=LocalTraining(lr=0.1)
+        )
+        state = averaging.initialize()
+        for _ in range(3):
+            state, _ = averaging.next(state, [client(1), client(2)])
+    assert sent["late"] == sent["nothing"] != sent["crash"]
+
+
+def test_nothing_that_is_not_finite_is_kept(process, client):
+    """A residual can be beyond its dtype where the tensor and what is decoded of it are not."""
+
+    @dataclass(frozen=True)
+    class Negated(EncodingStage):
+        def encoded_spec(self, spec: TensorSpec, side) -> TensorSpec:
+            return spec
+
+        def encode(self, x, key):
+            return x, {}
+
+        def decode(self, y, side, spec, key):
+            return -y
+
+    seen = Seen()
+    upload = StateDictEncoder(Encoder([Negated()]), error_feedback=True)
+    averaging = process(upload=upload, residuals=seen, client=LocalTraining(lr=0.1))
+    huge = {1: {"big.weight": torch.full((16, 784), 1e38)}}
+    seen.load = lambda number, serial, schema: huge.get(number, {})
+    _, metrics = averaging.next(averaging.initialize(), [client(1, 1), client(2, 1)])
+    assert (1, 0) in seen.saved  # twice 1e38 is not too much
+    huge[1]["big.weight"] *= 2
+    _, metrics = averaging.next(averaging.initialize(), [client(3, 1), client(1, 1)])
+    assert metrics["clients_failed/unable"] == 1
+    assert seen.saved.keys() == {(1, 0), (2, 0), (3, 0)}
+    assert seen.saved[1, 0]["big.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("chain", ["sign", "joint", "summed first", "adaptive", "common scale"])
+def test_an_uplink_that_does_nothing_changes_nothing(process, client, chain):
+    """The server's own decoding of a copy is what the client decoded."""
+
+    def outcome(**more):
+        averaging = process(upload=CHAINS[chain], guard=NormGuard("clip", multiple=0.9), **more)
+        state = averaging.initialize()
+        for _ in range(3):
+            state, _ = averaging.next(state, [client(number) for number in range(3)])
+        return state.weights, state.norm, state.aggregated_bits
+
+    weights, *others = outcome()
+    copied, *same_others = outcome(uplink=lambda message, key: bytes(bytearray(message)))
+    assert same(weights, copied)
+    assert others == same_others
+
+
+def test_a_round_that_too_few_answer_leaves_what_was_sent(process, client):
+    seen = Seen()
+    averaging = process(upload=CHAINS["sign"], residuals=seen, min_clients=2, uplink=Wrong("late"))
+    state, _ = averaging.next(averaging.initialize(), [client(1), client(2)])
+    with pytest.raises(TooFewClients) as error:
+        averaging.next(state, [client(1), client(2)])
+    averaging.next(error.value.state, [client(1), client(2)])
+    assert seen.saved.keys() == {(number, serial) for number in (1, 2) for serial in range(3)}
+
+
+def test_without_a_run_folder_a_step_can_be_taken_again_and_another_training_begun(process, client):
+    averaging = process(upload=CHAINS["top_k"])
+
+    def two() -> list[dict[str, torch.Tensor]]:
+        first, _ = averaging.next(averaging.initialize(), [client(1), client(2)])
+        second, _ = averaging.next(first, [client(1), client(3)])
+        again, _ = averaging.next(first, [client(1), client(3)])
+        assert same(second.weights, again.weights)
+        third, _ = averaging.next(second, [client(3), client(2)])
+        return [first.weights, second.weights, third.weights]
+
+    assert all(map(same, two(), two()))
+    assert len(averaging.residuals._kept) == 3
+    assert all(len(own) <= 2 for own in averaging.residuals._kept.values())
+
+
+def test_without_the_key_nothing_is_kept(process, client):
+    seen = Seen()
+    averaging = process(upload=StateDictEncoder(SIGN), broadcast=CHAINS["sign"], residuals=seen)
+    averaging.next(averaging.initialize(), [client(1)])
+    assert not seen.saved
+
+
+def test_structured_clients_have_nothing_to_feed_back(process):
+    with pytest.raises(FedqError, match="client.structured cannot go with encoder.upload.error_feedback"):
+        process(client=LocalTraining(lr=0.1, structured=True), upload=CHAINS["top_k"])
+
+
+def test_a_store_that_fails_ends_the_round(process, client):
+    class Broken(InMemory):
+        def load(self, *args):
+            raise FedqError("residual file x cannot be used")
+
+    averaging = process(upload=CHAINS["sign"], residuals=Broken())
+    with pytest.raises(FedqError, match="residual file x"):
+        averaging.next(averaging.initialize(), [client(1)])
