@@ -38,7 +38,8 @@ class RunConfig:
     "auto" goes on from the newest checkpoint in the run's folder, "never" does not, a path is that of a checkpoint or
     of a run's folder. min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats`
     times in a row, and then ends the run. precision: of forward and backward passes. faults, guard: what goes wrong
-    with clients, and what is done about updates out of line. accuracy_floor: the final test accuracy, from 0 to 1, at
+    with clients, and what is done about updates out of line. dropout: how much of the model each client trains.
+    accuracy_floor: the final test accuracy, from 0 to 1, at
     which hydra/sweeper=fewest_bits looks for the fewest bits.
     """
 
@@ -57,6 +58,7 @@ class RunConfig:
     precision: Literal["float32", "bf16"]
     faults: dict[str, Any] | None
     guard: dict[str, Any] | None
+    dropout: dict[str, Any] | None
     accuracy_floor: float | None = None
 
     def __post_init__(self) -> None:
