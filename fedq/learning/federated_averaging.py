@@ -314,7 +314,7 @@ class FederatedAveraging:
     def _send_part(
         self, parts: SubModels, units: Units, whole: Tensors, brought: Tensors, key: Key, record: Record
     ) -> tuple[Tensors, Tensors, dict[str, Tensor]]:
-        """Sends a client its part of the model; returns what it decodes, and reports to the broadcast's adaptive parts."""
+        """Sends a client its part of the model; returns what it decodes, and reports to the broadcast's stages."""
         key = key.fold("broadcast")  # no random draw is shared with the upload's
         params = unflatten({path: value for path, value in brought.items() if not path.startswith(_UPLOAD)})
         with _timed(record.seconds, "encode"):

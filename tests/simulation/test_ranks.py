@@ -13,7 +13,7 @@ import torch
 
 from fedq.data import Client, Examples
 from fedq.encoding import Encoder, FixedWidth, HadamardRotation, PowerSGD, StateDictEncoder, UniformQuantization
-from fedq.learning import FederatedAveraging, LocalTraining
+from fedq.learning import FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
 from fedq.models import MLP
 from fedq.simulation import ranks as ranks_module
@@ -35,10 +35,20 @@ def make_client(number: int) -> Client:
     return Client(number, load, SIZES[number])
 
 
-def make_process(upload: StateDictEncoder, workers: Workers, seed: int = 5) -> FederatedAveraging:
+def make_process(
+    upload: StateDictEncoder, workers: Workers, seed: int = 5, dropout: FederatedDropout | None = None
+) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
+    broadcast = learning() if dropout else ROTATED  # with dropout clients' ranks encode broadcasts, and report
     return FederatedAveraging(
-        partial(MLP, 10), LocalTraining(lr=0.1), server, ROTATED, upload, seed=seed, map=workers.map
+        partial(MLP, 10),
+        LocalTraining(lr=0.1),
+        server,
+        broadcast,
+        upload,
+        seed=seed,
+        map=workers.map,
+        dropout=dropout,
     )
 
 
@@ -46,10 +56,19 @@ def learning() -> StateDictEncoder:
     return StateDictEncoder(Encoder([PowerSGD(2)]), 1000)  # reports of its clients are added up
 
 
-def run(rank: int, size: int, workers: int, port: int, upload: StateDictEncoder, queue, rounds: int = 2) -> None:
+def run(
+    rank: int,
+    size: int,
+    workers: int,
+    port: int,
+    upload: StateDictEncoder,
+    queue,
+    rounds: int = 2,
+    dropout: FederatedDropout | None = None,
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with Ranks(Stopping()) as ranks, Workers(workers) as pool:
-        process = make_process(upload, pool)
+        process = make_process(upload, pool, dropout=dropout)
         if rank:
             for order, message in ranks.listen():
                 ranks.contribute_to(order, message, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
@@ -82,11 +101,16 @@ def processes():
     return context
 
 
-@pytest.mark.parametrize("upload", [ROTATED, learning()], ids=["summed before it is decoded", "adaptive"])
-def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload):
+@pytest.mark.parametrize(
+    ("upload", "dropout"),
+    [(ROTATED, None), (learning(), None), (learning(), FederatedDropout(0.5))],
+    ids=["summed before it is decoded", "adaptive", "dropout"],
+)
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload, dropout):
     def outcome(size: int, workers: int):
         queue, port = processes.Queue(), free_port()
-        started = [processes.Process(target=run, args=(r, size, workers, port, upload, queue)) for r in range(size)]
+        arguments = (size, workers, port, upload, queue, 2, dropout)
+        started = [processes.Process(target=run, args=(r, *arguments)) for r in range(size)]
         for process in started:
             process.start()
         result = queue.get(timeout=120)
