@@ -25,6 +25,7 @@ from fedq.encoding import (
     StateUpdate,
     TensorSpec,
     UniformQuantization,
+    schema_of,
 )
 from fedq.encoding.state_dict import flatten
 from fedq.errors import FedqError
@@ -139,6 +140,28 @@ def test_each_coordinate_is_the_average_over_those_who_had_it(parts, client, sen
         np.testing.assert_array_equal(after[weight == 0], before.double().numpy()[weight == 0])
         unmoved += (weight == 0).sum()
     assert unmoved
+
+
+def test_what_was_decoded_from_the_messages_is_what_trained_the_model(parts, client, sent, monkeypatch):
+    """Fails if either side used the original tensors: they differ from what the bytes hold."""
+    started_from = []
+    train = LocalTraining.train
+    monkeypatch.setattr(
+        LocalTraining,
+        "train",
+        lambda self, model, weights, *rest: (started_from.append(weights), train(self, model, weights, *rest))[1],
+    )
+    averaging = parts(0.5, broadcast=UINT8, upload=UINT8)
+    start = averaging.initialize()
+    state, _ = averaging.next(start, [client(3)])
+    (down, down_key, part), (up, up_key, _) = sent[3, False], sent[3, True]
+    received, _ = UINT8.decode(down, down_key, schema_of(part))
+    assert same(received, started_from[0])
+    assert not torch.equal(received["conv.weight"], part["conv.weight"])
+    update, _ = UINT8.decode(up, up_key, schema_of(part))
+    for name, own in places(Key(0, 0, 3), 0.5).items():
+        moved = start.weights[name].numpy()[np.ix_(*own)] + update[name].numpy()
+        torch.testing.assert_close(state.weights[name].numpy()[np.ix_(*own)], moved, rtol=1e-6, atol=1e-7)
 
 
 def test_what_nobody_had_does_not_move_and_the_rest_does(parts, client):
@@ -339,6 +362,16 @@ def test_differences_from_the_initial_weights_are_the_parts_own(parts, client, s
     # in the first round there is no difference: all arrives exact
     exact, _ = parts(0.5).next(start, [client(0), client(1)])
     assert same(state.weights, exact.weights)
+    averaging.next(state, [client(0)])
+    message, key, part = sent[0, False]
+    initial = {
+        name: torch.as_tensor(start.weights[name].numpy()[np.ix_(*own)])
+        for name, own in places(Key(0, 1, 0), 0.5).items()
+    }
+    received, _ = reference.decode(message, key, schema_of(part), reference=initial)
+    for name, value in part.items():
+        bound = float((value - initial[name]).float().abs().max()) / 100  # two steps of 256, from minimum to maximum
+        torch.testing.assert_close(received[name], value, rtol=0, atol=bound + 1e-7)
 
 
 def test_it_goes_on_from_a_checkpoint_bit_for_bit(parts, client, tmp_path):
@@ -366,6 +399,19 @@ def test_the_guards_norm_is_that_of_the_parts_update(parts, client, sent):
     state, _ = averaging.next(averaging.initialize(), [client(0)])
     update = [tensor for tensor in sent[0, True][2].values() if tensor.is_floating_point()]
     assert state.norm == pytest.approx(math.sqrt(sum(float(t.double().square().sum()) for t in update)), rel=1e-5)
+
+
+def test_who_is_dropped_has_no_weight(parts, client):
+    def bright() -> Examples:
+        x, y = client(9, 40).load()
+        return Examples(1000 * x, y)
+
+    averaging = parts(0.5, guard=NormGuard("drop", initial=1.0))
+    start = averaging.initialize()
+    state, metrics = averaging.next(start, [client(0), client(1), Client(9, bright)])
+    without, _ = averaging.next(start, [client(0), client(1)])
+    assert metrics["clients_failed/outlier"] == 1
+    assert same(state.weights, without.weights)
 
 
 def test_evaluation_is_of_the_whole_model(parts, client):
