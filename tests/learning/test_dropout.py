@@ -29,7 +29,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.state_dict import flatten
 from fedq.errors import FedqError
-from fedq.learning import FederatedDropout, LocalTraining
+from fedq.learning import Diverged, FederatedDropout, LocalTraining
 from fedq.learning.dropout import SubModels
 from fedq.learning.guard import NormGuard
 from fedq.models import MLP, FedAvgCNN
@@ -412,6 +412,14 @@ def test_who_is_dropped_has_no_weight(parts, client):
     without, _ = averaging.next(start, [client(0), client(1)])
     assert metrics["clients_failed/outlier"] == 1
     assert same(state.weights, without.weights)
+
+
+def test_weights_that_are_no_numbers_are_not_sent(parts, client):
+    averaging = parts(0.5)
+    state = averaging.initialize()
+    weights = state.weights | {"out.bias": torch.full((10,), float("inf"))}
+    with pytest.raises(Diverged, match="round 0: tensor 'out.bias' holds NaN or infinity"):
+        averaging.next(replace(state, weights=weights), [client(0)])
 
 
 def test_evaluation_is_of_the_whole_model(parts, client):
