@@ -38,9 +38,10 @@ class RunConfig:
     "auto" goes on from the newest checkpoint in the run's folder, "never" does not, a path is that of a checkpoint or
     of a run's folder. min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats`
     times in a row, and then ends the run. precision: of forward and backward passes. faults, guard: what goes wrong
-    with clients, and what is done about updates out of line. accuracy_floor: the final test accuracy, from 0 to 1, at
-    which hydra/sweeper=fewest_bits looks for the fewest bits. residual_memory: MiB of memory for what clients keep with
-    error feedback; beyond it what was least recently used is in files.
+    with clients, and what is done about updates out of line. dropout: how much of the model each client trains.
+    accuracy_floor: the final test accuracy, from 0 to 1, at which hydra/sweeper=fewest_bits looks for the fewest bits.
+    residual_memory: MiB of memory for what clients keep with error feedback; beyond it what was least recently used is
+    in files.
     """
 
     rounds: int
@@ -58,6 +59,7 @@ class RunConfig:
     precision: Literal["float32", "bf16"]
     faults: dict[str, Any] | None
     guard: dict[str, Any] | None
+    dropout: dict[str, Any] | None
     accuracy_floor: float | None = None
     residual_memory: int = 1024
 

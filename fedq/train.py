@@ -255,7 +255,9 @@ def assemble(
             "take fewer, or more with dataset.clients where the dataset allows"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
-    faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))
+    faults, guard, dropout = (
+        build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard", "dropout")
+    )
     process = FederatedAveraging(
         model=build(cfg, "model", num_classes=dataset.num_classes),
         client=build(cfg, "client"),
@@ -270,6 +272,7 @@ def assemble(
         min_clients=run.min_clients,
         precision=run.precision,
         residuals=residuals,
+        dropout=dropout,
     )
 
     def clients(serial: int, numbers: Iterable[int]) -> "list[Client]":

@@ -20,7 +20,7 @@ def options(group):
     return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
 
 
-GROUPS = ("dataset", "model", "encoder", "client", "server", "run")
+GROUPS = ("dataset", "model", "encoder", "client", "server", "run", "run/faults", "run/guard", "run/dropout")
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])

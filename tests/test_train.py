@@ -346,6 +346,24 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_way_to_go_on(tmp_path, nu
     assert weights_equal(tmp_path / "run", tmp_path / "whole")
 
 
+def test_clients_train_parts_of_the_model_where_the_command_says_so(tmp_path):
+    parts = (*SMALL, "run/dropout=some", "run.dropout.keep=0.5", "run.evaluate_every=1")
+    fedq(tmp_path, *parts, f"hydra.run.dir={tmp_path}/whole")
+    fedq(tmp_path, *parts, "run.rounds=1", "run.workers=1", f"hydra.run.dir={tmp_path}/resumed")
+    fedq(tmp_path, *parts, "run.workers=2", f"hydra.run.dir={tmp_path}/resumed")
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    # 78,400 symbols, 2 side values and 11,210 exact parameters (10,000 are no more than the threshold), of 199,210
+    message = 48 + 78_400 + 2 * 4 + 4 * (100 + 100 * 100 + 100 + 10 * 100 + 10)
+    assert summary["broadcasted_bits"] == summary["aggregated_bits"] == 3 * 3 * 8 * message
+    assert summary["upload_ratio"] == summary["broadcast_ratio"] == (48 + 4 * 199_210) / message
+    done = fedq(tmp_path, *parts, "client=structured", "encoder=structured_mask", code=1)
+    assert "run.dropout: client.structured must be false" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = fedq(tmp_path, *parts, "run.dropout.keep=1.5", code=1)
+    assert "run.dropout: keep must be above 0 and at most 1, not 1.5" in done.stderr
+
+
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
     with closing(MetricsFile(tmp_path)):
         done = fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}", code=1)

@@ -1,6 +1,7 @@
 """The algorithm as pure steps: initialize() → state, next(state, clients) → state, metrics."""
 
 from fedq.learning.client import LocalTraining, TrainingMetrics
+from fedq.learning.dropout import FederatedDropout
 from fedq.learning.evaluation import evaluate
 from fedq.learning.failures import ClientFailure
 from fedq.learning.federated_averaging import Diverged, FederatedAveraging, TooFewClients
@@ -12,6 +13,7 @@ __all__ = [
     "Contribution",
     "Diverged",
     "FederatedAveraging",
+    "FederatedDropout",
     "Gather",
     "LocalTraining",
     "Record",

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, schema_of
 from fedq.encoding.encoder import is_finite
+from fedq.encoding.spec import Tensors
 from fedq.encoding.state_dict import ByTensor, flatten, unflatten
 from fedq.errors import FedqError
 from fedq.learning.client import LocalTraining, Precision, update_of
+from fedq.learning.dropout import FederatedDropout, SubModels, Units
 from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import FAILURES, ClientFailure
 from fedq.learning.guard import NormGuard, norm
@@ -74,7 +76,10 @@ class FederatedAveraging:
     updates whose norm is out of line. min_clients: with fewer usable updates `next` raises TooFewClients. precision: of
     forward and backward passes; weights, updates and optimizers keep the model's dtype. residuals: where clients keep
     theirs with the upload's error feedback; without it in this object's memory, beside the state: of a state before the
-    last one they are gone.
+    last one they are gone. dropout: clients train parts of the model. Each is then sent a message of its own, and both
+    encoders see sub-models only; reports of the broadcasts' adaptive stages are combined as a cohort's, of those
+    clients whose updates are used. FedqError is raised where the model does not tell its units, and for what looks back
+    at tensors of earlier rounds.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class FederatedAveraging:
         min_clients: int = 1,
         precision: Precision = "float32",
         residuals: ResidualStore | None = None,
+        dropout: FederatedDropout | None = None,
     ) -> None:
         self.precision: Precision = precision
         self.residuals: ResidualStore = InMemory() if residuals is None else residuals
@@ -106,7 +112,11 @@ class FederatedAveraging:
             # Convolutions are about a tenth faster with channels last; the wire's order is unaffected.
             self._model = model().to(self.device).to(memory_format=torch.channels_last)
         weights = self._model.state_dict()
-        self._schema = schema_of(weights)
+        self._parts = self._sub_models(dropout) if dropout else None
+        self._client_model = self._parts.model(self._model) if self._parts else self._model
+        # messages to and from clients are of their model; parts are cut, sent and decoded where a client runs
+        self._whole, self._schema = schema_of(weights), schema_of(self._client_model.state_dict())
+        self._teller, self._finisher = (_EXACT, _EXACT) if self._parts else (self.broadcast, self.upload)
         self._parameters = frozenset(name for name, _ in self._model.named_parameters())
         self._initial = {name: value.detach().clone() for name, value in weights.items()}
         self._attached = schema_of(self._params_of(self.initialize()))
@@ -153,7 +163,7 @@ class FederatedAveraging:
                 base, _ = _EXACT.encode(reference, key)
             told = self.broadcast.compensated(state.weights, state.residual)
             try:
-                message, reported = self.broadcast.encode(told, key, down, self._params_of(state), reference=reference)
+                message, reported = self._teller.encode(told, key, down, self._params_of(state), reference=reference)
             except EncodeError as error:
                 raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
         task = Task(state.serial, message, state.norm, base)
@@ -172,7 +182,7 @@ class FederatedAveraging:
         behind = sum(state.catching_up(record.client, len(base)) for record in records)
         sent = replace(
             state,
-            broadcasted_bits=state.broadcasted_bits + 8 * (len(message) * len(clients) + behind),
+            broadcasted_bits=state.broadcasted_bits + sum(record.broadcast_bits for record in records) + 8 * behind,
             aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
         )
         if total is None or len(usable) < self.min_clients:
@@ -185,14 +195,17 @@ class FederatedAveraging:
         with _timed(seconds, "decode"):
             up = self.upload.params(self._schema, state.upload)
             try:
-                update = self.upload.finish(total.update, key, self._schema, up, self.device)
+                update = self._finisher.finish(total.update, key, self._whole, up, self.device)
             except MessageError as error:  # a sum may overflow
                 raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
         with _timed(seconds, "aggregate"):
+            weight: int | Tensors = total.weight
+            if self._parts:
+                weight = self._parts.weights((key._replace(client=record.client), record.weight) for record in usable)
             weights, optimizer = server_step(
-                self.server, state.optimizer, state.weights, self._parameters, update, total.weight
+                self.server, state.optimizer, state.weights, self._parameters, update, weight
             )
-            own_reports = self.broadcast.report(self._schema, flatten(reported))
+            own_reports = self.broadcast.report(self._schema, flatten(reported)) | total.broadcast_reports
             after = replace(
                 sent,
                 round=state.round + 1,
@@ -220,13 +233,12 @@ class FederatedAveraging:
         key = Key(self.seed, task.round)
         with _timed(share.seconds, "decode"):
             # All clients decode the same bytes to the same weights and only read them: once is enough.
-            last = _EXACT.decode(task.base, key, self._schema, device=self.device)[0] if task.base else self._initial
-            received, brought = self.broadcast.decode(
-                task.message, key, self._schema, attached=self._attached, device=self.device, reference=last
+            last = _EXACT.decode(task.base, key, self._whole, device=self.device)[0] if task.base else self._initial
+            received, brought = self._teller.decode(
+                task.message, key, self._whole, attached=self._attached, device=self.device, reference=last
             )
             share.received = received
-        up = {path.removeprefix(_UPLOAD): value for path, value in brought.items() if path.startswith(_UPLOAD)}
-        one_client = partial(self._client, task, received, unflatten(up))
+        one_client = partial(self._client, task, received, brought)
         for place, contribution, record in self.map(one_client, _longest_first(clients)):
             with _timed(share.seconds, "aggregate"):
                 share.sums.add(place, contribution)
@@ -247,7 +259,7 @@ class FederatedAveraging:
         return flatten(down) | {_UPLOAD + path: value for path, value in flatten(up).items()}
 
     def _client(
-        self, task: Task, received: Mapping[str, Tensor], params: ByTensor, placed: tuple[int, Client]
+        self, task: Task, received: Tensors, brought: Tensors, placed: tuple[int, Client]
     ) -> tuple[int, Contribution | None, Record]:
         """Does one client's part of a round, and the server's part for its message alone."""
         place, client = placed
@@ -255,6 +267,14 @@ class FederatedAveraging:
         key = Key(self.seed, task.round, client.number)
         model = self._worker_model()
         try:
+            down_reports: dict[str, Tensor] = {}
+            if self._parts:
+                units = self._parts.drawn(key)
+                received, brought, down_reports = self._send_part(self._parts, units, received, brought, key, record)
+            else:
+                record.broadcast_bits = 8 * len(task.message)
+            up = {path.removeprefix(_UPLOAD): value for path, value in brought.items() if path.startswith(_UPLOAD)}
+            params = unflatten(up)
             with _timed(record.seconds, "train"):
                 examples = client.load()
                 if not len(examples.y):
@@ -278,16 +298,19 @@ class FederatedAveraging:
             with _timed(record.seconds, "decode"):
                 # the server knows no more than the message: it reads the same out of the same bytes
                 decoded, reports = own or self.upload.decode(
-                    message, key, self._schema, params, self._reports, self.device, partly=True
+                    message, key, self._schema, params, self._reports, self.device, partly=not self._parts
                 )
             with _timed(record.seconds, "aggregate"):
-                weight = min(len(examples.y), self.client.max_examples or len(examples.y))
+                record.weight = weight = min(len(examples.y), self.client.max_examples or len(examples.y))
                 scale = 1.0
                 if self.guard:
                     record.norm = norm(decoded)
                     scale = self.guard.scale(record.norm, task.norm)
                 update = weighted(decoded, received, weight, scale)
-                return place, Contribution(weight, update, self.upload.report(self._schema, reports)), record
+                if self._parts:
+                    update = self._parts.whole(update, units)
+                reports = self.upload.report(self._schema, reports)
+                return place, Contribution(weight, update, reports, down_reports), record
         except ClientFailure as failure:
             record.failure, record.reason = failure.kind, str(failure)
         except (EncodeError, MessageError) as error:
@@ -320,6 +343,33 @@ class FederatedAveraging:
         with _timed(record.seconds, "encode"):
             self.residuals.save(key.client, key.round, residual)
         return received, own if received is message and not self._in_parts else None
+
+    def _sub_models(self, dropout: FederatedDropout) -> SubModels:
+        """Returns the model's sub-models; raises FedqError for what cannot be had together with them."""
+        if "last" in (self.broadcast.reference, self.upload.reference):
+            raise FedqError("run.dropout: reference=last needs clients that receive all of the model, not parts of it")
+        if self.broadcast.error_feedback or self.upload.error_feedback:
+            raise FedqError("run.dropout: error_feedback must be false: what is left of one part is not of the next")
+        if self.client.structured:
+            raise FedqError("run.dropout: client.structured must be false: a part is trained as it is")
+        return SubModels(self._model, dropout)
+
+    def _send_part(
+        self, parts: SubModels, units: Units, whole: Tensors, brought: Tensors, key: Key, record: Record
+    ) -> tuple[Tensors, Tensors, dict[str, Tensor]]:
+        """Sends a client its part of the model; returns what it decodes, and reports to the broadcast's stages."""
+        key = key.fold("broadcast")  # no random draw is shared with the upload's
+        params = unflatten({path: value for path, value in brought.items() if not path.startswith(_UPLOAD)})
+        with _timed(record.seconds, "encode"):
+            reference = parts.cut(self._initial, units)
+            part = parts.cut(whole, units)
+            message, reported = self.broadcast.encode(part, key, params, brought, reference=reference)
+        record.broadcast_bits = 8 * len(message)
+        with _timed(record.seconds, "decode"):
+            received, brought = self.broadcast.decode(
+                message, key, self._schema, attached=self._attached, device=self.device, reference=reference
+            )
+        return received, brought, self.broadcast.report(self._schema, flatten(reported))
 
     def _project(
         self, weights: Mapping[str, Tensor], key: Key, params: ByTensor, gradients: Mapping[str, Tensor]
@@ -363,12 +413,15 @@ class FederatedAveraging:
             left.weight + right.weight,
             {name: value.add_(right.update[name]) for name, value in left.update.items()},
             self.upload.combine(self._schema, left.reports, right.reports),
+            self.broadcast.combine(self._schema, left.broadcast_reports, right.broadcast_reports)
+            if self._parts
+            else {},
         )
 
     def _worker_model(self) -> nn.Module:
         """Returns the calling thread's own copy of the model."""
         if not hasattr(self._local, "model"):
-            self._local.model = deepcopy(self._model)
+            self._local.model = deepcopy(self._client_model)
         model: nn.Module = self._local.model
         return model
 

@@ -17,25 +17,30 @@ PHASES = ("train", "encode", "decode", "aggregate")
 class Contribution(NamedTuple):
     """What the server adds up over clients: weights, weighted updates and reports to adaptive stages.
 
-    Updates are decoded as far as a sum can be taken (`StateDictEncoder.decode` with `partly`).
+    Updates are decoded as far as a sum can be taken (`StateDictEncoder.decode` with `partly`). With federated dropout
+    they are decoded, and 0 where a client had nothing; and there are reports of each client's broadcast too.
     """
 
     weight: int
     update: dict[str, Tensor]
     reports: dict[str, Tensor]
+    broadcast_reports: dict[str, Tensor]
 
 
 @dataclass
 class Record:
-    """What is kept of each client of a round: why it failed if it did, its upload's bits and norm, and sums to report.
+    """What is kept of each client of a round: why it failed if it did, bits, its update's weight and norm, and sums.
 
-    `norm` is that of the update as the server adds it up, None where nothing could be decoded.
+    `broadcast_bits` are those of what it was sent, `bits` its upload's. `norm` is that of the update as
+    the server adds it up, None where nothing could be decoded.
     """
 
     client: int
     failure: FailureKind | None = None
     reason: str = ""
+    broadcast_bits: int = 0
     bits: int = 0
+    weight: int = 0
     norm: float | None = None
     training: TrainingMetrics = TrainingMetrics(0.0, 0, 0)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -45,7 +50,8 @@ class Task(NamedTuple):
     """A round's work as the clients get it.
 
     The serial number of the round, the broadcast, the norm guard's state; where the broadcast is the difference from
-    what clients received last, a message of that, exact, for those that do not have it.
+    what clients received last, a message of that, exact, for those that do not have it. With federated dropout the
+    message is one of all that clients' own broadcasts are made from, and goes to none of them.
     """
 
     round: int

@@ -75,28 +75,30 @@ def server_step(
     weights: Mapping[str, Tensor],
     parameters: frozenset[str],
     total: Mapping[str, Tensor],
-    weight: int,
+    weight: int | Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the next weights and optimizer state, from the weighted sum of updates and the sum of their weights.
 
+    That is one number, or a tensor each that broadcasts, where coordinates are not all of the same clients.
     The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 2). Other floating
     tensors (batch norm's running statistics) take the mean as it is; integers and booleans the mean to the nearest
     integer, in exact arithmetic. Works in place: `total` is used up.
     """
+    share = weight if isinstance(weight, Mapping) else dict.fromkeys(weights, weight)
     leaves = {name: weights[name].clone().requires_grad_() for name in weights if name in parameters}
     optimizer = build(leaves.values())
     if state:
         optimizer.load_state_dict(deepcopy(dict(state)))
     for name, leaf in leaves.items():
-        leaf.grad = total[name].div_(-weight)
+        leaf.grad = total[name].div_(-share[name])
     optimizer.step()
     after = {}
     for name, value in weights.items():
         if name in leaves:
             after[name] = leaves[name].detach()
         elif value.is_floating_point():
-            after[name] = value + total[name] / weight
+            after[name] = value + total[name] / share[name]
         else:
-            nearest = torch.div(2 * total[name] + weight, 2 * weight, rounding_mode="floor")
+            nearest = torch.div(2 * total[name] + share[name], 2 * share[name], rounding_mode="floor")
             after[name] = (value.to(torch.int64) + nearest).to(value.dtype)
     return after, optimizer.state_dict()

@@ -1,5 +1,7 @@
 """The CNN of Federated Averaging."""
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +15,13 @@ class FedAvgCNN(nn.Module):
     (N, 1, 28, 28), returns logits (N, num_classes): cross entropy on logits is exact where a softmax layer followed
     by a logarithm loses digits, so there is no softmax layer; take argmax for a class, softmax for probabilities.
     """
+
+    # see fedq.learning.dropout: a filter of conv2 has 7 × 7 columns of dense1.weight
+    units: ClassVar = {
+        "conv1": (("conv1.weight", 0), ("conv1.bias", 0), ("conv2.weight", 1)),
+        "conv2": (("conv2.weight", 0), ("conv2.bias", 0), ("dense1.weight", 1)),
+        "dense1": (("dense1.weight", 0), ("dense1.bias", 0), ("dense2.weight", 1)),
+    }
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

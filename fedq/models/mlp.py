@@ -1,5 +1,7 @@
 """The small network of Federated Averaging."""
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +13,11 @@ class MLP(nn.Module):
 
     Takes float32 (N, 1, 28, 28), returns logits (N, num_classes).
     """
+
+    units: ClassVar = {  # see fedq.learning.dropout
+        "dense1": (("dense1.weight", 0), ("dense1.bias", 0), ("dense2.weight", 1)),
+        "dense2": (("dense2.weight", 0), ("dense2.bias", 0), ("dense3.weight", 1)),
+    }
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -25,6 +25,7 @@ RUN = RunConfig(
     precision="float32",
     faults=None,
     guard=None,
+    dropout=None,
 )
 
 

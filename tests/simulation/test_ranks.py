@@ -22,7 +22,7 @@ from fedq.encoding import (
     StateDictEncoder,
     UniformQuantization,
 )
-from fedq.learning import FederatedAveraging, LocalTraining
+from fedq.learning import FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
 from fedq.models import MLP
 from fedq.simulation import ranks as ranks_module
@@ -45,10 +45,21 @@ def make_client(number: int) -> Client:
     return Client(number, load, SIZES[number])
 
 
-def make_process(upload: StateDictEncoder, workers: Workers, residuals: Residuals) -> FederatedAveraging:
+def make_process(
+    upload: StateDictEncoder, workers: Workers, residuals: Residuals, dropout: FederatedDropout | None = None
+) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
+    broadcast = learning() if dropout else ROTATED  # with dropout clients' ranks encode broadcasts, and report
     return FederatedAveraging(
-        partial(MLP, 10), LocalTraining(lr=0.1), server, ROTATED, upload, seed=5, map=workers.map, residuals=residuals
+        partial(MLP, 10),
+        LocalTraining(lr=0.1),
+        server,
+        broadcast,
+        upload,
+        seed=5,
+        map=workers.map,
+        residuals=residuals,
+        dropout=dropout,
     )
 
 
@@ -62,12 +73,20 @@ def feeding_back() -> StateDictEncoder:
 
 
 def run(
-    rank: int, size: int, workers: int, port: int, upload: StateDictEncoder, folder: Path, queue, rounds: int = 3
+    rank: int,
+    size: int,
+    workers: int,
+    port: int,
+    upload: StateDictEncoder,
+    folder: Path,
+    queue,
+    rounds: int = 3,
+    dropout: FederatedDropout | None = None,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with Ranks(Stopping()) as ranks, Workers(workers) as pool:
         residuals = Residuals(folder, 5, 10**6, shared=size > 1)
-        process = make_process(upload, pool, residuals)
+        process = make_process(upload, pool, residuals, dropout)
         if rank:
             for order, message in ranks.listen():
                 ranks.contribute_to(order, message, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
@@ -103,14 +122,14 @@ def processes():
 
 
 @pytest.mark.parametrize(
-    "upload",
-    [ROTATED, learning(), feeding_back()],
-    ids=["summed before it is decoded", "adaptive", "with error feedback"],
+    ("upload", "dropout"),
+    [(ROTATED, None), (learning(), None), (feeding_back(), None), (learning(), FederatedDropout(0.5))],
+    ids=["summed before it is decoded", "adaptive", "with error feedback", "dropout"],
 )
-def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload, tmp_path):
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(processes, upload, dropout, tmp_path):
     def outcome(size: int, workers: int):
         queue, port, folder = processes.Queue(), free_port(), tmp_path / f"{size} {workers}"
-        arguments = (size, workers, port, upload, folder, queue)
+        arguments = (size, workers, port, upload, folder, queue, 3, dropout)
         started = [processes.Process(target=run, args=(rank, *arguments)) for rank in range(size)]
         for process in started:
             process.start()
