@@ -27,7 +27,11 @@ class CABAC(Coder):
 
     Takes symbols of any number of levels, or none, in any integer dtype; of what axes the rows are, see
     TensorSpec.matrix. For matrices whose rows and columns differ in scale, or are dead, and for few bits a symbol.
+
+    signed: False for symbols that are all 0 or more, and count from 0: none has a sign then.
     """
+
+    signed: bool = True
 
     def size(self, spec: TensorSpec) -> None:
         """As Coder.size."""
@@ -38,8 +42,10 @@ class CABAC(Coder):
         if not spec.numel:
             return b""
         values = shared.checked(symbols, spec)
+        if not self.signed and int(values.min()) < 0:
+            raise ValueError("a symbol is below 0, and signed is False")
         out = np.empty(4 * spec.numel + 4, np.uint16)
-        used = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec), out)
+        used = shared.kernels().cabac_encode(values.reshape(spec.matrix), self._centre(spec), self.signed, out)
         return out[:used].astype("<u2", copy=False).data.cast("B")
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
@@ -52,11 +58,10 @@ class CABAC(Coder):
         if not spec.numel:
             good = not len(words)
         else:
-            good = shared.kernels().cabac_decode(words, _centre(spec), *limits, values)
+            good = shared.kernels().cabac_decode(words, self._centre(spec), self.signed, *limits, values)
         if not good:
             raise ValueError("the words do not end as the symbols do")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 
-
-def _centre(spec: TensorSpec) -> int:
-    return (spec.levels - 1) // 2 if spec.levels else 0
+    def _centre(self, spec: TensorSpec) -> int:
+        return (spec.levels - 1) // 2 if spec.levels and self.signed else 0
