@@ -50,6 +50,7 @@ from fedq.encoding.stages import (
     ThreeLevel,
     Threshold,
     TopK,
+    TrellisQuantization,
     UniformQuantization,
     ZeroOutliers,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "ThreeLevel",
     "Threshold",
     "TopK",
+    "TrellisQuantization",
     "UniformQuantization",
     "ZeroOutliers",
     "ZeroRuns",

@@ -18,6 +18,7 @@ import torch
 
 from fedq.encoding import (
     ANS,
+    CABAC,
     QSGD,
     Cast,
     Elias,
@@ -33,6 +34,7 @@ from fedq.encoding import (
     StepQuantization,
     TernGrad,
     TopK,
+    TrellisQuantization,
     UniformQuantization,
     ZeroRuns,
     schema_of,
@@ -65,6 +67,9 @@ ENCODERS = {
     "elias": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], Elias("delta")), 100),
     "ans": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS()), 100),
     "ans_of_steps": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], ANS("laplace")), 100),
+    "trellis": StateDictEncoder(
+        Encoder([TrellisQuantization(0.25, relative=False, rate_weight=0)], CABAC(signed=False)), 100
+    ),
     "ans_adaptive": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS("adaptive")), 100),
     "huffman": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], Huffman()), 100),
 }

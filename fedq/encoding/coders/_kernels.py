@@ -391,7 +391,7 @@ def _with_room(out, at):
 
 
 @_compiled
-def cabac_encode(rows, centre):
+def cabac_encode(rows, centre, signed):
     """Returns the words of 16 bits of the integers of a matrix less `centre`. See cabac.py for the format."""
     height, width = rows.shape
     chances, rates = cabac_model()
@@ -435,7 +435,8 @@ def cabac_encode(rows, centre):
                 for k in range(shift - 1, -1, -1):
                     low, span, at = _put(low, span, (size >> k) & 1, _EVEN, out, at)
                 if size:
-                    low, span, at = _put(low, span, value < 0, _EVEN, out, at)
+                    if signed:
+                        low, span, at = _put(low, span, value < 0, _EVEN, out, at)
                     columns[j] += size
                     row += size
         total += row
@@ -471,7 +472,7 @@ def _get(code, span, chance, words, at):
 
 
 @_compiled
-def cabac_decode(words, centre, lowest, highest, rows):
+def cabac_decode(words, centre, signed, lowest, highest, rows):
     """Inverts `cabac_encode`; returns whether it could have made these words, from integers within these limits.
 
     `rows` hold `centre` everywhere before.
@@ -517,7 +518,9 @@ def cabac_decode(words, centre, lowest, highest, rows):
                 bit, code, span, at = _get(code, span, _EVEN, words, at)
                 size = 2 * size + bit
             if size:
-                bit, code, span, at = _get(code, span, _EVEN, words, at)
+                bit = False
+                if signed:
+                    bit, code, span, at = _get(code, span, _EVEN, words, at)
                 value = centre - size if bit else centre + size
                 if not lowest <= value <= highest:
                     return False
@@ -575,3 +578,117 @@ def rate_distortion(values, symbols, step, weight):
                 if last:
                     symbols[i, j] = size if plain > 0 else -size
         rows, columns = own_rows, own_columns
+
+
+# --------------------------------------------------------------------------- trellis-coded quantisation (trellis.py)
+
+SEGMENT = 1024
+"""Elements from one start in state 0 to the next."""
+
+_LANES = 64  # segments that are searched side by side
+F32 = np.float32
+
+
+@_compiled
+def trellis_classes(rows, classes):
+    """Writes the class of each symbol of a matrix: as CABAC's, but told by all others of its row and column.
+
+    Returns of each class how many symbols it has, how many of them are above 0, and their sum.
+    """
+    height, width = rows.shape
+    counts, held, columns = np.zeros((CLASSES, 3), np.int64), np.zeros(1), np.zeros(width, np.int64)
+    bits = held.view(np.int64)
+    for i in range(height):
+        for j in range(width):
+            columns[j] += rows[i, j]
+    mean = (columns.sum() + 0.25) / (height * width + 4.0)
+    share = 1 / ((height + 1) * mean * (width + 3))
+    for i in range(height):
+        row = 4 * mean
+        for j in range(width):
+            row += rows[i, j]
+        for j in range(width):
+            size = rows[i, j]
+            c = _class((columns[j] - size + 2 * mean) * (row - size) * share, held, bits)
+            classes[i, j] = c
+            counts[c, 0] += 1
+            counts[c, 1] += size > 0
+            counts[c, 2] += size
+    return counts
+
+
+@_compiled
+def _nearest(value, slope, d):
+    """Returns the m = d mod 4 with the least (value − m − ½)² + slope · |m + ½|; where signs may differ, about so."""
+    size = max(abs(value) - F32(0.5) * slope, F32(0))
+    return F32(4) * np.floor(F32(0.25) * ((size if value > 0 else -size) + (F32(1.5) - d))) + d
+
+
+@_compiled
+def trellis_search(values, classes, costs, centroids, subsets, out):
+    """Finds the symbols with the least sum of squared errors and costs (Viterbi 1967) in each segment.
+
+    A symbol s > 0 of class c costs costs[0, c] + costs[1, c] · s, and is decoded as ±(s + ½ + centroids[1]); 0 costs
+    nothing, and is decoded as ±(½ + centroids[0]). `values`, `classes` and `out` are flat. A branch to state t comes
+    from state t / 2 with subset subsets[t], or from that of the upper half with subsets[t] ^ 2. Returns how many
+    symbols are 0 and how many are not, and the sums of what their values are beyond ±(s + ½).
+    """
+    states, length = len(subsets), min(SEGMENT, len(values))
+    half, found = states // 2, np.zeros((2, 2))
+    given, branch = np.zeros((3, length, _LANES), F32), np.empty((4, _LANES), F32)
+    value, start, slope = given[0], given[1], given[2]
+    cost, better = np.empty((states, _LANES), F32), np.empty((states, _LANES), F32)
+    taken = np.empty((length, _LANES), np.uint32)  # from the upper half: a bit for each state
+    first, shift = F32(0.5 + centroids[0]), F32(centroids[1])
+    for group in range(0, len(values), SEGMENT * _LANES):
+        for lane in range(_LANES):
+            begin = group + lane * SEGMENT
+            for i in range(length):
+                inside = begin + i < len(values)  # behind the end there are zeros
+                value[i, lane] = values[begin + i] if inside else 0
+                start[i, lane] = costs[0, classes[begin + i]] if inside else 0
+                slope[i, lane] = costs[1, classes[begin + i]] if inside else 0
+        cost[:] = 1e30
+        cost[0] = 0
+        for i in range(length):
+            for d in range(4):
+                for lane in range(_LANES):
+                    v, a = value[i, lane], slope[i, lane]
+                    point = _nearest(v, a, F32(d)) + F32(0.5)
+                    size = abs(point)
+                    error = (v if point > 0 else -v) - (size + shift if size > 1 else first)
+                    more = start[i, lane] + a * (size - F32(0.5)) if size > 1 else F32(0)
+                    branch[d, lane] = error * error + more - cost[0, lane]
+            taken[i] = 0
+            for t in range(states):
+                d = subsets[t]
+                for lane in range(_LANES):
+                    lower = cost[t >> 1, lane] + branch[d, lane]
+                    upper = cost[(t >> 1) + half, lane] + branch[d ^ 2, lane]
+                    better[t, lane] = upper if upper < lower else lower
+                    taken[i, lane] |= np.uint32(upper < lower) << np.uint32(t)
+            cost, better = better, cost
+        for lane in range(_LANES):
+            begin, state = group + lane * SEGMENT, np.argmin(cost[:, lane])
+            for i in range(length - 1, -1, -1):
+                upper = np.int64((taken[i, lane] >> np.uint32(state)) & np.uint32(1))
+                if begin + i < len(values):
+                    # in float64, which holds all m
+                    v, d = np.float64(values[begin + i]), np.float64(subsets[state] ^ (2 * upper))
+                    point = _nearest(v, costs[1, classes[begin + i]], d) + 0.5
+                    size = np.int64(abs(point))
+                    out[begin + i] = size
+                    found[0, int(size > 0)] += 1
+                    found[1, int(size > 0)] += (v if point > 0 else -v) - abs(point)
+                state = (state >> 1) + half * upper
+    return found
+
+
+@_compiled
+def trellis_signs(symbols, steps, out):
+    """Writes the signs, 1 or −1: steps[s, symbol mod 4] is twice the state behind s, and 1 more for a minus."""
+    state = 0
+    for i in range(len(symbols)):
+        entry = steps[state if i % SEGMENT else 0, symbols[i] & 3]
+        out[i] = 1 - 2 * (entry & 1)
+        state = entry >> 1

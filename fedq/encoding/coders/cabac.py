@@ -31,7 +31,11 @@ class CABAC(Coder):
 
     Takes symbols of any number of levels, or none, in any integer dtype; of what axes the rows are, see
     TensorSpec.matrix. For matrices whose rows and columns differ in scale, or are dead, and for few bits a symbol.
+
+    signed: False for symbols that are all 0 or more, and count from 0: none has a sign then.
     """
+
+    signed: bool = True
 
     def size(self, spec: TensorSpec) -> None:
         """As Coder.size."""
@@ -42,7 +46,10 @@ class CABAC(Coder):
         if not spec.numel:
             return b""
         values = shared.checked(symbols, spec)
-        words: np.ndarray = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec))
+        if not self.signed and int(values.min()) < 0:
+            raise ValueError("a symbol is below 0, and signed is False")
+        matrix = values.reshape(spec.matrix)
+        words: np.ndarray = shared.kernels().cabac_encode(matrix, self._centre(spec), self.signed)
         return words.astype("<u2", copy=False).tobytes()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
@@ -50,12 +57,11 @@ class CABAC(Coder):
         if len(data) % 2:
             raise ValueError(f"{len(data)} bytes are not words of 16 bits")
         words = np.frombuffer(data, "<u2").astype(np.uint16, copy=False)
-        centre, limits = _centre(spec), shared.limits(spec)
+        centre, limits = self._centre(spec), shared.limits(spec)
         values = np.full(spec.matrix, centre, np.int32) if centre else np.zeros(spec.matrix, np.int32)
-        if not shared.kernels().cabac_decode(words, centre, *limits, values):
+        if not shared.kernels().cabac_decode(words, centre, self.signed, *limits, values):
             raise ValueError("the words do not end as the symbols do")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 
-
-def _centre(spec: TensorSpec) -> int:
-    return shared.limits(spec)[1] // 2 if spec.levels else 0
+    def _centre(self, spec: TensorSpec) -> int:
+        return shared.limits(spec)[1] // 2 if spec.levels and self.signed else 0

@@ -13,6 +13,7 @@ from fedq.encoding.stages.sign import OneBitTwoMeans, ScaledSign
 from fedq.encoding.stages.singular import SingularVectors
 from fedq.encoding.stages.sparsification import RandomMask, Threshold, TopK
 from fedq.encoding.stages.step import StepQuantization
+from fedq.encoding.stages.trellis import TrellisQuantization
 from fedq.encoding.stages.uniform import UniformQuantization
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ThreeLevel",
     "Threshold",
     "TopK",
+    "TrellisQuantization",
     "UniformQuantization",
     "ZeroOutliers",
 ]

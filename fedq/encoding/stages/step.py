@@ -90,10 +90,7 @@ class StepQuantization(EncodingStage):
         work, peak, side = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x), {}
         step = self.step
         if self.relative:
-            rms = peak * math.sqrt(sums(x, lambda v: divided(v, peak).square_())[0] / x.numel()) if peak else 0.0
-            info = torch.finfo(work)
-            step = min(max(self.step * rms, info.smallest_normal * info.eps), info.max)
-            side["step"] = torch.tensor(step, dtype=work)
+            side["step"] = of_rms(step, x, peak, work)
             step = float(side["step"])
         if peak > _MOST * step:
             raise ValueError(f"{peak} is more than 2^30 steps of {step}")
@@ -129,6 +126,13 @@ class StepQuantization(EncodingStage):
                 value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
             out.copy_(value.mul_(step).clamp_(-largest, largest))
         return decoded
+
+
+def of_rms(step: float, x: Tensor, peak: float, work: torch.dtype) -> Tensor:
+    """Returns `step` times the root mean square of `x`, whose largest magnitude is `peak`, within what `work` holds."""
+    rms = peak * math.sqrt(sums(x, lambda v: divided(v, peak).square_())[0] / x.numel()) if peak else 0.0
+    info = torch.finfo(work)
+    return torch.tensor(min(max(step * rms, info.smallest_normal * info.eps), info.max), dtype=work)
 
 
 def rate_distortion_(symbols: Tensor, x: Tensor, step: float, weight: float) -> None:
