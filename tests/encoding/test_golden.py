@@ -18,6 +18,7 @@ import torch
 
 from fedq.encoding import (
     ANS,
+    CABAC,
     QSGD,
     Cast,
     Elias,
@@ -66,6 +67,12 @@ ENCODERS = {
     "ans": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS()), 100),
     "ans_of_steps": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], ANS("laplace")), 100),
     "ans_adaptive": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS("adaptive")), 100),
+    "cabac": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100),
+    "cabac_of_levels": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], CABAC()), 100),
+    "rates": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False, rate_weight=0.1)], CABAC()), 100),
+    "common_scale": StateDictEncoder(
+        Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True
+    ),
     "huffman": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], Huffman()), 100),
 }
 

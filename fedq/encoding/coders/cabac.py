@@ -41,7 +41,7 @@ class CABAC(Coder):
         """As Coder.encode."""
         if not spec.numel:
             return b""
-        values = shared.checked(symbols, spec)
+        values = shared.checked(symbols, spec).astype(np.int32, copy=False)
         words: np.ndarray = shared.kernels().cabac_encode(values.reshape(spec.matrix), _centre(spec))
         return words.astype("<u2", copy=False).tobytes()
 
