@@ -20,7 +20,7 @@ from fedq.encoding import CABAC, TensorSpec
 from fedq.encoding.coders import Coder, _kernels
 
 CODERS: list[tuple[Coder, int | None]] = [(CABAC(), levels) for levels in (None, 1, 2, 3, 16, 100, 256)]
-WIDE_CODERS: list[tuple[Coder, int | None]] = [(CABAC(), levels) for levels in (257, 4097, 65_536, 2**31, 2**40)]
+WIDE_CODERS: list[tuple[Coder, int | None]] = [(CABAC(), levels) for levels in (257, 4097, 65_536, 2**31)]
 EDGES = (0, 1, -1, 15, 16, 17, -16, 1023, 2**30, -(2**30), 2**31 - 1, -(2**31))
 ANY = TensorSpec((1,), torch.int32)
 
