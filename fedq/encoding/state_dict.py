@@ -382,7 +382,7 @@ class StateDictEncoder:
         if both not in self._fingerprints:  # to describe them takes longer than to encode a small message
             agreed: list[Any] = [list(schema.items()), list(self.chains(schema).items()), list(attached.items())]
             if self.reference != "none" or self.common_scale:
-                agreed += [self.reference, self.common_scale, self.pace]
+                agreed += [self.reference, self.common_scale]
             self._fingerprints[both] = hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
         return self._fingerprints[both]
 

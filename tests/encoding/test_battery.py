@@ -84,8 +84,17 @@ CHAINS = [
 ]
 
 
+def peak(x: Tensor) -> float:
+    return float(x.double().abs().max())
+
+
 def bound_of(encoder: Encoder) -> Bound | None:
-    """The error that a chain may make, where that of its one lossy stage is known."""
+    """The error that a chain may make, where that of its one lossy stage is known.
+
+    NaN, as it may refuse such a tensor, for a chain with an absolute step and more than 2^28 of that.
+    """
+    if absolute := [part.step for part in encoder.stages if not getattr(part, "relative", True)]:
+        return lambda x: math.nan if peak(x) * math.sqrt(x.numel()) > 2**28 * absolute[0] else math.inf
     lossy = [stage for stage in encoder.stages if not stage.lossless]
     if not lossy:
         return lambda x: 0.0

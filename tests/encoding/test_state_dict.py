@@ -11,6 +11,7 @@ from toys import Negate, Reverse, Zlib
 
 from fedq.encoding import (
     BROADCAST,
+    CABAC,
     EncodeError,
     Encoder,
     EncodingStage,
@@ -18,7 +19,9 @@ from fedq.encoding import (
     Key,
     MessageError,
     Raw,
+    SingularVectors,
     StateDictEncoder,
+    StepQuantization,
     TensorSpec,
     UniformQuantization,
     schema_of,
@@ -359,3 +362,167 @@ def test_arguments_that_repr_cannot_tell_apart_are_refused() -> None:
 
     with pytest.raises(TypeError, match="plain values"):
         StateDictEncoder(Encoder([Table(table=wave(3))]), 0).encode({"x": wave(5)}, KEY)
+
+
+# ---------------------------------------------------------------------------- common scale and reference
+
+STEPS = Encoder([StepQuantization(0.5, relative=False)], CABAC())
+COMMON = StateDictEncoder(STEPS, threshold=10, common_scale=True)
+
+
+def round_trip(encoder: StateDictEncoder, tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, torch.Tensor]]:
+    before = {name: raw_bytes(tensor) for name, tensor in tensors.items()}
+    message, _ = encoder.encode(tensors, KEY)
+    back, _ = encoder.decode(message, KEY, schema_of(tensors))
+    assert schema_of(back) == schema_of(tensors)
+    assert {name: raw_bytes(tensor) for name, tensor in tensors.items()} == before
+    return message, back
+
+
+def test_a_common_scale_is_the_root_mean_square_of_what_goes_through_stages() -> None:
+    tensors = {"a": wave(20, 30), "b": wave(400) * 9, "small": wave(7) * 1e9, "n": torch.arange(99) * 10**9}
+    message, back = round_trip(COMMON, tensors)
+    both = torch.cat([tensors["a"].reshape(-1), tensors["b"]]).double()
+    (scale,) = struct.unpack_from("<f", message, 44)
+    assert scale == pytest.approx(float(both.square().mean().sqrt()), rel=1e-6)
+    for name in "ab":
+        assert float((back[name] - tensors[name]).abs().max()) <= 0.2501 * scale
+    assert same(back["small"], tensors["small"]) and same(back["n"], tensors["n"])
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-45, 1e-40, 1e-30, 1e18, 1e37])
+def test_a_common_scale_of_any_size(factor: float) -> None:
+    tensors = {"a": wave(20, 30) * factor, "b": torch.zeros(50), "e": torch.zeros(0, 20), "c": wave(40) * factor * 1e-3}
+    _, back = round_trip(COMMON, tensors)
+    error = max(float((back[name] - tensors[name]).abs().max()) for name in "abc")
+    assert error <= max(0.2 * factor, 1.2e-38)
+    assert error <= 1.5 * factor
+    limits = {"a": torch.tensor([3.4e38, -3.4e38] * 10), "b": torch.zeros(30)}
+    assert round_trip(COMMON, limits)[1]["a"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_common_scale_in_every_dtype(dtype: torch.dtype) -> None:
+    limit = torch.finfo(dtype).max
+    for factor in (1.0, limit / 2, 6e-8):
+        tensors = {"a": (wave(300, dtype=torch.float64) * factor).to(dtype), "f": wave(200) * 1e-9}
+        if dtype == torch.float64 and factor > 1e200:  # the sum of its squares is infinite
+            with pytest.raises(EncodeError, match="too large for a common scale"):
+                COMMON.encode(tensors, KEY)
+            continue
+        _, back = round_trip(COMMON, tensors)
+        assert float((back["a"].double() - tensors["a"].double()).abs().max()) <= 0.16 * factor
+    # what is rounded up is cut off at the dtype's limit
+    largest = {"a": torch.tensor([limit if dtype != torch.float64 else 1e150] * 15 + [0.0] * 5, dtype=dtype)}
+    assert round_trip(COMMON, largest)[1]["a"].isfinite().all()
+    tiny = {"a": wave(50, dtype=torch.float64) * 1e-100, "b": wave(50)}
+    assert len(round_trip(COMMON, tiny)[0]) > 48
+    alone = {"a": wave(50, dtype=torch.float64) * 1e-100}
+    assert float((round_trip(COMMON, alone)[1]["a"] - alone["a"]).abs().max()) < 0.2e-100
+
+
+def test_a_common_scale_leaves_integers_with_rules_to_their_chains() -> None:
+    encoder = StateDictEncoder(STEPS, 10, rules={"n": Encoder([Negate()])}, common_scale=True)
+    tensors = {"n": torch.arange(30), "a": wave(40) * 5}
+    assert same(round_trip(encoder, tensors)[1]["n"], tensors["n"])
+    with pytest.raises(EncodeError, match="tensor 'n' cannot be encoded: .*floating"):
+        StateDictEncoder(rules={"*": STEPS}, common_scale=True).encode(tensors, KEY)
+    assert round_trip(StateDictEncoder(common_scale=True), tensors)[1]["a"].equal(tensors["a"])  # nothing to scale
+
+
+def test_a_common_scale_joint_and_partly() -> None:
+    tensors = {"a": wave(20, 30), "n": torch.arange(30), "b": wave(400) * 9}
+    joint = dataclasses.replace(COMMON, joint=True)
+    message, back = round_trip(joint, tensors)
+    plain = round_trip(COMMON, tensors)[1]
+    assert all(torch.equal(back[name], plain[name]) for name in tensors)
+    for encoder in (COMMON, joint):
+        message, _ = encoder.encode(tensors, KEY)
+        part, _ = encoder.decode(message, KEY, schema_of(tensors), partly=True)
+        total = {name: 2.0 * tensor for name, tensor in part.items()}
+        whole = encoder.finish(total, KEY, schema_of(tensors))
+        assert all(torch.equal(whole[name], 2.0 * plain[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_scales_that_are_none_are_refused(scale: float) -> None:
+    tensors = {"a": wave(20, 30)}
+    message, _ = COMMON.encode(tensors, KEY)
+    body = struct.pack("<f", scale) + message[48:-4]
+    with pytest.raises(MessageError, match="common scale"):
+        COMMON.decode(reframe(message, body), KEY, schema_of(tensors))
+    for odd in (1e-45, 3e38):
+        back, _ = COMMON.decode(reframe(message, struct.pack("<f", odd) + body[4:]), KEY, schema_of(tensors))
+        assert back["a"].isfinite().all()
+
+
+def test_one_step_for_all_is_shorter_than_a_step_for_each_at_the_same_error() -> None:
+    draw = torch.Generator().manual_seed(1)
+    sigmas = (0.05, 0.3, 1.0, 4.0)
+    tensors = {f"{sigma}": sigma * torch.randn(100, 200, generator=draw) for sigma in sigmas}
+
+    def sent(encoder: StateDictEncoder) -> tuple[int, float]:
+        message, back = round_trip(encoder, tensors)
+        return len(message), sum(float((back[name] - tensors[name]).square().sum()) for name in tensors)
+
+    def own(step: float) -> StateDictEncoder:
+        return StateDictEncoder(Encoder([StepQuantization(step)], CABAC()), 10)
+
+    size, error = sent(COMMON)
+    low, high = 0.01, 4.0
+    for _ in range(25):  # the largest relative step that makes no more error
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if sent(own(middle))[1] <= error else (low, middle)
+    assert sent(own(low))[1] == pytest.approx(error, rel=0.02)
+    assert size < 0.6 * sent(own(low))[0]
+
+
+def test_a_reference_is_taken_away_and_added() -> None:
+    initial = {"a": wave(20, 30) * 100, "n": torch.arange(30), "small": wave(3), "h": wave(30, dtype=torch.float16)}
+    tensors = {"a": initial["a"] + wave(20, 30), "n": torch.arange(30) + 5, "small": wave(3) + 1, "h": initial["h"] + 1}
+    plain = StateDictEncoder(STEPS, threshold=10)
+    for joint, common in ((False, False), (False, True)):
+        encoder = dataclasses.replace(plain, joint=joint, common_scale=common, reference="initial")
+        message, _ = encoder.encode(tensors, KEY, reference=initial)
+        back, _ = encoder.decode(message, KEY, schema_of(tensors), reference=initial)
+        difference = {name: tensors[name] - initial[name] for name in tensors}
+        other = dataclasses.replace(encoder, reference="none")
+        own, apart = round_trip(other, difference)
+        assert message[44:60] == own[44:60] if common else message[44:-4][:20] == own[44:-4][:20]
+        for name in ("a", "h"):
+            assert torch.equal(back[name], initial[name] + apart[name])
+        assert torch.equal(back["n"], tensors["n"]) and torch.equal(back["small"], tensors["small"])
+        assert len(message) < len(plain.encode(tensors, KEY)[0])
+        with pytest.raises(MessageError, match="schema"):
+            other.decode(message, KEY, schema_of(tensors))
+    joined = StateDictEncoder(STEPS, 100, joint=True, reference="initial")
+    two, start = {"a": tensors["a"], "b": wave(200)}, {"a": initial["a"], "b": wave(200) + 3}
+    message, _ = joined.encode(two, KEY, reference=start)
+    back, _ = joined.decode(message, KEY, schema_of(two), reference=start)
+    assert all(float((back[name] - two[name]).abs().max()) <= 0.2501 for name in two)
+
+
+def test_a_reference_that_is_missing_or_of_another_shape_is_an_authors_error() -> None:
+    encoder, tensors = dataclasses.replace(COMMON, reference="initial"), {"a": wave(20, 30)}
+    message, _ = encoder.encode(tensors, KEY, reference=tensors)
+    for wrong in (None, {}, {"a": wave(30)}, {"a": wave(20, 1)}, {"a": wave(20, 30, dtype=torch.float64)}):
+        with pytest.raises(TypeError, match="reference"):
+            encoder.encode(tensors, KEY, reference=wrong)
+        with pytest.raises(TypeError, match="reference"):
+            encoder.decode(message, KEY, schema_of(tensors), reference=wrong)
+    with pytest.raises(TypeError, match="reference"):
+        encoder.decode(message, KEY, schema_of(tensors), reference=tensors, partly=True)
+    with pytest.raises(ValueError, match="must be one of"):
+        StateDictEncoder(reference="first")  # type: ignore[arg-type]
+    far = {"a": torch.full((20, 30), 3e38)}
+    with pytest.raises(EncodeError, match="'a' holds NaN or infinity"):
+        encoder.encode(far, KEY, reference={"a": -far["a"]})
+
+
+def test_a_frontier_message_of_a_whole_model() -> None:
+    vectors = SingularVectors(1.0, 8, 0.1)
+    steps = StepQuantization(1.0, relative=False, rate_weight=0.1, centroids=True)
+    encoder = StateDictEncoder(Encoder([vectors, steps], CABAC()), 0, common_scale=True)
+    message, back = round_trip(encoder, state_dict() | {"low": wave(200, 1) @ wave(1, 300)})
+    assert torch.equal(back["mask"], state_dict()["mask"])
+    assert len(message) < 60_000

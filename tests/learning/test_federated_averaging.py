@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fedq.data import Client, Examples
 from fedq.encoding import (
+    CABAC,
     AdaptiveEncodingStage,
     EncodeError,
     Encoder,
@@ -19,10 +20,12 @@ from fedq.encoding import (
     Raw,
     StateDictEncoder,
     StateUpdate,
+    StepQuantization,
     TensorSpec,
     UniformQuantization,
     schema_of,
 )
+from fedq.errors import FedqError
 from fedq.learning import Diverged, LocalTraining, TooFewClients, evaluate
 from fedq.learning.federated_averaging import _longest_first
 from fedq.simulation.workers import Workers
@@ -326,3 +329,68 @@ def test_of_each_few_clients_the_largest_start_first_and_keep_their_places():
     order = list(_longest_first(iter(placed)))
     assert [place for place, _ in order] == [1, 2, 0, *range(3, 16), 17, 16]
     assert all(client.number == 100 + place for place, client in order)
+
+
+STEPS = Encoder([StepQuantization(0.5, relative=False, rate_weight=0.1)], CABAC())
+FROM_INITIAL = StateDictEncoder(STEPS, 100, common_scale=True, reference="initial")
+DIFFERENCES = replace(FROM_INITIAL, reference="none")
+
+
+def test_clients_train_on_the_initial_weights_and_the_decoded_difference(process, client, sent, monkeypatch):
+    started_from = []
+    train = LocalTraining.train
+    monkeypatch.setattr(
+        LocalTraining,
+        "train",
+        lambda self, model, weights, *rest: (started_from.append(weights), train(self, model, weights, *rest))[1],
+    )
+    averaging = process(broadcast=FROM_INITIAL, upload=DIFFERENCES, seed=3)
+    state = averaging.initialize()
+    start, schema = {k: v.clone() for k, v in state.weights.items()}, schema_of(state.weights)
+    for number in range(3):
+        before = {k: v.clone() for k, v in state.weights.items()}
+        sent.clear(), started_from.clear()
+        state, metrics = averaging.next(state, [client(i) for i in range(2)])
+        (key, message), *_ = sent
+        assert metrics["broadcast_bits"] == 8 * len(message) * 2
+        received, _ = FROM_INITIAL.decode(message, key, schema, reference=start)
+        assert all(same(weights, received) for weights in started_from) and len(started_from) == 2
+        # the same bytes by hand: the difference, alone
+        difference = {k: before[k] - start[k] if v.numel() > 100 else before[k] for k, v in before.items()}
+        own, _ = DIFFERENCES.encode(difference, key)
+        assert own[44:-4] == message[44:-4]
+        decoded, _ = DIFFERENCES.decode(own, key, schema)
+        for name, value in received.items():
+            expected = start[name] + decoded[name] if value.numel() > 100 else before[name]
+            assert torch.equal(value, expected)
+        if number == 0:  # nothing but zeros, and the small tensors exact
+            assert same(received, start) and len(message) < 48 + 4 + 8 * 4 + 4 * 40
+        else:
+            assert not same(received, start) and not same(received, before)
+
+
+def test_a_resumed_run_from_a_reference_ends_in_the_same_bytes(process, client, sent):
+    def rounds(averaging, state, count):
+        for _ in range(count):
+            state, _ = averaging.next(state, [client(i) for i in range(2)])
+        return state
+
+    build = partial(process, broadcast=FROM_INITIAL, upload=DIFFERENCES, seed=3)
+    averaging = build()
+    whole = rounds(averaging, averaging.initialize(), 3)
+    messages = [message for _, message in sent]
+    sent.clear()
+    first = build()
+    saved = copy.deepcopy(rounds(first, first.initialize(), 1))
+    resumed = rounds(build(), saved, 2)  # another process knows the initial weights by the seed
+    assert same(resumed.weights, whole.weights)
+    assert [message for _, message in sent] == messages
+    assert resumed.broadcasted_bits == whole.broadcasted_bits
+
+
+def test_references_that_there_are_not_are_refused_at_once(process):
+    for reference in ("initial", "last"):
+        with pytest.raises(FedqError, match="upload.reference must be none"):
+            process(upload=StateDictEncoder(STEPS, reference=reference))
+    with pytest.raises(FedqError, match="broadcast.reference=last is not supported yet"):
+        process(broadcast=StateDictEncoder(STEPS, reference="last"))

@@ -543,7 +543,7 @@ def _cheapest(size, most, mean, weight):
     """Returns the m up to `most` with the least (size − m)² + weight · bits, of geometric magnitudes with this mean."""
     reduced = size - weight / 2 * math.log2(1 + 1 / max(mean, 2.0**-30))
     m = min(math.floor(reduced + 0.5), most)
-    return m if m > 0 and m * (2 * reduced - m) > weight else 0  # `weight`: a sign's bit, that 0 has not
+    return m if m > 0 and m * (2 * reduced - m) >= weight else 0  # `weight`: a sign's bit, that 0 has not
 
 
 @_compiled

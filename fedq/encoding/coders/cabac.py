@@ -10,6 +10,19 @@ A symbol is, as binary decisions: whether its magnitude is above 0, 1, 2, … in
 the exponential Golomb code; k low bits, where k is larger the larger the class; the sign. The last two are taken for
 random. A symbol of 0 … levels − 1 counts from the middle one. A tensor without elements, or all 0, has no bytes.
 
+Measured on 512 × 3136 symbols (int32) from a rounded normal law, one for all or with rows' and columns' scales drawn
+from exp(0.7 · normal), in one thread of a shared core (M symbols/s to encode, to decode):
+
+    bits a symbol           one law     with scales
+    0.1                    133   137      155   168
+    0.4                    118   130      112   127
+    1.0                     86    97       75    86
+    a matrix of zeros     8000 and more
+
+Of a million symbols of one geometric or normal law the bytes are within 1 % of the entropy from 0.3 bits a symbol on;
+below that they are up to 0.002 bits a symbol longer, as probabilities never stop moving. Above mean magnitudes of 2^17
+they grow longer: there are no classes for those.
+
 All that classes and probabilities follow from is computed alike by both sides, on every machine: in integers, and by
 additions, multiplications and divisions of float64 that no compiler may change.
 """
@@ -45,7 +58,7 @@ class CABAC(Coder):
         """As Coder.encode."""
         if not spec.numel:
             return b""
-        values = shared.checked(symbols, spec)
+        values = shared.checked(symbols, spec).astype(np.int32, copy=False)
         if not self.signed and int(values.min()) < 0:
             raise ValueError("a symbol is below 0, and signed is False")
         matrix = values.reshape(spec.matrix)

@@ -1,0 +1,230 @@
+"""SingularVectors against numpy's decomposition, the bytes of other counts, and hostile side values."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedq.encoding import CABAC, Encoder, EncodingStage, Key, SingularVectors, StepQuantization, TensorSpec
+from fedq.encoding.testing import Bound, wave
+
+KEY = Key(3, 1, 4)
+GOLDEN = (244, "658f0e7050585c7b")
+
+
+def bound(x: Tensor) -> float:
+    """Exact, but for rounding: in the working dtype, in that of the tensor, and in that of sums of 2^30 steps."""
+    if float(x.double().abs().max()) > 2**28 * 1e-3 / math.sqrt(x.numel()):
+        return math.nan  # it may be refused
+    return 1e-5 * float(x.double().abs().max()) + 1e-40 + 2 * torch.finfo(x.dtype).eps * float(x.double().abs().max())
+
+
+STAGES: list[tuple[EncodingStage, Bound | None]] = [
+    (SingularVectors(1e-3), bound),
+    (SingularVectors(1e-3, 2, 0.1), bound),
+]
+
+
+def low_rank(rows: int = 200, columns: int = 300, rank: int = 6, noise: float = 0.0) -> Tensor:
+    """A matrix of singular values that fall by a third each, root mean square 1, and noise of that size."""
+    draw = np.random.default_rng(1)
+    left, right = (np.linalg.qr(draw.normal(size=(n, rank)))[0] for n in (rows, columns))
+    x = left * 1.5 ** -np.arange(rank) @ right.T
+    x /= math.sqrt(float((x**2).mean()))
+    return torch.from_numpy(x + noise * draw.normal(size=x.shape)).float()
+
+
+def chain(step: float, rank: int = 32, rate_weight: float = 0.0) -> Encoder:
+    after = StepQuantization(step, relative=False, rate_weight=rate_weight)
+    return Encoder([SingularVectors(step, rank, rate_weight), after], CABAC())
+
+
+def sent(x: Tensor, encoder: Encoder) -> tuple[int, Tensor, int]:
+    """The bytes of a payload, what is decoded of it, and how many vectors it holds."""
+    first, second = encoder.stages
+    y, side = first.encode(x, KEY)
+    symbols, _ = second.encode(y, KEY)
+    back = first.decode(second.decode(symbols, {}, TensorSpec.of(y), KEY), side, TensorSpec.of(x), KEY)
+    size = sum(len(part) for part in encoder.encode(x, KEY, {})[0])
+    return size, back, int(side["values"].count_nonzero())
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (60, 500), (400, 30), (140, 10, 5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_is_left_is_what_is_not_sent(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    columns = math.prod(shape[1:])
+    x = low_rank(shape[0], columns, noise=0.1).reshape(shape).to(dtype)
+    stage = SingularVectors(0.5)
+    y, side = stage.encode(x, KEY)
+    count = int(side["values"].count_nonzero())
+    assert count == 6
+    size, left, right = (side[name][:count].double() for name in ("values", "left", "right"))
+    assert not any(side[name][count:].any() for name in side)
+    sum_ = torch.einsum("kr,kc->rc", left * 0.5, right / size[:, None]).reshape(shape)
+    error = float((x.double() - sum_ - y.double()).abs().max())
+    assert error <= 2e-6 + 4 * torch.finfo(dtype).eps
+    assert float((stage.decode(y, side, TensorSpec.of(x), KEY).double() - x.double()).abs().max()) <= 2 * error + 1e-5
+    assert float(y.double().square().mean()) < 0.02 < float(x.double().square().mean())
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels last", "every second", "expanded"])
+def test_the_layout_of_memory_does_not_matter(layout: str) -> None:
+    x = {
+        "transposed": low_rank(300, 200).t(),
+        "channels last": low_rank(20, 360).reshape(20, 40, 3, 3).to(memory_format=torch.channels_last),
+        "every second": low_rank(200, 300)[::2, ::2],
+        "expanded": wave(300).expand(200, 300),
+    }[layout]
+    before = x.clone()
+    (y, side), (other, own) = (SingularVectors(0.2).encode(given, KEY) for given in (x, x.contiguous()))
+    assert int(side["values"].count_nonzero()) > 0
+    assert torch.equal(x, before) and y.shape == x.shape
+    torch.testing.assert_close(y, other, rtol=0, atol=0.3)
+    assert all(float((side[name] - own[name]).abs().max()) <= 1 for name in side)
+
+
+def test_the_vectors_are_those_of_the_decomposition() -> None:
+    for noise in (0.0, 0.05):
+        x = low_rank(300, 400, noise=noise)
+        left, values, right = np.linalg.svd(x.double().numpy(), full_matrices=False)
+        step = 0.01 * values[0] / 20
+        _, side = SingularVectors(step, 6).encode(x, KEY)
+        assert int(side["values"].count_nonzero()) == 6
+        assert np.allclose(side["values"].numpy() * step, values[:6], rtol=0.01)
+        for name, own in (("left", left[:, :6]), ("right", right[:6].T)):
+            basis = np.linalg.qr(side[name].double().numpy().T)[0]
+            cosines = np.linalg.svd(basis.T @ own)[1]
+            assert cosines.min() > 0.995  # of the angles between the two subspaces
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_the_number_of_vectors_is_the_cheapest(step: float, noise: float) -> None:
+    x = low_rank(200, 300, noise=noise)
+    size, back, count = sent(x, chain(step))
+    cost = {}
+    for rank in range(2, 12):  # with fewer allowed than pay, all are sent
+        stage = SingularVectors(step, rank)
+        own_count = int(stage.encode(x, KEY)[1]["values"].count_nonzero())
+        own_size, own_back, _ = sent(x, chain(step, rank))
+        error = float((own_back - x).square().sum())
+        cost[own_count] = min(
+            cost.get(own_count, math.inf), own_size + 0.5 * x.numel() / 8 * math.log2(max(error, 1e-9))
+        )
+    error = float((back - x).square().sum())
+    least = min(cost.values())
+    assert size + 0.5 * x.numel() / 8 * math.log2(error) <= least + 0.03 * size + 40, (count, cost)
+
+
+@pytest.mark.parametrize("step", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_squared_error_is_that_of_the_step(step: float, noise: float) -> None:
+    x = low_rank(noise=noise)
+    _, back, count = sent(x, chain(step))
+    assert count >= 1
+    assert float((back - x).square().mean()) <= 1.05 * step**2 / 12
+    _, moved, _ = sent(x, chain(step, rate_weight=0.1))
+    assert float((moved - x).square().mean()) <= 2 * step**2 / 12
+
+
+def test_fewer_bytes_than_without() -> None:
+    x = low_rank(noise=0.1)
+    alone = Encoder([StepQuantization(0.5, relative=False)], CABAC())
+    plain = sum(len(part) for part in alone.encode(x, KEY, {})[0])
+    size, _, _ = sent(x, chain(0.5))
+    assert size < 0.5 * plain
+
+
+def test_matrices_that_are_hard() -> None:
+    equal = torch.from_numpy(np.linalg.qr(np.random.default_rng(2).normal(size=(200, 200)))[0]).float() * 50
+    for x in (
+        torch.full((200, 300), 0.1),
+        equal,
+        torch.eye(300) * 30,
+        torch.cat([low_rank(), low_rank()]),
+        low_rank(rank=1),
+        torch.zeros(200, 300),
+        low_rank() * 1e-20,
+        low_rank() * 1e15,
+        low_rank().double() * 1e-290,
+        low_rank().double() * 1e140,
+        torch.cat([low_rank(150, 300) * 1e-6, low_rank(150, 300) * 1e3]),
+    ):
+        for part in (0.01, 0.3, 2.0):
+            stage = SingularVectors(max(1e-37, part * float(x.double().square().mean().sqrt())), 32, 0.1)
+            y, side = stage.encode(x, KEY)
+            assert stage.encoded_spec(TensorSpec.of(x), side) == TensorSpec.of(y)
+            back = stage.decode(y, side, TensorSpec.of(x), KEY)
+            assert float((back - x).abs().max()) <= 1e-5 * float(x.abs().max())
+
+
+def test_what_is_too_large_is_refused() -> None:
+    for x, step in ((low_rank() * 1e18, 1e17), (low_rank().double() * 1e155, 1e154), (low_rank(), 1e-9)):
+        with pytest.raises(ValueError, match="too large"):
+            SingularVectors(step).encode(x, KEY)
+    with pytest.raises(ValueError, match="floating"):
+        SingularVectors(1.0).side_spec(TensorSpec((5, 5), torch.int32))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (1, 50), (50, 1), (3, 0), (0, 3), (3, 0, 2)])
+def test_what_is_no_matrix_has_no_side_values(shape: tuple[int, ...]) -> None:
+    x, stage = wave(*shape) * 100, SingularVectors(0.1)
+    assert stage.side_spec(TensorSpec.of(x)) == {}
+    y, side = stage.encode(x, KEY)
+    assert torch.equal(stage.decode(y, side, TensorSpec.of(x), KEY), x)
+
+
+@pytest.mark.parametrize(
+    "values", [[0, 5], [-5, 5], [5, -5], [-(2**31), 1], [0, -1], [5, 0]], ids=lambda values: f"{values}"
+)
+def test_side_values_that_are_never_sent_are_refused(values: list[int]) -> None:
+    spec = TensorSpec((2, 3), torch.float32)
+    side = {
+        "values": torch.tensor(values).int(),
+        "left": torch.ones(2, 2, dtype=torch.int32),
+        "right": torch.ones(2, 3, dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match="singular value"):
+        SingularVectors(1.0, 2).encoded_spec(spec, side)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_huge_side_values_decode_to_finite_tensors(dtype: torch.dtype) -> None:
+    spec, large = TensorSpec((40, 50), dtype), 2**31 - 1
+    for step in (1e-37, 1.0, 1e37):
+        stage = SingularVectors(step)
+        for size, number in ((1, large), (large, large), (large, 1), (1, -(2**31))):
+            side = {
+                name: torch.full(own.shape, number, dtype=torch.int32) for name, own in stage.side_spec(spec).items()
+            }
+            side["values"].fill_(size)
+            side["left"][::2] *= -1
+            assert stage.encoded_spec(spec, side) == spec
+            for y in (
+                torch.zeros(spec.shape, dtype=dtype),
+                torch.full(spec.shape, torch.finfo(dtype).max, dtype=dtype),
+            ):
+                back = stage.decode(y, side, spec, KEY)
+                assert back.dtype == dtype and bool(back.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"step": 0}, {"step": math.inf}, {"rank": 0}, {"rank": 257}, {"rate_weight": -1}, {"rate_weight": math.nan}],
+)
+def test_arguments_are_refused(given: dict) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        SingularVectors(**{"step": 1.0, **given})
+
+
+def test_the_format_is_frozen() -> None:
+    # of rank 1, and rounded far from half a step: no processor's last bits matter
+    x = torch.outer((torch.arange(140) % 7 - 3).float(), (torch.arange(150) % 11 - 4).float())
+    left, values, right = np.linalg.svd(x.double().numpy(), full_matrices=False)
+    for vector in (left[:, 0], right[0]):
+        assert np.abs(vector * values[0] / 6.0 % 1 - 0.5).min() > 0.01
+    payload = b"".join(bytes(part) for part in chain(6.0).encode(x, KEY, {})[0])
+    assert (len(payload), hashlib.blake2b(payload, digest_size=8).hexdigest()) == GOLDEN
