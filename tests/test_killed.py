@@ -47,8 +47,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, optio
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedq.train", "fedq.learning", "torch.utils.tensorboard"])
 
-    def start(folder: str, rounds: int) -> multiprocessing.Process:
-        arguments = [*command, f"run.rounds={rounds}", f"hydra.run.dir={tmp_path}/{folder}"]
+    def start(folder: str, rounds: int, *more: str) -> multiprocessing.Process:
+        arguments = [*command, f"run.rounds={rounds}", f"hydra.run.dir={tmp_path}/{folder}", *more]
         process = context.Process(target=train, args=(tmp_path, arguments))
         process.start()
         return process
@@ -66,19 +66,20 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, optio
             assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
             rounds += 20
     print(f"{kills} kills in {rounds} rounds, {in_a_write} of them inside the write of a file")
-    for folder in ("killed", "whole"):
-        process = start(folder, rounds)
+    # the run to compare with has all residuals in memory, and no checkpoint between its first and its last
+    for folder, more in (("killed", []), ("whole", ["run.residual_memory=99", "run.checkpoint_every=1000"])):
+        process = start(folder, rounds, *more)
         process.join()
         assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
     assert len(metrics_of(tmp_path / "whole")) == rounds
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     assert len(list(tmp_path.glob("killed/checkpoints/*.*"))) == 2
-    kept = [
+    killed, whole = (
         {path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.residual")}
         for folder in ("killed", "whole")
-    ]
-    assert kept[0] == kept[1]
-    assert bool(kept[0]) == (options is SPILLING)
+    )
+    assert killed | whole == killed  # which has some more, for the checkpoint before the last
+    assert len(whole) == (6 if options is SPILLING else 0)
 
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
