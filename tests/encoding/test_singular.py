@@ -68,6 +68,11 @@ def test_what_is_left_is_what_is_not_sent(shape: tuple[int, ...], dtype: torch.d
     assert error <= 2e-6 + 4 * torch.finfo(dtype).eps
     assert float((stage.decode(y, side, TensorSpec.of(x), KEY).double() - x.double()).abs().max()) <= 2 * error + 1e-5
     assert float(y.double().square().mean()) < 0.02 < float(x.double().square().mean())
+    # the shorter vectors are fitted to the longer ones as they are sent: what is left has nothing in their directions,
+    # but for half a step
+    matrix = y.double().reshape(shape[0], columns)
+    along = (left / size[:, None]) @ matrix if shape[0] > columns else matrix @ (right / size[:, None]).t()
+    assert float(along.abs().max()) <= 0.5 * 0.5 * 1.3 + 40 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels last", "every second", "expanded"])
