@@ -73,7 +73,7 @@ ENCODERS = {
     "ans_adaptive": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], ANS("adaptive")), 100),
     "cabac": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100),
     "cabac_of_levels": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], CABAC()), 100),
-    "rates": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False, rate_weight=0.1)], CABAC()), 100),
+    "rates": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False, rate_weight=2.0)], CABAC()), 100),
     "common_scale": StateDictEncoder(
         Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True
     ),
