@@ -73,16 +73,20 @@ class Ranks:
                 dist.init_process_group(backend, store=meeting, rank=self.rank, world_size=self.size, timeout=_FOREVER)
                 dist.barrier()
             self._heard = dict.fromkeys(range(1, self.size) if self.rank == 0 else [0], monotonic())
-            for work in (self._beat, self._watch):
-                threading.Thread(target=work, daemon=True).start()
+            self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._ended.set()
-        if self.size > 1 and not (kind and issubclass(kind, RankLost)):
-            if self.rank == 0:
-                self.tell({"end": True})
-            dist.destroy_process_group()
+        if self.size > 1:
+            for thread in self._threads:  # one that the interpreter finds in torch's C++ at its end aborts the process
+                thread.join(2 * BEAT)
+            if not (kind and issubclass(kind, RankLost)):
+                if self.rank == 0:
+                    self.tell({"end": True})
+                dist.destroy_process_group()
 
     def tell(self, order: dict[str, Any], message: bytes = b"") -> None:
         """Gives every other rank an order, of plain values, with some bytes."""

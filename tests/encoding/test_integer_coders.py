@@ -157,7 +157,7 @@ def test_masks_near_their_entropy(p: float) -> None:
     n = 400_000
     mask = (RNG.random(n) < p).astype(np.uint8)
     size, share = len(coded(SparseMask(), mask, 2)), mask.mean()
-    excess = 1.044 if 0.36 < min(p, 1 - p) < 0.4 else 1.03
+    excess = 1.044 if 0.36 < min(share, 1 - share) < 0.4 else 1.03
     assert n * entropy_of(share) / 8 * 0.99 < size <= n * entropy_of(share) / 8 * excess + 16
     assert size <= 1 + n // 8
 

@@ -392,5 +392,3 @@ def test_references_that_there_are_not_are_refused_at_once(process):
     for reference in ("initial", "last"):
         with pytest.raises(FedqError, match="upload.reference must be none"):
             process(upload=StateDictEncoder(STEPS, reference=reference))
-    with pytest.raises(FedqError, match="broadcast.reference=last is not supported yet"):
-        process(broadcast=StateDictEncoder(STEPS, reference="last"))
