@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_train import SMALL, assert_same_run, fedq, run_folders
 
-HOSTS = ("fedq-a", "fedq-b")
+HOSTS = (f"fedq-a-{os.getpid()}", f"fedq-b-{os.getpid()}")  # two tests may run side by side
 ADDRESS = "10.123.45.1"
 COMMAND = (*SMALL, "run.rounds=120", "run.checkpoint_every=1", "encoder=hadamard")
 
