@@ -95,7 +95,10 @@ class StepQuantization(EncodingStage):
             step = float(side["step"])
         if peak > _MOST * step:
             raise ValueError(f"{peak} is more than 2^30 steps of {step}")
-        symbols = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+        symbols = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
+        if self.rounding == "nearest" and peak < (self.dead_zone + self.rate_weight / 2) * step:
+            # all is 0: behind singular vectors, most tensors
+            return symbols, side | ({"shift": torch.zeros((), dtype=work)} if self.centroids else {})
         random = key.bit_generator()
         for part, out in zip(torch.split(x.reshape(-1), CHUNK), torch.split(symbols.view(-1), CHUNK), strict=True):
             scaled = divided(part.to(work), step)
