@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
-from fedq.compare import Group, differences, group_by_seed, read_runs, value
+from fedq.compare import NEVER, Group, differences, group_by_seed, read_runs, value
 from fedq.errors import FedqError
 
 
@@ -50,7 +50,8 @@ def main() -> None:
         sys.exit(f"fedq: {error}")
     groups = sorted(group_by_seed(runs), key=lambda group: -bits(group, "broadcast") - bits(group, "upload"))
     columns = differences(runs)
-    names = [" ".join(value(group[0], column) for column in columns) for group in groups]
+    chosen = ({column: value(group[0], column) for column in columns} for group in groups)
+    names = [", ".join(text for text in choice.values() if text != NEVER) for choice in chosen]
     draw(groups, names, args.output)
     print(
         "| "
