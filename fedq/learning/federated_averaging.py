@@ -216,7 +216,7 @@ class FederatedAveraging:
                 residual=self.broadcast.residual(told, share.received),
             )
             if self.broadcast.reference == "last":
-                after = _followed(after, share.received, len(message), len(base), [r.client for r in usable])
+                after = after.followed(share.received, len(message), len(base), [record.client for record in usable])
             if self.guard:
                 norms = [record.norm for record in records if record.norm is not None]
                 after = replace(after, norm=self.guard.update(state.norm, norms))
@@ -433,17 +433,6 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] += perf_counter() - started
-
-
-def _followed(
-    state: ServerState, received: dict[str, Tensor], length: int, full: int, clients: Iterable[int]
-) -> ServerState:
-    """Returns the state after a round whose broadcast, of `length` bytes, `clients` are known to have received."""
-    lengths, rounds = (*state.lengths, length), state.round
-    holders = state.holders | dict.fromkeys(clients, rounds)
-    # who missed so much that all at once is shorter need not be remembered
-    holders = {client: had for client, had in holders.items() if sum(lengths[had:]) < full}
-    return replace(state, received=received, lengths=lengths, holders=holders)
 
 
 def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:

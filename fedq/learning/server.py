@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,17 @@ class ServerState:
         These are the messages that it missed, or all at once. Before the first round it holds the initial weights.
         """
         return min(full, sum(self.lengths[self.holders.get(client, 0) :]))
+
+    def followed(self, received: dict[str, Tensor], length: int, full: int, clients: Iterable[int]) -> "ServerState":
+        """Returns the state after this round's broadcast, of `length` bytes, which `clients` are known to have.
+
+        `received` are the weights that it told, `full` the bytes of an exact message of them.
+        """
+        lengths = (*self.lengths, length)
+        holders = self.holders | dict.fromkeys(clients, self.round)
+        # who missed so much that all at once is shorter need not be remembered
+        holders = {client: had for client, had in holders.items() if sum(lengths[had:]) < full}
+        return replace(self, received=received, lengths=lengths, holders=holders)
 
 
 def weighted(
