@@ -26,7 +26,8 @@ class InMemory:
         self._kept: dict[int, dict[int, Mapping[str, Tensor]]] = {}
         self._last, self._lock = 0, threading.Lock()
 
-    def load(self, client: int, serial: int, schema: Schema) -> Mapping[str, Tensor]:  # noqa: D102
+    def load(self, client: int, serial: int, schema: Schema) -> Mapping[str, Tensor]:
+        """As ResidualStore.load."""
         with self._lock:
             if serial < self._last:  # the training was taken back, or another begins
                 self._kept = {c: {s: r for s, r in own.items() if s < serial} for c, own in self._kept.items()}
@@ -34,7 +35,8 @@ class InMemory:
             own = self._kept.get(client, {})
             return own[max(before)] if (before := [s for s in own if s < serial]) else {}
 
-    def save(self, client: int, serial: int, residual: Mapping[str, Tensor]) -> None:  # noqa: D102
+    def save(self, client: int, serial: int, residual: Mapping[str, Tensor]) -> None:
+        """As ResidualStore.save."""
         with self._lock:
             own = self._kept.get(client, {})
             last = max((s for s in own if s < serial), default=None)

@@ -233,3 +233,14 @@ def test_the_format_is_frozen() -> None:
         assert np.abs(vector * values[0] / 6.0 % 1 - 0.5).min() > 0.01
     payload = b"".join(bytes(part) for part in chain(6.0).encode(x, KEY, {})[0])
     assert (len(payload), hashlib.blake2b(payload, digest_size=8).hexdigest()) == GOLDEN
+
+
+@pytest.mark.parametrize(("value", "symbol"), [(0.54, 0), (0.57, 0), (0.62, 1)])
+def test_all_is_0_at_once_only_where_it_would_be_anyway(value, symbol):
+    """All alike, a magnitude's mean is 1, and 1 costs two bits more than 0: 0.6 steps are where it begins to pay."""
+    x = torch.full((8, 8), value)
+    symbols, side = StepQuantization(1.0, relative=False, rate_weight=0.1, centroids=True).encode(x, Key(0))
+    assert (symbols == symbol).all()
+    assert float(side["shift"]) == pytest.approx(symbol * (value - 1), abs=1e-6)
+    plain, _ = StepQuantization(1.0, relative=False, dead_zone=0.6).encode(x, Key(0))
+    assert (plain == symbol).all()

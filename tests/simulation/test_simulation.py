@@ -35,6 +35,7 @@ def test_the_loop_reads_only_the_cohort_and_evaluates_when_told():
     assert dataset.read == [int(n) for r in range(5) for n in cohort(RUN.seed, r, 6, 2)]
     phases = ("train", "encode", "decode", "aggregate", "evaluate")
     splits = [sum(m[f"seconds/{phase}"] for phase in phases) / m["seconds"] for m in metrics]
+    assert all(m[f"seconds/{phase}"] > 0 for m in metrics for phase in phases[:-1])
     # a busy machine may take the processor away anywhere, but not in every round
     assert 0.5 < max(splits) <= 1.001
 
