@@ -50,6 +50,22 @@ def main() -> None:
     if "RANK" not in os.environ:
         compose(job)
         return
+    try:
+        rank()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's end: what a thread of gloo still holds of a tensor then aborts the process.
+    os._exit(code)
+
+
+def rank() -> None:
+    """Runs the command line as one of the processes that torchrun starts."""
     from fedq.simulation.ranks import Ranks, launched_at
     from fedq.simulation.stopping import Stopping
 
