@@ -1,73 +1,161 @@
-"""Accuracy against real bytes: the picture and the table of a sweep's runs.
+"""Accuracy against real bytes: the picture and the table of all runs so far.
 
-python -m experiments.frontier.figure RUN… --output FIGURE.png > TABLE.md
+python -m experiments.frontier.figure [RUN…] --output FIGURE.png > TABLE.md
+
+RUN… are sweeps' folders, or any above. Their runs go into results.csv beside this file, the seeds of one scheme on one
+dataset in a row, in place of an earlier row of the same; picture and table are of all rows. Bits are those of a
+parameter, of the messages of all clients and rounds.
 """
 
 import argparse
+import csv
 import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
+import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedq.compare import NEVER, Group, differences, group_by_seed, read_runs, value
+from fedq.compare import Group, group_by_seed, read_runs
 from fedq.errors import FedqError
 
-
-def bits(group: Group, way: str) -> float:
-    """Returns the bits a parameter of one direction, from the ratio to float32's messages."""
-    return fmean(32 / run.summary[f"{way}_ratio"] for run in group)
-
-
-def accuracies(group: Group) -> list[float]:
-    """Returns the runs' final test accuracies in per cent."""
-    return [100 * run.summary["final_test_accuracy"] for run in group]
+RESULTS = Path(__file__).with_name("results.csv")
+DATASETS = {"mnist5k": "mnist5k", "writers": "writers, drawn", "emnist_digits": "120 real writers"}
+NAMED = ("float32", "uint8", "drive", "eden_half", "powersgd", "bit_budget", "follow_loss", "frontier")
+CLAIMS = {"TFF's tutorial: 3.5 ×": 2 * 32 / 3.5, "Caldas 2018: 14 ×, 28 ×": 32 / 14 + 32 / 28}
+_SAME = ("dataset", "run.seed", "run.rounds", "run.evaluate_every", "run.workers")  # what makes no other scheme
 
 
-def draw(groups: list[Group], names: list[str], path: Path) -> None:
-    """Draws bits a parameter, down and up together, and accuracies: the mean, and each seed smaller."""
-    picture = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    axes = picture.subplots()
-    for group, name in zip(groups, names, strict=True):
-        x = bits(group, "broadcast") + bits(group, "upload")
-        (mean,) = axes.plot(x, fmean(accuracies(group)), "o", label=name)
-        axes.plot([x] * len(group), accuracies(group), ".", color=mean.get_color(), alpha=0.4, markersize=4)
-    axes.set(xscale="log", xlabel="bits a parameter, down and up together", ylabel="final test accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+@dataclass(frozen=True)
+class Result:
+    """The runs of one scheme on one dataset: how many, bits a parameter each way, accuracies in per cent."""
+
+    dataset: str
+    rounds: int
+    scheme: str
+    runs: int
+    down: float
+    up: float
+    accuracy: float
+    spread: float | None  # None: of one run, or not known
+    commit: str
+
+    @property
+    def both(self) -> float:
+        """Bits a parameter, down and up together."""
+        return self.down + self.up
+
+
+def result(group: Group) -> Result:
+    """Returns what a scheme's runs come to."""
+    overrides = yaml.safe_load((group[0].folder / ".hydra/overrides.yaml").read_text())
+    scheme = ",".join(o.removeprefix("encoder=") for o in sorted(overrides) if not o.startswith(_SAME))
+    accuracies = [100 * run.summary["final_test_accuracy"] for run in group]
+    down, up = (fmean(32 / run.summary[f"{way}_ratio"] for run in group) for way in ("broadcast", "upload"))
+    return Result(
+        group[0].choices["dataset"],
+        group[0].summary["rounds"],
+        scheme,
+        len(group),
+        round(down, 4),
+        round(up, 4),
+        round(fmean(accuracies), 2),
+        round(stdev(accuracies), 2) if len(group) > 1 else None,
+        str(group[0].summary["git_commit"])[:7],
+    )
+
+
+def load() -> list[Result]:
+    """Returns the rows of results.csv."""
+    with RESULTS.open(newline="") as file:
+        return [
+            Result(
+                row["dataset"],
+                int(row["rounds"]),
+                row["scheme"],
+                int(row["runs"]),
+                float(row["down"]),
+                float(row["up"]),
+                float(row["accuracy"]),
+                float(row["spread"]) if row["spread"] else None,
+                row["commit"],
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def save(results: list[Result]) -> None:
+    """Writes results.csv."""
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, results))
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Draws bits and accuracies, a panel a dataset: the mean, and the spread over seeds as a bar."""
+    shown = [name for name in DATASETS if any(one.dataset == name for one in results)]
+    picture = Figure(figsize=(4.6 * len(shown), 4.8), dpi=110, layout="constrained")
+    panels = picture.subplots(1, len(shown), squeeze=False)[0]
+    for axes, name in zip(panels, shown, strict=True):
+        _panel(axes, [one for one in results if one.dataset == name])
+        axes.set(xscale="log", xlabel="bits a parameter, down and up together", title=DATASETS[name])
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("final test accuracy, %")
+    labels = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    picture.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, fontsize=8)
     picture.savefig(path)
+
+
+def _panel(axes: Axes, results: list[Result]) -> None:
+    top = max(one.accuracy for one in results)
+    axes.set_ylim(top - 5, top + 1.3)
+    for claim, style in zip(CLAIMS, ("--", ":"), strict=True):
+        axes.axvline(CLAIMS[claim], color="tab:gray", linestyle=style, linewidth=1, label=f"claimed by {claim}")
+    for one in results:
+        base, *rest = one.scheme.split(",")
+        named = base in NAMED and not rest
+        colour = ("black" if base == "frontier" else f"C{NAMED.index(base)}") if named else "silver"
+        default = one.rounds == 60
+        label = base if named and default else f"{base}, {one.rounds} rounds" if named else "all others, in the table"
+        axes.errorbar(
+            one.both,
+            one.accuracy,
+            one.spread or 0,
+            fmt="o" if default and named else "s" if named else ".",
+            color=colour,
+            fillstyle="full" if default else "none",
+            zorder=3 if named else 2,
+            label=label,
+        )
 
 
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="sweeps' folders, or any above")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="sweeps' folders, or any above, to add")
     parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png", help="the picture")
     args = parser.parse_args()
+    results = {(one.dataset, one.rounds, one.scheme): one for one in load()}
     try:
-        runs = read_runs(args.runs)
+        new = [result(group) for group in group_by_seed(read_runs(args.runs))] if args.runs else []
     except FedqError as error:
         sys.exit(f"fedq: {error}")
-    groups = sorted(group_by_seed(runs), key=lambda group: -bits(group, "broadcast") - bits(group, "upload"))
-    columns = differences(runs)
-    chosen = ({column: value(group[0], column) for column in columns} for group in groups)
-    names = [", ".join(text for text in choice.values() if text != NEVER) for choice in chosen]
-    draw(groups, names, args.output)
-    print(
-        "| "
-        + " | ".join(columns)
-        + " | bits down | bits up | fewer down | fewer up | final accuracy, % | seconds a round |"
-    )
-    print("|" + "---|" * (len(columns) + 6))
-    for group in groups:
-        found = accuracies(group)
-        spread = f" ± {stdev(found):.2f}" if len(found) > 1 else ""
-        cells = [value(group[0], column) for column in columns]
-        cells += [f"{bits(group, way):.4f}" for way in ("broadcast", "upload")]
-        cells += [f"{fmean(run.summary[f'{way}_ratio'] for run in group):.0f} ×" for way in ("broadcast", "upload")]
-        cells += [f"{fmean(found):.2f}{spread} ({len(found)})"]
-        cells += [f"{fmean(run.summary['seconds'] / run.summary['rounds'] for run in group):.2f}"]
-        print("| " + " | ".join(cells) + " |")
+    results |= {(one.dataset, one.rounds, one.scheme): one for one in new}
+    ordered = sorted(results.values(), key=lambda one: (list(DATASETS).index(one.dataset), one.rounds, -one.both))
+    save(ordered)
+    draw(ordered, args.output)
+    columns = "dataset|rounds|scheme|bits down|bits up|fewer down|fewer up|final accuracy, %|runs|commit"
+    print(f"| {columns.replace('|', ' | ')} |")
+    print("|" + "---|" * 10)
+    for one in ordered:
+        spread = "" if one.spread is None else f" ± {one.spread:.2f}"
+        cells = [DATASETS[one.dataset], one.rounds, f"`{one.scheme}`", f"{one.down:.3f}", f"{one.up:.3f}"]
+        cells += [f"{32 / bits:.3g} ×" if bits > 0.32 else f"{32 / bits:.0f} ×" for bits in (one.down, one.up)]
+        cells += [f"{one.accuracy:.2f}{spread}", one.runs, one.commit]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":
