@@ -22,12 +22,16 @@ from torch import Tensor
 
 from fedq.encoding import (
     ANS,
+    CABAC,
     Best,
     FixedWidth,
     Huffman,
+    Key,
     LearnedANS,
     LearnedHuffman,
+    StepQuantization,
     TensorSpec,
+    TrellisQuantization,
     Zstandard,
 )
 from fedq.encoding.coders import Coder, huffman, models
@@ -413,11 +417,16 @@ def test_threads_give_the_same_bytes() -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     x = fixed(100, 256)
-    monkeypatch.setitem(sys.modules, "fedq.encoding.coders._kernels", None)
+    for module in ("coders._kernels", "coders._cabac_kernels", "stages._kernels"):
+        monkeypatch.delitem(sys.modules, f"fedq.encoding.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    for coder in (ANS(), Huffman(), Zstandard()):
+    for coder in (ANS(), Huffman(), CABAC(), Zstandard()):
         with pytest.raises(ImportError, match=r'pip install "fedq\[coders\]"'):
             coder.encode(x, spec_of(x, 256))
+    for stage in (StepQuantization(0.1, rate_weight=0.1), TrellisQuantization(0.1)):
+        with pytest.raises(ImportError, match=r'pip install "fedq\[coders\]"'):
+            stage.encode(torch.randn(100), Key(0))
 
 
 # ------------------------------------------------------------------------------------------- hostile bytes

@@ -22,7 +22,7 @@ from fedq.encoding import (
     TrellisQuantization,
     schema_of,
 )
-from fedq.encoding.coders.tokens import kernels
+from fedq.encoding.stages import _kernels
 from fedq.encoding.stages.trellis import _bits, _subsets
 from fedq.encoding.testing import Bound, check_coder, reframe
 
@@ -104,7 +104,7 @@ def test_the_search_finds_the_best_of_all_sequences(states: int, weighted: bool)
     paid = ((sequences > 0) * (costs[0, 0] + costs[1, 0] * sequences)).sum(1)
     for seed in range(8):
         x, found = normal(6, seed=seed) * 1.2, np.zeros(6, np.int32)
-        kernels().trellis_search(x.numpy(), classes, costs, centroids, _subsets(states), found)
+        _kernels.trellis_search(x.numpy(), classes, costs, centroids, _subsets(states), found)
         total = (decoded - x).square().sum(1) + paid
         own = total[(sequences == torch.from_numpy(found)).all(1)]
         # with costs, values near 0 are looked for where they almost always are
@@ -115,13 +115,13 @@ def test_classes_are_of_the_others() -> None:
     rows = np.zeros((40, 50), np.int32)
     rows[:, 7], rows[3] = 4, 4
     classes = np.empty(rows.shape, np.uint8)
-    counts = kernels().trellis_classes(rows, classes)
+    counts = _kernels.trellis_classes(rows, classes)
     assert counts.sum(0).tolist() == [2000, 89, 4 * 89]
     assert classes[3, 7] == classes.max() > classes[3, 9] == classes[3, 8]
     assert classes[9, 9] == classes.min() < classes[9, 7] == classes[8, 7]
     rows[9, 9] = 1000  # its own magnitude does not tell its class
     again = np.empty(rows.shape, np.uint8)
-    kernels().trellis_classes(rows, again)
+    _kernels.trellis_classes(rows, again)
     assert again[9, 9] <= classes[9, 9]
 
 

@@ -24,8 +24,7 @@ from fedq.encoding import (
     testing,
 )
 from fedq.encoding.coders import Coder
-from fedq.encoding.coders.tokens import kernels
-from fedq.encoding.stages import uniform
+from fedq.encoding.stages import _kernels, uniform
 from fedq.encoding.stages.step import rate_distortion_
 from fedq.encoding.testing import Bound, wave
 
@@ -412,7 +411,7 @@ def scaled_matrix(sigma: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("weight", [0.01, 0.1155, 1.0, 3.0, 50.0])
 def test_rates_choose_as_all_candidates_compared(weight: float) -> None:
-    cheapest = kernels()._cheapest
+    cheapest = _kernels._cheapest
     for mean in (1e-12, 0.003, 0.2, 1.0, 7.0, 1e4):
         for size in np.random.default_rng(11).uniform(0, 9, 300):
             most = math.floor(size + 0.5)

@@ -37,6 +37,8 @@ from fedq.encoding.coders import tokens as shared
 from fedq.encoding.coders.coder import Buffer, Coder
 from fedq.encoding.spec import TensorSpec
 
+_KERNELS = "coders._cabac_kernels"
+
 
 @dataclass(frozen=True)
 class CABAC(Coder):
@@ -62,7 +64,7 @@ class CABAC(Coder):
         if not self.signed and int(values.min()) < 0:
             raise ValueError("a symbol is below 0, and signed is False")
         matrix = values.reshape(spec.matrix)
-        words: np.ndarray = shared.kernels().cabac_encode(matrix, self._centre(spec), self.signed)
+        words: np.ndarray = shared.kernels(_KERNELS).cabac_encode(matrix, self._centre(spec), self.signed)
         return words.astype("<u2", copy=False).tobytes()
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
@@ -72,7 +74,7 @@ class CABAC(Coder):
         words = np.frombuffer(data, "<u2").astype(np.uint16, copy=False)
         centre, limits = self._centre(spec), shared.limits(spec)
         values = np.full(spec.matrix, centre, np.int32) if centre else np.zeros(spec.matrix, np.int32)
-        if not shared.kernels().cabac_decode(words, centre, self.signed, *limits, values):
+        if not shared.kernels(_KERNELS).cabac_decode(words, centre, self.signed, *limits, values):
             raise ValueError("the words do not end as the symbols do")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 

@@ -20,10 +20,10 @@ _SPLIT = 2 * 1199 + 1  # the tokens of 32-bit integers
 _CENTRE = struct.Struct("<i")
 
 
-def kernels() -> Any:
-    """Returns the module of compiled loops."""
+def kernels(module: str = "coders._kernels") -> Any:
+    """Returns a module of compiled loops: that of the coders of tokens, or another of fedq.encoding."""
     try:
-        return importlib.import_module("fedq.encoding.coders._kernels")
+        return importlib.import_module(f"fedq.encoding.{module}")
     except ImportError as error:
         raise ImportError('the entropy coders need numba: pip install "fedq[coders]"') from error
 

@@ -148,6 +148,6 @@ def rate_distortion_(symbols: Tensor, x: Tensor, step: float, weight: float) -> 
     spec = TensorSpec.of(x)
     values = x.reshape(spec.matrix).to(torch.promote_types(x.dtype, torch.float32)).cpu().numpy()
     moved = symbols.view(spec.matrix).cpu()
-    kernels().rate_distortion(values, moved.numpy(), step, weight)
+    kernels("stages._kernels").rate_distortion(values, moved.numpy(), step, weight)
     if symbols.is_cuda:
         symbols.copy_(moved.view(symbols.shape))

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders import tokens
+from fedq.encoding.coders.tokens import kernels
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.step import of_rms
 from fedq.encoding.stages.sums import divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
+_KERNELS = "stages._kernels"
 _MOST = 1 << 30  # symbols
 _CODES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10)}  # Ungerboeck 1982, table I
 _SEARCHES = 3
@@ -84,9 +85,9 @@ class TrellisQuantization(EncodingStage):
         symbols = np.floor(np.abs(halves)).astype(np.int32)
         classes, centroids, subsets = np.empty(len(halves), np.uint8), np.zeros(2), _subsets(self.states)
         for _ in range(_SEARCHES):
-            counts = tokens.kernels().trellis_classes(symbols.reshape(spec.matrix), classes.reshape(spec.matrix))
+            counts = kernels(_KERNELS).trellis_classes(symbols.reshape(spec.matrix), classes.reshape(spec.matrix))
             costs = (4 * self.rate_weight * _bits(counts)).astype(np.float32)
-            number, excess = tokens.kernels().trellis_search(halves, classes, costs, centroids, subsets, symbols)
+            number, excess = kernels(_KERNELS).trellis_search(halves, classes, costs, centroids, subsets, symbols)
             centroids = (excess / number.clip(1)).clip(-2, 2)
         side |= {
             name: torch.tensor(c / 2, dtype=torch.float32) for name, c in zip(("zero", "shift"), centroids, strict=True)
@@ -100,7 +101,7 @@ class TrellisQuantization(EncodingStage):
             raise ValueError(f"a symbol is not from 0 to {_MOST}")
         work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
         signs = np.empty(len(symbols), np.int8)
-        tokens.kernels().trellis_signs(symbols.numpy(), _steps(self.states), signs)
+        kernels(_KERNELS).trellis_signs(symbols.numpy(), _steps(self.states), signs)
         value = symbols.to(work).div_(2).add_(0.25)
         value += torch.where(symbols == 0, side["zero"].to(work), side["shift"].to(work))
         value.mul_(torch.from_numpy(signs)).mul_(float(side["step"]) if self.relative else self.step)
