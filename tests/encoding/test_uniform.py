@@ -25,7 +25,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.coders import Coder
 from fedq.encoding.stages import _kernels, uniform
-from fedq.encoding.stages.step import rate_distortion_
+from fedq.encoding.stages.step import rate_distortion
 from fedq.encoding.testing import Bound, wave
 
 KEY = Key(8, 1, 2)
@@ -425,11 +425,12 @@ def test_rates_choose_as_all_candidates_compared(weight: float) -> None:
 def test_rates_only_pull_towards_zero_and_lower_the_lagrangian(weight: float) -> None:
     x = scaled_matrix(2.0)
     plain = x.round().int()
-    moved = plain.clone()
-    rate_distortion_(moved, x, 1.0, weight)
+    moved, kept, excess = rate_distortion(x, 1.0, weight)
     assert bool((moved.abs() <= plain.abs()).all()) and bool((moved * plain >= 0).all())
     assert not torch.equal(moved, plain)
     sizes = x.double().abs().numpy()
+    some = moved.numpy() != 0
+    assert kept == some.sum() and excess == pytest.approx((sizes - moved.abs().numpy())[some].sum(), rel=1e-12)
 
     def total(symbols: Tensor) -> float:
         magnitudes = symbols.double().abs().numpy()
@@ -441,26 +442,21 @@ def test_rates_only_pull_towards_zero_and_lower_the_lagrangian(weight: float) ->
 
 def test_rates_by_hand() -> None:
     x = torch.tensor([[3.9, 0.6, 0.0], [-4.1, 0.0, 0.0]])
-    symbols = x.round().int()
-    rate_distortion_(symbols, x, 1.0, 0.2)
+    symbols, kept, excess = rate_distortion(x, 1.0, 0.2)
     # row 4 of a total of 9 · column 1: 1 costs 0.2 · (log₂(1 + 9/5) + 1) = 0.5, and 0.36 − 0.16 of an error
     assert symbols.tolist() == [[4, 0, 0], [-4, 0, 0]]
-    alone = torch.tensor([0.6])
-    one = alone.round().int()
-    rate_distortion_(one, alone, 1.0, 0.001)
-    assert one.tolist() == [1]
+    assert kept == 2 and excess == pytest.approx(-0.1 + 0.1, abs=1e-6)
+    assert rate_distortion(torch.tensor([0.6]), 1.0, 0.001)[0].tolist() == [1]
     for zero in (torch.zeros(3, 4), torch.zeros(0), torch.tensor(0.0)):
-        none = zero.int()
-        rate_distortion_(none, zero, 1.0, 0.1)
-        assert not none.any() and none.shape == zero.shape
+        none, kept, excess = rate_distortion(zero, 1.0, 0.1)
+        assert not none.any() and none.shape == zero.shape and (kept, excess) == (0, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_weight_0_is_plain_rounding(dtype: torch.dtype) -> None:
     x = scaled_matrix().to(dtype)
     plain, _ = StepQuantization(0.75, False).encode(x, KEY)
-    symbols = plain.clone()
-    rate_distortion_(symbols, x, 0.75, 0.0)
+    symbols, _, _ = rate_distortion(x, 0.75, 0.0)
     assert torch.equal(symbols, plain)
     for other in (x.t(), x.view(60, 2, 40), x[::2, ::3]):
         moved, _ = StepQuantization(0.7, False, rate_weight=0.1).encode(other, KEY)

@@ -26,16 +26,25 @@ def _cheapest(size, most, mean, weight):
 
 
 @compiled
-def rate_distortion(values, symbols, step, weight):
-    """Moves the symbols of a matrix, in place, as stages.step.rate_distortion_ tells."""
-    height, width = symbols.shape
-    ends, places = np.zeros(height + 1, np.int64), np.empty(np.count_nonzero(symbols) + 1, np.int32)
+def rate_distortion(values, units, step, weight, symbols):
+    """Writes the symbols of a matrix, as stages.step.rate_distortion tells; `units` are the step and ½ in its dtype.
+
+    Returns how many are not 0, and by how much the magnitudes of their values, in steps, are more than theirs.
+    """
+    height, width = values.shape
+    unit, half, ends = units[0], units[1], np.zeros(height + 1, np.int64)
+    for i in range(height):
+        found = 0
+        for j in range(width):
+            scaled = values[i, j] / unit
+            symbols[i, j] = np.int32(scaled + (half if scaled > 0 else -half))  # the cast cuts the fraction off
+            found += symbols[i, j] != 0
+        ends[i + 1] = ends[i] + found
+    places = np.empty(ends[height] + 1, np.int32)
     rows, columns = np.zeros(height), np.zeros(width)
     for i in range(height):
-        at, some = ends[i], False
-        for j in range(width):
-            some |= symbols[i, j] != 0
-        if some:
+        at = ends[i]
+        if ends[i + 1] > at:
             for j in range(width):
                 places[at] = j  # without a branch: what is 0 is written over
                 at += symbols[i, j] != 0
@@ -43,20 +52,24 @@ def rate_distortion(values, symbols, step, weight):
             size = abs(np.int64(symbols[i, places[k]]))
             rows[i] += size
             columns[places[k]] += size
-        ends[i + 1] = at
+    kept, excess = 0, 0.0
     for last in (False, True):
         own_rows, own_columns, total = np.zeros(height), np.zeros(width), max(rows.sum(), 1.0)
         for i in range(height):
             share = rows[i] / total
             for k in range(ends[i], ends[i + 1]):
                 j = places[k]
-                plain = np.int64(symbols[i, j])
-                size = _cheapest(abs(np.float64(values[i, j])) / step, abs(plain), share * columns[j], weight)
+                plain, exact = np.int64(symbols[i, j]), abs(np.float64(values[i, j])) / step
+                size = _cheapest(exact, abs(plain), share * columns[j], weight)
                 own_rows[i] += size
                 own_columns[j] += size
                 if last:
                     symbols[i, j] = size if plain > 0 else -size
+                    if size:
+                        kept += 1
+                        excess += exact - size
         rows, columns = own_rows, own_columns
+    return kept, excess
 
 
 # --------------------------------------------------------------------------- trellis-coded quantisation (trellis.py)

@@ -10,7 +10,7 @@ from fedq.encoding.coders import CABAC, Coder
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.rotation import random_signs
-from fedq.encoding.stages.step import rate_distortion_
+from fedq.encoding.stages.step import rate_distortion
 from fedq.encoding.stages.sums import largest_magnitude, working_dtype
 from fedq.keys import Key
 
@@ -125,10 +125,10 @@ class SingularVectors(EncodingStage):
         return int(bits.argmin())
 
     def _rounded(self, vectors: Tensor) -> Tensor:
-        symbols = (vectors / self.step).round_().clamp_(-_MOST, _MOST).int()
+        vectors = vectors.clamp(-_MOST * self.step, _MOST * self.step)
         if self.rate_weight:
-            rate_distortion_(symbols, vectors, self.step, self.rate_weight)
-        return symbols
+            return rate_distortion(vectors, self.step, self.rate_weight)[0]
+        return (vectors / self.step).round_().int()
 
 
 def _leading(matrix: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:

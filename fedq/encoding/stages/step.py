@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class StepQuantization(EncodingStage):
         and always step²/12.
     rate_weight: with "nearest", an element goes to the symbol with the least (error in steps)² + rate_weight · bits;
         the bits are those of symbols with a geometric magnitude whose mean is that of their row times that of their
-        column over that of all, as CABAC takes it (see `rate_distortion_`). 0 is plain rounding; ln 4 / 12 = 0.1155
+        column over that of all, as CABAC takes it (see `rate_distortion`). 0 is plain rounding; ln 4 / 12 = 0.1155
         is what a bit saves in error at high rate. Where the scales of rows and columns differ it is 0.1 to 0.3 dB
         better than any dead zone at the same bytes; on one normal law up to 0.2 dB worse than the best.
     dead_zone: with "nearest", magnitudes below dead_zone · step become 0, those below (dead_zone + 1) · step become
@@ -95,40 +96,48 @@ class StepQuantization(EncodingStage):
             step = float(side["step"])
         if peak > _MOST * step:
             raise ValueError(f"{peak} is more than 2^30 steps of {step}")
-        symbols = torch.zeros(x.shape, dtype=torch.int32, device=x.device)
         if self.rounding == "nearest" and peak < (self.dead_zone + self.rate_weight / 2) * step:
             # all is 0: behind singular vectors, most tensors
-            return symbols, side | ({"shift": torch.zeros((), dtype=work)} if self.centroids else {})
+            symbols, kept, excess = torch.zeros(x.shape, dtype=torch.int32, device=x.device), 0, 0.0
+        elif self.rate_weight:
+            symbols, kept, excess = rate_distortion(x, step, self.rate_weight)
+        else:
+            symbols = self._rounded(x, step, key)
+            kept, excess = _excess(x, symbols, step) if self.centroids else (0, 0.0)
+        if self.centroids:
+            side["shift"] = torch.tensor(excess / max(1, kept), dtype=work).clamp(-1, 1)
+        return symbols, side
+
+    def _rounded(self, x: Tensor, step: float, key: Key) -> Tensor:
+        symbols = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         random = key.bit_generator()
         for part, out in zip(torch.split(x.reshape(-1), CHUNK), torch.split(symbols.view(-1), CHUNK), strict=True):
-            scaled = divided(part.to(work), step)
+            scaled = divided(part.to(torch.promote_types(x.dtype, torch.float32)), step)
             if self.rounding == "nearest":
                 # the cast cuts the fraction off, towards 0
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
             else:
                 out.copy_(scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17).floor_())
-        if self.rate_weight:
-            rate_distortion_(symbols, x, step, self.rate_weight)
-        if self.centroids:
-            kept = symbols.view(-1).nonzero().view(-1)
-            excess = divided(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
-            (total,) = sums(excess, lambda v: v)
-            side["shift"] = torch.tensor(total / max(1, len(kept)), dtype=work).clamp(-1, 1)
-        return symbols, side
+        return symbols
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
         work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
         step = float(side["step"]) if self.relative else self.step
+        shift, beyond = float(side["shift"]) if self.centroids else 0.0, step * 2.0**32 >= largest
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
         random = key.bit_generator()
         for part, out in zip(torch.split(y.reshape(-1), CHUNK), torch.split(decoded.view(-1), CHUNK), strict=True):
-            value = part.to(work)
-            if self.centroids:
-                value.add_(part.sign(), alpha=float(side["shift"]))
+            value = out.copy_(part) if out.dtype == work else part.to(work)
+            if shift:
+                value.add_(value.sign(), alpha=shift)
             elif self.rounding == "dithered":
                 value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
-            out.copy_(value.mul_(step).clamp_(-largest, largest))
+            value.mul_(step)
+            if beyond:
+                value.clamp_(-largest, largest)
+            if value is not out:
+                out.copy_(value)
         return decoded
 
 
@@ -139,15 +148,21 @@ def of_rms(step: float, x: Tensor, peak: float, work: torch.dtype) -> Tensor:
     return torch.tensor(min(max(step * rms, info.smallest_normal * info.eps), info.max), dtype=work)
 
 
-def rate_distortion_(symbols: Tensor, x: Tensor, step: float, weight: float) -> None:
-    """Moves the plainly rounded `symbols` of `x`, in place, to where (error in steps)² + weight · bits is least.
+def rate_distortion(x: Tensor, step: float, weight: float) -> tuple[Tensor, int, float]:
+    """Returns the symbols (int32) of `x` where (error in steps)² + weight · bits is least, and what `_excess` does.
 
     A magnitude of mean μ is taken for geometric: 1 more costs log₂(1 + 1/μ) bits, and the first of them the sign's.
-    μ follows the symbols: it is found twice. Rates only ever pull towards 0.
+    μ follows the symbols, plainly rounded at first: it is found twice. Rates only ever pull towards 0.
     """
     spec = TensorSpec.of(x)
     values = x.reshape(spec.matrix).to(torch.promote_types(x.dtype, torch.float32)).cpu().numpy()
-    moved = symbols.view(spec.matrix).cpu()
-    kernels("stages._kernels").rate_distortion(values, moved.numpy(), step, weight)
-    if symbols.is_cuda:
-        symbols.copy_(moved.view(symbols.shape))
+    symbols, units = np.empty(values.shape, np.int32), np.array([step, 0.5], values.dtype)
+    kept, excess = kernels("stages._kernels").rate_distortion(values, units, step, weight, symbols)
+    return torch.from_numpy(symbols).view(x.shape).to(x.device), kept, excess
+
+
+def _excess(x: Tensor, symbols: Tensor, step: float) -> tuple[int, float]:
+    """Returns how many symbols are not 0, and by how much their values' magnitudes, in steps, are more in all."""
+    kept = symbols.view(-1).nonzero().view(-1)
+    excess = divided(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
+    return len(kept), sums(excess, lambda v: v)[0]
