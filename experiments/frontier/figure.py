@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import yaml
 from matplotlib.axes import Axes
@@ -30,7 +31,10 @@ _SAME = ("dataset", "run.seed", "run.rounds", "run.evaluate_every", "run.workers
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one scheme on one dataset: how many, bits a parameter each way, accuracies in per cent."""
+    """The runs of one scheme on one dataset: how many, bits a parameter each way, accuracies in per cent.
+
+    encode, decode: their shares of a round's time without evaluation, in per cent. None: not known, or of one run.
+    """
 
     dataset: str
     rounds: int
@@ -39,7 +43,9 @@ class Result:
     down: float
     up: float
     accuracy: float
-    spread: float | None  # None: of one run, or not known
+    spread: float | None
+    encode: float | None
+    decode: float | None
     commit: str
 
     @property
@@ -54,6 +60,10 @@ def result(group: Group) -> Result:
     scheme = ",".join(o.removeprefix("encoder=") for o in sorted(overrides) if not o.startswith(_SAME))
     accuracies = [100 * run.summary["final_test_accuracy"] for run in group]
     down, up = (fmean(32 / run.summary[f"{way}_ratio"] for run in group) for way in ("broadcast", "upload"))
+    seconds = {  # without the first round, which loads
+        phase: sum(line[f"seconds/{phase}"] for run in group for line in run.metrics[1:])
+        for phase in ("train", "encode", "decode", "aggregate")
+    }
     return Result(
         group[0].choices["dataset"],
         group[0].summary["rounds"],
@@ -63,27 +73,21 @@ def result(group: Group) -> Result:
         round(up, 4),
         round(fmean(accuracies), 2),
         round(stdev(accuracies), 2) if len(group) > 1 else None,
+        round(100 * seconds["encode"] / sum(seconds.values()), 1),
+        round(100 * seconds["decode"] / sum(seconds.values()), 1),
         str(group[0].summary["git_commit"])[:7],
     )
 
 
 def load() -> list[Result]:
     """Returns the rows of results.csv."""
+    read: dict[str, Any] = {"dataset": str, "rounds": int, "scheme": str, "runs": int, "commit": str}
     with RESULTS.open(newline="") as file:
-        return [
-            Result(
-                row["dataset"],
-                int(row["rounds"]),
-                row["scheme"],
-                int(row["runs"]),
-                float(row["down"]),
-                float(row["up"]),
-                float(row["accuracy"]),
-                float(row["spread"]) if row["spread"] else None,
-                row["commit"],
-            )
-            for row in csv.DictReader(file)
-        ]
+        texts = list(csv.DictReader(file))
+    rows: list[dict[str, Any]] = [
+        {name: read.get(name, float)(text) if text else None for name, text in row.items()} for row in texts
+    ]
+    return [Result(**row) for row in rows]
 
 
 def save(results: list[Result]) -> None:
@@ -147,14 +151,17 @@ def main() -> None:
     ordered = sorted(results.values(), key=lambda one: (list(DATASETS).index(one.dataset), one.rounds, -one.both))
     save(ordered)
     draw(ordered, args.output)
-    columns = "dataset|rounds|scheme|bits down|bits up|fewer down|fewer up|final accuracy, %|runs|commit"
+    columns = (
+        "dataset|rounds|scheme|bits down|bits up|fewer down|fewer up|final accuracy, %|runs|encode, %|decode, %|commit"
+    )
     print(f"| {columns.replace('|', ' | ')} |")
-    print("|" + "---|" * 10)
+    print("|" + "---|" * 12)
     for one in ordered:
         spread = "" if one.spread is None else f" ± {one.spread:.2f}"
         cells = [DATASETS[one.dataset], one.rounds, f"`{one.scheme}`", f"{one.down:.3f}", f"{one.up:.3f}"]
         cells += [f"{32 / bits:.3g} ×" if bits > 0.32 else f"{32 / bits:.0f} ×" for bits in (one.down, one.up)]
-        cells += [f"{one.accuracy:.2f}{spread}", one.runs, one.commit]
+        cells += [f"{one.accuracy:.2f}{spread}", one.runs]
+        cells += ["" if share is None else share for share in (one.encode, one.decode)] + [one.commit]
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
