@@ -32,10 +32,8 @@ Reference = Literal["none", "initial", "last"]
 JOINT = "*"
 """The name of the vector of all that is encoded as one; no tensor of a module is called so."""
 
-
 PACE = "*pace"
 """The name under which the state of a direction's pace stands among those of tensors."""
-
 
 _SCALAR = TensorSpec((), torch.float32)
 
@@ -304,13 +302,6 @@ class StateDictEncoder:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
         return self._split(tensors, schema)
 
-    def _encoder_for(self, name: str, spec: TensorSpec) -> Encoder | None:
-        """Returns the encoder of the tensor called `name`: a rule's, `self.encoder`, or None where it travels exact."""
-        for pattern, encoder in self.rules.items():
-            if fnmatchcase(name, pattern):
-                return encoder
-        return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
-
     def compensated(self, tensors: Tensors, residual: Tensors) -> dict[str, Tensor]:
         """Returns the tensors to encode: with the residual of the message before, which is empty before the first."""
         return {name: value + residual[name] if name in residual else value for name, value in tensors.items()}
@@ -322,6 +313,13 @@ class StateDictEncoder:
     def residual_schema(self, schema: Schema) -> Schema:
         """Returns the schema of residuals: of what goes through stages; empty without error feedback."""
         return {name: schema[name] for name in self._staged(schema)} if self.error_feedback else {}
+
+    def _encoder_for(self, name: str, spec: TensorSpec) -> Encoder | None:
+        """Returns the encoder of the tensor called `name`: a rule's, `self.encoder`, or None where it travels exact."""
+        for pattern, encoder in self.rules.items():
+            if fnmatchcase(name, pattern):
+                return encoder
+        return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
 
     def _staged(self, schema: Schema) -> list[str]:
         """Returns the names of the floating tensors that go through stages: all others travel as they are."""

@@ -1,7 +1,10 @@
 """Sums over a cohort, in an order that no scheduling can change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -45,3 +48,14 @@ class PairwiseTree(Generic[T]):
         if left is None or right is None:
             return right if left is None else left
         return self._combine(left, right)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Gives the calling thread one intra-op thread: floating sums depend on how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

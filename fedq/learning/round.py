@@ -1,7 +1,9 @@
 """What a round hands around: the task, what becomes of it, and the sums of that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +14,16 @@ from fedq.learning.client import TrainingMetrics
 from fedq.learning.failures import FailureKind
 
 PHASES = ("train", "encode", "decode", "aggregate")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds what its block takes to a phase's seconds."""
+    started = perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += perf_counter() - started
 
 
 class Contribution(NamedTuple):

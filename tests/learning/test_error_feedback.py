@@ -22,7 +22,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.message import repacked
 from fedq.errors import FedqError
-from fedq.learning import ClientFailure, FederatedAveraging, LocalTraining, TooFewClients, federated_averaging
+from fedq.learning import ClientFailure, FederatedAveraging, LocalTraining, TooFewClients, client_side
 from fedq.learning.guard import NormGuard
 from fedq.learning.residuals import InMemory
 
@@ -55,14 +55,14 @@ class Seen(InMemory):
 @pytest.fixture
 def updates(monkeypatch):
     """The true updates, in order."""
-    made, update_of = [], federated_averaging.update_of
+    made, update_of = [], client_side.update_of
 
     def recording(trained, received):
         update = update_of(trained, received)
         made.append({name: value.clone() for name, value in update.items()})
         return update
 
-    monkeypatch.setattr(federated_averaging, "update_of", recording)
+    monkeypatch.setattr(client_side, "update_of", recording)
     return made
 
 
@@ -205,10 +205,10 @@ def test_what_a_client_that_fails_keeps(process, client, updates, monkeypatch, h
     state, failed = averaging.initialize(), []
     for number in range(3):
         one = Client(1, second) if second and number == 1 else client(1)
-        averaging.guard = guard if number == 1 else None
+        averaging.client_side.guard = guard if number == 1 else None
         with monkeypatch.context() as patch:
             if how == "undecodable" and number == 1:
-                patch.setattr(federated_averaging, "is_finite", lambda tensor: False)
+                patch.setattr(client_side, "is_finite", lambda tensor: False)
             try:
                 state, metrics = averaging.next(state, [one, client(2)])
                 failed.append(metrics["clients_failed"])
@@ -310,8 +310,8 @@ def test_without_a_run_folder_a_step_can_be_taken_again_and_another_training_beg
         return [first.weights, second.weights, third.weights]
 
     assert all(map(same, two(), two()))
-    assert len(averaging.residuals._kept) == 3
-    assert all(len(own) <= 2 for own in averaging.residuals._kept.values())
+    assert len(averaging.client_side.residuals._kept) == 3
+    assert all(len(own) <= 2 for own in averaging.client_side.residuals._kept.values())
 
 
 def test_without_the_key_nothing_is_kept(process, client):

@@ -27,7 +27,7 @@ from fedq.encoding import (
 )
 from fedq.errors import FedqError
 from fedq.learning import Diverged, LocalTraining, TooFewClients, evaluate
-from fedq.learning.federated_averaging import _longest_first
+from fedq.learning.client_side import _longest_first
 from fedq.simulation.workers import Workers
 
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))

@@ -45,16 +45,16 @@ class Follower:
 def seen(monkeypatch):
     """What each round sent, what came before it exact, and what the cohort decoded."""
     rounds = []
-    from fedq.learning.federated_averaging import FederatedAveraging
+    from fedq.learning.client_side import ClientSide
 
-    contribute = FederatedAveraging.contribute
+    contribute = ClientSide.contribute
 
     def recording(self, task, clients):
         share = contribute(self, task, clients)
         rounds.append((task, share.received))
         return share
 
-    monkeypatch.setattr(FederatedAveraging, "contribute", recording)
+    monkeypatch.setattr(ClientSide, "contribute", recording)
     return rounds
 
 

@@ -16,7 +16,7 @@ from fedq.encoding import (
     UniformQuantization,
 )
 from fedq.errors import FedqError
-from fedq.learning import LocalTraining, federated_averaging
+from fedq.learning import LocalTraining, client_side
 from fedq.learning.client import update_of
 
 UPLOADS = {
@@ -38,7 +38,7 @@ def losses(process, client, upload, structured, rounds=1, parts=None, **settings
         return update_of(trained, received)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(federated_averaging, "update_of", recording)
+        patch.setattr(client_side, "update_of", recording)
         state, found = averaging.initialize(), []
         for number in range(rounds):
             cohort = [client(i) for i in range(3)]

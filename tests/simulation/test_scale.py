@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedq.config import build, build_run
 from fedq.data import Client, Examples
-from fedq.learning import FederatedAveraging, LocalTraining, Task, federated_averaging
+from fedq.encoding import Key
+from fedq.learning import FederatedAveraging, LocalTraining, Task, client_side
 from fedq.models import MLP
 from fedq.simulation.loop import cohort, rounds
 from fedq.simulation.workers import Workers
@@ -78,7 +79,7 @@ def test_a_round_over_a_hundred_million_clients_holds_no_more_than_one_over_ten(
 
 def test_updates_and_examples_held_do_not_grow_with_the_cohort(monkeypatch):
     updates, examples = Alive(), Alive()
-    weighted = federated_averaging.weighted
+    weighted = client_side.weighted
 
     def watched(*args):
         update = weighted(*args)
@@ -92,14 +93,14 @@ def test_updates_and_examples_held_do_not_grow_with_the_cohort(monkeypatch):
         examples.watch(x)
         return Examples(x, torch.zeros(count, dtype=torch.int64))
 
-    monkeypatch.setattr(federated_averaging, "weighted", watched)
+    monkeypatch.setattr(client_side, "weighted", watched)
     # neighbours differ in size: were all put in order of size, half of the cohort would wait for the other half
     sizes = [4 - 3 * (place % 2) for place in range(COHORT)]
     clients = [Client(place, partial(load, place, size), size) for place, size in enumerate(sizes)]
     with Workers(WORKERS) as workers:
         process = make_process(map=workers.map)
         state = process.initialize()
-        message, _ = process.broadcast.encode(state.weights, federated_averaging.Key(0))
+        message, _ = process.broadcast.encode(state.weights, Key(0))
         share = process.contribute(Task(0, message, state.norm), enumerate(clients))
     assert len(share.records) == updates.seen == examples.seen == COHORT
     assert not any(record.failure for record in share.records.values())
