@@ -3,8 +3,8 @@
 python -m experiments.frontier.figure [RUN…] --output FIGURE.png > TABLE.md
 
 RUN… are sweeps' folders, or any above. Their runs go into results.csv beside this file, the seeds of one scheme on one
-dataset in a row, in place of an earlier row of the same; picture and table are of all rows. Bits are those of a
-parameter, of the messages of all clients and rounds.
+dataset in a row, in place of an earlier row of the same. The picture is of all rows, the table of those that it names.
+Bits are those of a parameter, of the messages of all clients and rounds.
 """
 
 import argparse
@@ -157,6 +157,8 @@ def main() -> None:
     print(f"| {columns.replace('|', ' | ')} |")
     print("|" + "---|" * 12)
     for one in ordered:
+        if one.scheme.split(",")[0] not in NAMED:
+            continue
         spread = "" if one.spread is None else f" ± {one.spread:.2f}"
         cells = [DATASETS[one.dataset], one.rounds, f"`{one.scheme}`", f"{one.down:.3f}", f"{one.up:.3f}"]
         cells += [f"{32 / bits:.3g} ×" if bits > 0.32 else f"{32 / bits:.0f} ×" for bits in (one.down, one.up)]

@@ -6,13 +6,14 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
 from fedq.encoding.spec import Tensors
-from fedq.encoding.state_dict import ByTensor, flatten
+from fedq.encoding.state_dict import ByTensor, Schema, flatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
 from fedq.learning.client import LocalTraining, Precision
@@ -98,6 +99,9 @@ class FederatedAveraging:
             self._model, client, broadcast, upload, seed, self.device, map, uplink, guard, precision, residuals, parts
         )
         self.contribute, self._schema = self.client_side.contribute, self.client_side.schema
+        for way, encoder in (("broadcast", broadcast), ("upload", upload)):
+            if encoder.error_feedback:
+                _check_feedback(way, encoder, self._schema, Key(seed).fold("check"))
 
     def initialize(self) -> ServerState:
         """Returns the state before the first round."""
@@ -237,6 +241,26 @@ def _check(
         raise FedqError(
             "client.structured cannot go with encoder.upload.error_feedback: all of a structured update is sent, "
             "and what another round left over is not within what this one can send"
+        )
+
+
+def _check_feedback(way: str, encoder: StateDictEncoder, schema: Schema, key: Key) -> None:
+    """Raises FedqError where more is left of normal numbers than they were: residuals then grow without end.
+
+    Error feedback needs a contraction (Karimireddy 2019); what is scaled up to be unbiased often is none.
+    """
+    draw, names = np.random.Generator(key.bit_generator()), encoder.residual_schema(schema)
+    zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
+    told = {name: torch.from_numpy(draw.standard_normal(schema[name].shape)).to(schema[name].dtype) for name in names}
+    params = encoder.params(schema, encoder.initial_state(schema))
+    message, _ = encoder.encode(zeros | told, key, params, reference=zeros, loss=1.0)
+    heard, _ = encoder.decode(message, key, schema, params, reference=zeros)
+    left = sum(float((told[name] - heard[name]).double().square().sum()) for name in names)
+    error = left / max(1.0, sum(float(value.double().square().sum()) for value in told.values()))
+    if error > 1.001:
+        raise FedqError(
+            f"encoder.{way}.error_feedback must be false: of normal numbers this chain leaves {error:.2f} times their "
+            "squares, so that residuals would grow from round to round; take one that does not scale up what it sends"
         )
 
 

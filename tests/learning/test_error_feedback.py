@@ -15,6 +15,7 @@ from fedq.encoding import (
     HadamardRotation,
     Key,
     PowerSGD,
+    RandomMask,
     ScaledSign,
     StateDictEncoder,
     TensorSpec,
@@ -247,7 +248,7 @@ def test_nothing_that_is_not_finite_is_kept(process, client):
     """A residual can be beyond its dtype where the tensor and what is decoded of it are not."""
 
     @dataclass(frozen=True)
-    class Negated(EncodingStage):
+    class HugeNegated(EncodingStage):
         def encoded_spec(self, spec: TensorSpec, side) -> TensorSpec:
             return spec
 
@@ -255,10 +256,10 @@ def test_nothing_that_is_not_finite_is_kept(process, client):
             return x, {}
 
         def decode(self, y, side, spec, key):
-            return -y
+            return torch.where(y.abs() > 1e30, -y, y)
 
     seen = Seen()
-    upload = StateDictEncoder(Encoder([Negated()]), error_feedback=True)
+    upload = StateDictEncoder(Encoder([HugeNegated()]), error_feedback=True)
     averaging = process(upload=upload, residuals=seen, client=LocalTraining(lr=0.1))
     huge = {1: {"big.weight": torch.full((16, 784), 1e38)}}
     seen.load = lambda number, serial, schema: huge.get(number, {})
@@ -324,6 +325,19 @@ def test_without_the_key_nothing_is_kept(process, client):
 def test_structured_clients_have_nothing_to_feed_back(process):
     with pytest.raises(FedqError, match="client.structured cannot go with encoder.upload.error_feedback"):
         process(client=LocalTraining(lr=0.1, structured=True), upload=CHAINS["top_k"])
+
+
+@pytest.mark.parametrize("way", ["broadcast", "upload"])
+def test_a_chain_that_leaves_more_than_it_is_given_is_refused(process, way):
+    """What keeps a share p and scales it by 1 / p leaves 1 / p − 1 of the squares; unscaled, 1 − p."""
+
+    def one(scale):
+        masked = StateDictEncoder(Encoder([RandomMask(0.25, scale=scale)]), 100, error_feedback=True)
+        return process(**{way: masked})
+
+    with pytest.raises(FedqError, match=rf"encoder\.{way}\.error_feedback must be false.* leaves (2\.9|3\.[01])"):
+        one(True)
+    one(False)
 
 
 def test_a_store_that_fails_ends_the_round(process, client):
