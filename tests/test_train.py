@@ -310,6 +310,18 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
     assert [e.step for e in curves.Scalars("train/loss")] == [0, 1, 2]
 
 
+def test_a_rank_tells_how_it_ended(tmp_path, monkeypatch):
+    """A process of torchrun's leaves by a shorter way: nothing that it said, and no exit code, may be lost on it."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    done = fedq(tmp_path, *SMALL, "run.rounds=1")
+    assert "test accuracy" in done.stdout and "round 0 " in done.stderr
+    done = fedq(tmp_path, *SMALL, "run.clients_per_round=7", code=1)
+    assert done.stderr.count("run.clients_per_round: 7 is more than the 6 clients") == 1
+    done = fedq(tmp_path, *SMALL, "encoder=uint9", code=1)
+    assert "uint9" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("encoder", [(), ("encoder=top_k", "encoder.upload.error_feedback=true")])
 def test_a_run_goes_on_longer_and_from_another_folder(tmp_path, encoder):
     command = (*SMALL, *encoder)
