@@ -53,16 +53,17 @@ class FederatedAveraging:
 
     model: builds the network, as a class or a `functools.partial` of one. client: local training; where it is
     `structured`, the upload must be a projection on a linear subspace, else FedqError is raised. server: builds the
-    server optimizer. broadcast, upload: what encodes each direction. seed: of every random draw. map: applies a
-    function to many clients; a pool's `map` trains them side by side, with the same result. uplink: from a client's
-    message and its key to what the server receives of it; raises ClientFailure where that is nothing. guard: against
-    updates whose norm is out of line. min_clients: with fewer usable updates `next` raises TooFewClients. precision: of
-    forward and backward passes; weights, updates and optimizers keep the model's dtype. residuals: where clients keep
-    theirs with the upload's error feedback; without it in this object's memory, beside the state: of a state before the
-    last one they are gone. dropout: clients train parts of the model. Each is then sent a message of its own, and both
-    encoders see sub-models only; reports of the broadcasts' adaptive stages are combined as a cohort's, of those
-    clients whose updates are used. FedqError is raised where the model does not tell its units, and for what looks back
-    at tensors of earlier rounds.
+    server optimizer. broadcast, upload: what encodes each direction; with error feedback, FedqError is raised for a
+    chain that leaves more of normal numbers than they were. seed: of every random draw. map: applies a function to many
+    clients; a pool's `map` trains them side by side, with the same result. uplink: from a client's message and its key
+    to what the server receives of it; raises ClientFailure where that is nothing. guard: against updates whose norm is
+    out of line. min_clients: with fewer usable updates `next` raises TooFewClients. precision: of forward and backward
+    passes; weights, updates and optimizers keep the model's dtype. residuals: where clients keep theirs with the
+    upload's error feedback; without it in this object's memory, beside the state: of a state before the last one they
+    are gone. dropout: clients train parts of the model. Each is then sent a message of its own, and both encoders see
+    sub-models only; reports of the broadcasts' adaptive stages are combined as a cohort's, of those clients whose
+    updates are used. FedqError is raised where the model does not tell its units, and for what looks back at tensors of
+    earlier rounds.
     """
 
     def __init__(
