@@ -131,7 +131,7 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
         log.exception("this is a bug in fedq or in a class that the configuration names:")
     else:
         return objective(summary.values, plain(cfg, "run").get("accuracy_floor"))
-    if HydraConfig.get().mode == RunMode.RUN or not summary.is_ours:
+    if HydraConfig.get().mode == RunMode.RUN or not summary.is_ours or (ranks and ranks.apart):
         sys.exit(1)  # a sweep goes on and tells of all that failed at its end, by their summaries
     return math.inf
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -113,11 +114,12 @@ def test_denormals_are_divided_as_on_the_cpu(name):
 @pytest.mark.parametrize(
     "chain", [Encoder([AdaptiveQuantileClip(), UniformQuantization()], LearnedANS()), Encoder([PowerSGD()])], ids=str
 )
-def test_rounds_stay_on_the_device_and_go_on_from_a_checkpoint(chain, tmp_path):
+@pytest.mark.parametrize("told", [{}, {"error_feedback": True}, {"reference": "last"}], ids=str)
+def test_rounds_stay_on_the_device_and_go_on_from_a_checkpoint(chain, told, tmp_path):
     dataset = build(configured(*SMALL), "dataset")
     clients = [dataset.client(number) for number in range(3)]
     encoder, client = StateDictEncoder(chain), LocalTraining(lr=0.02, momentum=0.9, proximal=0.01, epochs=2)
-    parts = (partial(MLP, 10), client, partial(torch.optim.Adam, lr=0.01), encoder, encoder)
+    parts = (partial(MLP, 10), client, partial(torch.optim.Adam, lr=0.01), replace(encoder, **told), encoder)
     process, on_cpu = (FederatedAveraging(*parts, device=device, guard=NormGuard("clip")) for device in (DEVICE, "cpu"))
 
     first, _ = process.next(process.initialize(), clients)

@@ -57,7 +57,8 @@ class Result:
 def result(group: Group) -> Result:
     """Returns what a scheme's runs come to."""
     overrides = yaml.safe_load((group[0].folder / ".hydra/overrides.yaml").read_text())
-    scheme = ",".join(o.removeprefix("encoder=") for o in sorted(overrides) if not o.startswith(_SAME))
+    overrides.sort(key=lambda override: (not override.startswith("encoder="), override))
+    scheme = ",".join(o.removeprefix("encoder=") for o in overrides if not o.startswith(_SAME))
     accuracies = [100 * run.summary["final_test_accuracy"] for run in group]
     down, up = (fmean(32 / run.summary[f"{way}_ratio"] for run in group) for way in ("broadcast", "upload"))
     seconds = {  # without the first round, which loads

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -195,7 +195,7 @@ class StateDictEncoder:
         scale = []
         if self.common_scale:
             factor = float(params[PACE][0]["factor"]) if self.pace else 1.0
-            scale = [_common_scale([tensors[name] for name in staged], factor, self._scale_spec(schema).dtype)]
+            scale = [_common_scale({name: tensors[name] for name in staged}, factor, self._scale_spec(schema).dtype)]
             tensors |= {name: _divided(tensors[name], float(scale[0])) for name in staged}
         if joined := self._joined(schema):
             tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
@@ -208,9 +208,15 @@ class StateDictEncoder:
             if reported:
                 updates[name] = reported
         if self.pace:
-            bits = 8 * sum(memoryview(part).nbytes for part in payloads)
-            numbers = {"bits": bits / max(1, sum(spec.numel for spec in schema.values())), "loss": loss}
-            updates[PACE] = {0: {self.pace.reports: torch.tensor(numbers[self.pace.reports], dtype=torch.float32)}}
+            number = loss
+            if self.pace.reports == "bits":
+                # all zeros, as a first difference from initial weights, tell nothing of what a step costs
+                told = any(bool(tensors[name].any()) for name in staged)
+                bits = 8 * sum(memoryview(part).nbytes for part in payloads) if told else 0
+                number = bits / max(1, sum(spec.numel for spec in schema.values()))
+            if number is None:
+                raise TypeError("a pace that follows the training loss must be given it: loss=")
+            updates[PACE] = {0: {self.pace.reports: torch.tensor(number, dtype=torch.float32)}}
         front = dict(attached or {}) | (flatten(updates) if report else {})
         exact = Encoder()
         parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
@@ -238,11 +244,12 @@ class StateDictEncoder:
         if partly and self.reference != "none":
             raise TypeError(f"a sum of differences from reference={self.reference!r} is not a sum of tensors")
         reader = frame.unpack(message, self._fingerprint(schema, attached or {}), key)
-        front, tensors, name = {}, {}, ""
+        front, tensors, what = {}, {}, ""
         try:
             for name, spec in (attached or {}).items():
+                what = f"tensor {name!r}"
                 front[name] = read(reader, spec)
-            name = "of the common scale"
+            what = "the common scale"
             scale = float(read(reader, self._scale_spec(schema))) if self.common_scale else 1.0
             if not scale > 0:
                 raise ValueError(f"{scale} is no scale")
@@ -251,7 +258,7 @@ class StateDictEncoder:
                 own = {f"{name}/{i}" for name, parts in self._adaptive(schema).items() for i in parts}
                 params = unflatten({path: t for path, t in front.items() if path.rpartition("/")[0] in own})
             for name, (spec, encoder) in chains.items():
-                own_key, own_params = key.fold(name), params.get(name, {})
+                what, own_key, own_params = f"tensor {name!r}", key.fold(name), params.get(name, {})
                 # clients' scales differ: nothing is left to decode after a sum
                 until = 0 if self.common_scale else len(encoder.front(spec))
                 tensor = encoder.decode(reader, spec, own_key, own_params, torch.device(device), until)
@@ -259,14 +266,15 @@ class StateDictEncoder:
                     tensor = _multiplied_(tensor, scale)
                 whole = until and not partly
                 tensors[name] = encoder.finish(tensor, spec, own_key, own_params) if whole else finite(tensor)
-            name = "after the last"
+            what = "the end of the body"
             reader.close()
             if not partly:
                 tensors = self._split(tensors, schema)
                 for name, other in self._references(reference, schema).items():
+                    what = f"tensor {name!r}"
                     tensors[name] = finite(tensors[name] + other)
         except ValueError as error:
-            raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
+            raise MessageError(f"{what} cannot be decoded: {error}") from error
         return tensors, front
 
     def decodes_in_parts(self, schema: Schema) -> bool:
@@ -389,15 +397,15 @@ def _is_staged(spec: TensorSpec, encoder: Encoder) -> bool:
     return bool(encoder.stages) and spec.dtype.is_floating_point
 
 
-def _common_scale(tensors: Sequence[Tensor], factor: float, dtype: torch.dtype) -> Tensor:
+def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor:
     """Returns the root mean square over all tensors times a factor, above 0: 1 where all is 0.
 
     Raises EncodeError for an overflow.
     """
-    norms = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors]
-    value = factor * math.hypot(*norms) / math.sqrt(max(1, sum(tensor.numel() for tensor in tensors)))
+    norms = {name: float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for name, tensor in tensors.items()}
+    value = factor * math.hypot(*norms.values()) / math.sqrt(max(1, sum(t.numel() for t in tensors.values())))
     if not value < torch.finfo(dtype).max:
-        raise EncodeError("the tensors are too large for a common scale")
+        raise EncodeError(f"tensor {max(norms, key=lambda name: norms[name])!r} is too large for a common scale")
     return torch.tensor(max(value, torch.finfo(dtype).smallest_normal) if value else 1.0, dtype=dtype)
 
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedq.data import Examples
+from fedq.errors import FedqError
 from fedq.keys import Key
 
 Projection = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -78,10 +80,14 @@ class LocalTraining:
         velocities: dict[str, Tensor] = {}
         all_x, all_y = examples.x.to(device), examples.y.to(device)
         loss_sum, correct, seen = 0.0, 0, 0
+        orders = key.fold("shuffle")
+        order = orders.fold("0").permutation(len(examples.y))[: self.max_examples]
+        chosen, before = np.sort(order), _drawn(device)
         for epoch in range(self.epochs):
-            order = torch.from_numpy(key.fold("shuffle").fold(str(epoch)).permutation(len(examples.y)))
-            order = order[: self.max_examples].to(device)
-            x, y = all_x[order], all_y[order]
+            if epoch:
+                order = chosen[orders.fold(str(epoch)).permutation(len(chosen))]
+            places = torch.from_numpy(order).to(device)
+            x, y = all_x[places], all_y[places]
             for start in range(0, len(order), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
                 model.zero_grad()
@@ -101,6 +107,11 @@ class LocalTraining:
                 loss_sum += float(loss.detach()) * len(batch_y)
                 correct += int((logits.detach().argmax(1) == batch_y).sum())
                 seen += len(batch_y)
+        if not torch.equal(before, _drawn(device)):
+            raise FedqError(
+                "the model draws random numbers while it trains, as nn.Dropout does, from torch's generator, which all "
+                "threads share: no key governs them, and no run could be repeated; take such layers out"
+            )
         return TrainingMetrics(loss_sum, correct, seen)
 
     def _step(
@@ -117,6 +128,11 @@ class LocalTraining:
                     velocities[name] = gradient if before is None else before.mul_(self.momentum).add_(gradient)
             steps = velocities if self.momentum else gradients
             torch._foreach_add_([parameters[n] for n in gradients], [steps[n] for n in gradients], alpha=-self.lr)
+
+
+def _drawn(device: torch.device) -> Tensor:
+    """Returns the state of torch's generator, which changes where something is drawn."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def update_of(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:

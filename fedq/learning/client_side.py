@@ -104,6 +104,8 @@ class ClientSide:
         except (EncodeError, MessageError) as error:
             record.failure = "unable" if isinstance(error, EncodeError) else "refused"
             record.reason = str(error)
+        if record.failure in ("silent", "unable"):
+            record.bits = 0  # it sent nothing, whatever it had ready
         return place, None, record
 
     def _contribution(
@@ -201,7 +203,7 @@ class ClientSide:
         self, weights: Mapping[str, Tensor], key: Key, params: ByTensor, gradients: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Returns what the server would decode of `gradients`; `weights` fill in for the schema's other tensors."""
-        message, _ = self.upload.encode({**weights, **gradients}, key, params)
+        message, _ = self.upload.encode({**weights, **gradients}, key, params, loss=0.0)
         decoded, _ = self.upload.decode(message, key, self.schema, params, device=self.device)
         return {name: decoded[name] for name in gradients}
 

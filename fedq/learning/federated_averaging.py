@@ -37,11 +37,12 @@ class TooFewClients(FedqError):
     """Fewer clients than required sent an update that could be used; says how many and why the first did not.
 
     `state` is what to go on from: as before the round, but for the bits that were sent in vain, and with other keys.
+    `uploads` are the messages among them that clients sent.
     """
 
-    def __init__(self, text: str, state: ServerState) -> None:
+    def __init__(self, text: str, state: ServerState, uploads: int) -> None:
         super().__init__(text)
-        self.state = state
+        self.state, self.uploads = state, uploads
 
 
 class FederatedAveraging:
@@ -129,7 +130,11 @@ class FederatedAveraging:
         """
         clients = list(clients)
         # a checkpoint's are on the CPU
-        state = replace(state, weights={name: value.to(self.device) for name, value in state.weights.items()})
+        weights, residual, received = (
+            {name: value.to(self.device) for name, value in tensors.items()}
+            for tensors in (state.weights, state.residual, state.received)
+        )
+        state = replace(state, weights=weights, residual=residual, received=received)
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "encode"):
             up = self.upload.params(self._schema, state.upload)
@@ -153,6 +158,7 @@ class FederatedAveraging:
                 f"round {state.round}: {len(usable)} of {len(clients)} clients sent a usable update, "
                 f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}",
                 replace(sent, repeats=state.repeats + 1),
+                _uploads(records),
             )
 
         weights, optimizer = self._stepped(state, total, usable, up, seconds)
@@ -265,6 +271,11 @@ def _check_feedback(way: str, encoder: StateDictEncoder, schema: Schema, key: Ke
         )
 
 
+def _uploads(records: Sequence[Record]) -> int:
+    """Returns how many clients sent a message."""
+    return sum(record.bits > 0 for record in records)
+
+
 def _metrics(
     before: ServerState, after: ServerState, records: list[Record], seconds: dict[str, float]
 ) -> dict[str, float]:
@@ -282,6 +293,6 @@ def _metrics(
         "clients": len(usable),
         "clients_failed": len(records) - len(usable),
         **{f"clients_failed/{kind}": sum(record.failure == kind for record in records) for kind in FAILURES},
-        "uploads": sum(record.bits > 0 for record in records),
+        "uploads": _uploads(records),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }

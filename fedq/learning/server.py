@@ -69,11 +69,12 @@ def weighted(
 ) -> dict[str, Tensor]:
     """Returns a client's update (see `client.update_of`) times its weight, ready to be added to others'.
 
-    Works in place: `update` is used up. Floating tensors are also multiplied by `scale`. Integers and booleans become
-    their change from `weights`, in int64, so that the sum is exact.
+    Works in place: `update` is used up. Floating tensors are also multiplied by `scale`, in float32 where they are
+    narrower, which a sum would soon overflow. Integers and booleans become their change from `weights`, in int64, so
+    that the sum is exact.
     """
     return {
-        name: value.mul_(weight * scale)
+        name: value.to(torch.promote_types(value.dtype, torch.float32)).mul_(weight * scale)
         if value.is_floating_point()
         else (value.to(torch.int64) - weights[name].to(torch.int64)) * weight
         for name, value in update.items()
@@ -101,14 +102,14 @@ def server_step(
     if state:
         optimizer.load_state_dict(deepcopy(dict(state)))
     for name, leaf in leaves.items():
-        leaf.grad = total[name].div_(-share[name])
+        leaf.grad = total[name].div_(-share[name]).to(leaf.dtype)
     optimizer.step()
     after = {}
     for name, value in weights.items():
         if name in leaves:
             after[name] = leaves[name].detach()
         elif value.is_floating_point():
-            after[name] = value + total[name] / share[name]
+            after[name] = value + (total[name] / share[name]).to(value.dtype)
         else:
             nearest = torch.div(2 * total[name] + share[name], 2 * share[name], rounding_mode="floor")
             after[name] = (value.to(torch.int64) + nearest).to(value.dtype)

@@ -60,6 +60,7 @@ class Ranks:
     def __init__(self, stopping: Stopping) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.stopping, self._ended = stopping, threading.Event()
+        self.apart = False  # where a round failed on rank 0 alone: the others wait in it, and hear no more orders
 
     def __enter__(self) -> "Ranks":
         if self.size > 1:
@@ -84,7 +85,7 @@ class Ranks:
             for thread in self._threads:  # one that the interpreter finds in torch's C++ at its end aborts the process
                 thread.join(2 * BEAT)
             if not (kind and issubclass(kind, RankLost)):
-                if self.rank == 0:
+                if self.rank == 0 and not self.apart:
                     self.tell({"end": True})
                 dist.destroy_process_group()
 
@@ -115,8 +116,11 @@ class Ranks:
         bounds = split([client.examples for client in clients], self.size)
         numbers = [client.number for client in clients]
         order = {"round": task.round, "norm": task.norm, "base": len(task.base), "numbers": numbers, "bounds": bounds}
+        self.apart = self.size > 1
         self.tell(order, task.base + task.message)
-        return self._reduce(contribute(task, list(enumerate(clients))[: bounds[1]]))
+        share = self._reduce(contribute(task, list(enumerate(clients))[: bounds[1]]))
+        self.apart = False
+        return share
 
     def contribute_to(
         self,

@@ -55,8 +55,9 @@ class Summary:
         values["broadcasted_bits"] = int(metrics["cumulative_broadcasted_bits"])
         values["aggregated_bits"] = int(metrics["cumulative_aggregated_bits"])
         # what the same clients would have received and sent without an encoder
+        cohorts = 1 + metrics["repeats"]  # all of one size
         values["uncompressed_broadcasted_bits"] += self._uncompressed_bits * int(
-            metrics["clients"] + metrics["clients_failed"]
+            cohorts * (metrics["clients"] + metrics["clients_failed"])
         )
         values["uncompressed_aggregated_bits"] += self._uncompressed_bits * int(metrics["uploads"])
         values["broadcast_ratio"] = values["uncompressed_broadcasted_bits"] / values["broadcasted_bits"]

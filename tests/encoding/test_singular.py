@@ -244,3 +244,10 @@ def test_all_is_0_at_once_only_where_it_would_be_anyway(value, symbol):
     assert float(side["shift"]) == pytest.approx(symbol * (value - 1), abs=1e-6)
     plain, _ = StepQuantization(1.0, relative=False, dead_zone=0.6).encode(x, Key(0))
     assert (plain == symbol).all()
+
+
+def test_one_vector_can_be_all_that_is_sent() -> None:
+    size, back, count = sent(low_rank(200, 300, rank=1), chain(0.05, rank=1))
+    assert count == 1
+    assert size < 1000  # 500 numbers of some 11 bits, and not 60,000
+    assert float((back - low_rank(200, 300, rank=1)).abs().max()) < 0.2

@@ -407,7 +407,7 @@ def test_a_common_scale_in_every_dtype(dtype: torch.dtype) -> None:
     for factor in (1.0, limit / 2, 6e-8):
         tensors = {"a": (wave(300, dtype=torch.float64) * factor).to(dtype), "f": wave(200) * 1e-9}
         if dtype == torch.float64 and factor > 1e200:  # the sum of its squares is infinite
-            with pytest.raises(EncodeError, match="too large for a common scale"):
+            with pytest.raises(EncodeError, match="tensor 'a' is too large for a common scale"):
                 COMMON.encode(tensors, KEY)
             continue
         _, back = round_trip(COMMON, tensors)

@@ -4,7 +4,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning import evaluate
 from fedq.learning.client import LocalTraining, update_of
@@ -121,6 +123,26 @@ def test_each_epoch_has_an_order_of_its_own(tiny, client):
 def test_of_a_large_client_a_random_part_is_used(tiny, client):
     _, metrics, *_ = trained(tiny, client, max_examples=30)
     assert metrics.seen == 30
+
+
+def test_all_epochs_use_the_same_part_in_orders_of_their_own(tiny, client):
+    model, seen = tiny(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.extend(map(float, inputs[0].flatten(1).sum(1))))
+    LocalTraining(lr=0.1, max_examples=30, epochs=3).train(model, tiny().state_dict(), client(3, 50).load(), Key(1))
+    epochs = seen[:30], seen[30:60], seen[60:]
+    assert len(set(seen)) == 30 == len(epochs[2])
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU()], ids=str)
+def test_a_model_that_draws_from_a_generator_of_all_threads_is_refused(client, layer):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10), layer)
+    with pytest.raises(FedqError, match=r"the model draws random numbers .* nn\.Dropout"):
+        LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))
+    layer.eval()
+    model.train = lambda mode=True: model  # as a model does whose layer draws nothing
+    LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))
 
 
 def test_the_received_weights_are_not_changed(tiny, client):

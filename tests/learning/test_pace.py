@@ -95,6 +95,22 @@ def test_reports_that_cannot_be_are_not_believed():
     assert float(state["factor"]) == 2.0**20
 
 
+def test_nothing_is_learnt_of_a_message_that_is_all_zero():
+    """As the first broadcast is, where it is the difference from initial weights: it takes few bits at any step."""
+    zeros, encoder = {"a": torch.zeros(300, 100)}, StateDictEncoder(STEP, 0, common_scale=True, pace=BitBudget(1.0))
+    initial = encoder.initial_state(schema_of(zeros))
+    _, state = round_of(encoder, zeros, initial, 0)
+    assert flatten(state).keys() == flatten(initial).keys()
+    assert all(torch.equal(value, flatten(initial)[path]) for path, value in flatten(state).items())
+
+
+def test_a_pace_that_follows_the_loss_is_given_one():
+    encoder = StateDictEncoder(STEP, 0, common_scale=True, pace=FollowLoss())
+    tensors = {"a": torch.ones(3)}
+    with pytest.raises(TypeError, match="loss="):
+        encoder.encode(tensors, Key(0), encoder.params(schema_of(tensors), encoder.initial_state(schema_of(tensors))))
+
+
 def test_a_round_follows_both_paces_and_pays_for_them(process, client):
     chain = StateDictEncoder(STEP, 0, common_scale=True)
     paced = [StateDictEncoder(STEP, 0, common_scale=True, pace=pace) for pace in (BitBudget(0.5), FollowLoss(4.0))]

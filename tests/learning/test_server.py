@@ -54,3 +54,18 @@ def test_integer_buffers_take_the_exact_mean_to_the_nearest_integer():
     assert after["b"].tolist() == [False, True]
     assert after["b"].dtype == torch.bool
     assert float(after["s"]) == 1.5 + (30 * 1.0 + 10 * 0.5) / 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_narrow_tensors_do_not_overflow(dtype):
+    """400 examples times 200 are beyond float16, and a bfloat16 sum would lose its small terms."""
+    weights = {"w": torch.full((3,), 1.0, dtype=dtype), "b": torch.full((2,), 1.0, dtype=dtype)}
+    total: dict = {}
+    for value, examples in ((200.0, 400), (201.0, 400), (1.0, 1)):
+        own = weighted({name: torch.full_like(t, value) for name, t in weights.items()}, weights, examples)
+        total = {name: tensor + total.get(name, 0) for name, tensor in own.items()}
+    after, _ = server_step(partial(torch.optim.SGD, lr=1.0), {}, weights, frozenset(["w"]), total, 801)
+    mean = 1 + (200 * 400 + 201 * 400 + 1) / 801
+    for value in after.values():
+        assert value.dtype == dtype
+        assert float(value[0]) == pytest.approx(mean, rel=torch.finfo(dtype).eps)

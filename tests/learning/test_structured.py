@@ -8,6 +8,7 @@ import torch
 from fedq.encoding import (
     Encoder,
     FixedWidth,
+    FollowLoss,
     Key,
     PowerSGD,
     RandomMask,
@@ -123,3 +124,11 @@ def test_a_gradient_that_cannot_be_sent_leaves_the_client_out(process, client):
     averaging = process(client=LocalTraining(lr=0.1, structured=True), server=partial(torch.optim.SGD, lr=1.0))
     _, metrics = averaging.next(averaging.initialize(), [client(0), bad])
     assert metrics["clients_failed"] == 1
+
+
+def test_a_structured_client_can_follow_the_loss(process, client):
+    chain = Encoder([RandomSubspace(50, scale=False)])
+    paced = StateDictEncoder(chain, 1000, common_scale=True, pace=FollowLoss(start=1.0))
+    averaging = process(client=LocalTraining(lr=0.1, structured=True), upload=paced)
+    _, metrics = averaging.next(averaging.initialize(), [client(1)])
+    assert metrics["clients_failed"] == 0

@@ -14,6 +14,7 @@ from fedq.learning import ClientFailure, FederatedAveraging, LocalTraining, TooF
 from fedq.models import MLP
 from fedq.simulation.faults import Faults
 from fedq.simulation.loop import cohort, rounds
+from fedq.tracking.summary import Summary
 
 KINDS = [field.name for field in fields(Faults)]
 CHAINS = {
@@ -113,7 +114,9 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
         }
         assert {kind: metrics[f"clients_failed/{kind}"] for kind in kinds} == kinds
         assert metrics["clients"] == drawn[None] == 8 - metrics["clients_failed"]
-        assert metrics["uploads"] == 8 - drawn["dropout"]  # what was sent is counted, whatever became of it
+        # what was sent is counted, whatever became of it
+        assert metrics["uploads"] == 8 - drawn["dropout"] - drawn["crash"]
+        assert metrics["aggregated_bits"] == metrics["uploads"] * metrics["broadcast_bits"] // 8  # all float32
     assert len(seen) >= 5  # the seed makes most of them happen
 
     # the very same model as that of a run in which those clients were never drawn
@@ -125,7 +128,7 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
         torch.testing.assert_close(value, honest[-1][0].weights[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog):
+def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
     faults = Faults(dropout=0.4)
     good = [sum(faults.drawn(Key(3, s, int(n))) is None for n in cohort(3, s, 40, 8)) for s in range(40)]
     outcome = run(faults, min_clients=5, repeats=10)
@@ -141,6 +144,12 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog):
         assert metrics["broadcast_bits"] == message * 8 * (metrics["repeats"] + 1)
     assert sum(metrics["aggregated_bits"] for _, metrics in outcome) == outcome[-1][0].aggregated_bits
     assert "repeated with another cohort" in caplog.text
+    # the same clients without an encoder would have been sent as much, and sent as much
+    summary = Summary(tmp_path)
+    summary.start({"run": {"seed": 3}}, message)
+    for _, metrics in outcome:
+        summary.write(metrics)
+    assert summary.values["broadcast_ratio"] == summary.values["upload_ratio"] == 1.0
 
 
 def test_repeats_have_an_end(caplog):

@@ -17,12 +17,13 @@ from fedq.encoding import (
     Encoder,
     FixedWidth,
     HadamardRotation,
+    Key,
     PowerSGD,
     ScaledSign,
     StateDictEncoder,
     UniformQuantization,
 )
-from fedq.learning import FederatedAveraging, FederatedDropout, LocalTraining
+from fedq.learning import FederatedAveraging, FederatedDropout, LocalTraining, Task
 from fedq.learning.aggregation import PairwiseTree
 from fedq.models import MLP
 from fedq.simulation import ranks as ranks_module
@@ -184,6 +185,33 @@ def lose(rank: int, port: int, folder: Path, queue) -> None:
         queue.put((str(error), time.monotonic() - started))
 
 
+def fail(rank: int, port: int, folder: Path, queue) -> None:
+    """Rank 0 alone fails in a round, where rank 1 waits for it; how long each then lives goes to the queue."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+
+    def contribute(task, clients):
+        raise OSError("a file is damaged")
+
+    try:
+        with Ranks(Stopping()) as ranks:
+            if rank:
+                process = make_process(StateDictEncoder(), Workers(1), Residuals(folder, 5, 10**6, shared=True))
+                for order, message in ranks.listen():
+                    ranks.contribute_to(order, message, process.contribute, lambda _, n: [*map(make_client, n)])
+            process = make_process(StateDictEncoder(), Workers(1), Residuals(folder, 5, 10**6, shared=True))
+            message, _ = process.broadcast.encode(process.initialize().weights, Key(5))
+            started = time.monotonic()
+            assert not ranks.apart
+            try:
+                ranks.gather(contribute, Task(0, message, 0.0), [make_client(number) for number in range(4)])
+            finally:
+                queue.put((ranks.apart, started))
+    except OSError:
+        queue.put(("rank 0", time.monotonic()))
+    except RankLost:
+        queue.put(("rank 1", time.monotonic()))
+
+
 def threading_kill(queue) -> None:
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, 2.0)
@@ -200,3 +228,18 @@ def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes, 
     for process in started:
         process.join(60)
     assert started[1].exitcode == -signal.SIGKILL
+
+
+def test_a_round_that_fails_on_rank_0_alone_ends_all_at_once(processes, tmp_path):
+    """The others wait in the round and would take no order for what it is: a sweep cannot go on with them."""
+    queue, port = processes.Queue(), free_port()
+    started = [processes.Process(target=fail, args=(rank, port, tmp_path, queue)) for rank in range(2)]
+    for process in started:
+        process.start()
+    apart, since = queue.get(timeout=60)
+    assert apart is True
+    ends = dict(queue.get(timeout=60) for _ in range(2))
+    assert ends.keys() == {"rank 0", "rank 1"}
+    assert max(ends.values()) - since < ranks_module.PATIENCE / 2
+    for process in started:
+        process.join(60)

@@ -56,9 +56,9 @@ class SingularVectors(EncodingStage):
         """The singular values in steps, and the vectors a row each, in integers; 0 for those that are not sent."""
         working_dtype(self, spec)
         rows, columns = spec.matrix
-        rank = min(self.rank, rows, columns)
-        if rank < 2:  # a vector is its own singular vector
+        if min(rows, columns) < 2:  # a vector is its own singular vector
             return {}
+        rank = min(self.rank, rows, columns)
         shapes = {"values": (rank,), "left": (rank, rows), "right": (rank, columns)}
         return {name: TensorSpec(shape, torch.int32) for name, shape in shapes.items()}
 
