@@ -117,7 +117,12 @@ def test_each_epoch_has_an_order_of_its_own(tiny, client):
     _, metrics, *_ = trained(tiny, client, epochs=2)
     assert metrics.seen == 100
     key = Key(1, 2, 3).fold("train").fold("shuffle")
-    assert (key.fold("0").permutation(50) != key.fold("1").permutation(50)).any()
+    orders = [key.fold(str(epoch)).permutation(50) for epoch in range(2)]
+    assert (orders[0] != orders[1]).any()
+    model, seen, examples = tiny(), [], client(3, 50).load()
+    model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    LocalTraining(lr=0.1, epochs=2).train(model, tiny().state_dict(), examples, Key(1, 2, 3).fold("train"))
+    assert torch.equal(torch.stack(seen), torch.cat([examples.x[order] for order in orders]))
 
 
 def test_of_a_large_client_a_random_part_is_used(tiny, client):
