@@ -71,7 +71,7 @@ class LocalTraining:
 
         With `project`, a projection on a linear subspace, each step takes the projected gradient. `precision` is that
         of products of matrices and convolutions, where "bf16" has 8 bits instead of 24; weights, their gradients and
-        steps are the model's dtype in either.
+        steps are the model's dtype in either. Raises FedqError for a model that draws from torch's generator.
         """
         model.load_state_dict(weights)
         model.train()
