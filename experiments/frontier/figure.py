@@ -124,7 +124,7 @@ def _panel(axes: Axes, results: list[Result]) -> None:
         named = base in NAMED and not rest
         colour = ("black" if base == "frontier" else f"C{NAMED.index(base)}") if named else "silver"
         default = one.rounds == 60
-        label = base if named and default else f"{base}, {one.rounds} rounds" if named else "all others, in the table"
+        label = base if named and default else f"{base}, {one.rounds} rounds" if named else "all others, in results.csv"
         axes.errorbar(
             one.both,
             one.accuracy,
