@@ -158,7 +158,7 @@ def main() -> None:
     print(f"| {columns.replace('|', ' | ')} |")
     print("|" + "---|" * 12)
     for one in ordered:
-        if one.scheme.split(",")[0] not in NAMED:
+        if one.scheme not in NAMED:
             continue
         spread = "" if one.spread is None else f" ± {one.spread:.2f}"
         cells = [DATASETS[one.dataset], one.rounds, f"`{one.scheme}`", f"{one.down:.3f}", f"{one.up:.3f}"]
