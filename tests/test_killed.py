@@ -109,3 +109,32 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
     (folder,) = run_folders(ranks)  # rank 0 alone writes files, and finds its folder again
     fedq(tmp_path, *command, "run.workers=1", f"hydra.run.dir={tmp_path}/alone")
     assert_same_run(folder, tmp_path / "alone")
+
+
+BROKEN = """
+import os
+from dataclasses import replace
+
+from fedq.data.writers import Writers
+
+
+class Broken(Writers):
+    def client(self, number):
+        def load(client=super().client(number)):
+            if os.environ["RANK"] == "0":
+                raise OSError("a disk of rank 0 is broken")
+            return client.load()
+
+        return replace(super().client(number), load=load)
+"""
+
+
+def test_a_sweep_of_ranks_ends_where_rank_0_alone_fails_in_a_round(tmp_path):
+    """The other ranks wait in the round: orders for the next job would reach nobody, and all would wait for good."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "fedq.train", "-m", *SMALL, "dataset._target_=broken.Broken", "run.seed=0,1"]
+    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("E a disk of rank 0 is broken") == 1  # and of no second job

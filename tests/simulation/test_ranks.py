@@ -217,11 +217,17 @@ def threading_kill(queue) -> None:
     signal.setitimer(signal.ITIMER_REAL, 2.0)
 
 
-def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes, tmp_path):
+def start_two(processes, target, folder: Path):
+    """Starts `target` as ranks 0 and 1; returns what they put into their queue, and the processes."""
     queue, port = processes.Queue(), free_port()
-    started = [processes.Process(target=lose, args=(rank, port, tmp_path, queue)) for rank in range(2)]
+    started = [processes.Process(target=target, args=(rank, port, folder, queue)) for rank in range(2)]
     for process in started:
         process.start()
+    return queue, started
+
+
+def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes, tmp_path):
+    queue, started = start_two(processes, lose, tmp_path)
     message, seconds = queue.get(timeout=60)
     assert "rank 0 lost the connection to another rank" in message
     assert seconds < 2 + ranks_module.PATIENCE
@@ -232,10 +238,7 @@ def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(processes, 
 
 def test_a_round_that_fails_on_rank_0_alone_ends_all_at_once(processes, tmp_path):
     """The others wait in the round and would take no order for what it is: a sweep cannot go on with them."""
-    queue, port = processes.Queue(), free_port()
-    started = [processes.Process(target=fail, args=(rank, port, tmp_path, queue)) for rank in range(2)]
-    for process in started:
-        process.start()
+    queue, started = start_two(processes, fail, tmp_path)
     apart, since = queue.get(timeout=60)
     assert apart is True
     ends = dict(queue.get(timeout=60) for _ in range(2))
