@@ -16,7 +16,7 @@ from fedq.encoding.encoder import ByPlace, Encoder, described, finite, is_finite
 from fedq.encoding.message import MessageError
 from fedq.encoding.pace import Pace
 from fedq.encoding.spec import Tensors, TensorSpec
-from fedq.encoding.stages.sums import divided
+from fedq.encoding.stages.sums import CHUNK, divided
 from fedq.errors import FedqError
 from fedq.keys import Key
 
@@ -402,7 +402,12 @@ def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor
 
     Raises EncodeError for an overflow.
     """
-    norms = {name: float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for name, tensor in tensors.items()}
+    norms = {
+        name: math.hypot(
+            *(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in torch.split(tensor.reshape(-1), CHUNK))
+        )
+        for name, tensor in tensors.items()
+    }
     value = factor * math.hypot(*norms.values()) / math.sqrt(max(1, sum(t.numel() for t in tensors.values())))
     if not value < torch.finfo(dtype).max:
         raise EncodeError(f"tensor {max(norms, key=lambda name: norms[name])!r} is too large for a common scale")

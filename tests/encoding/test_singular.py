@@ -143,6 +143,16 @@ def test_fewer_bytes_than_without() -> None:
     assert size < 0.5 * plain
 
 
+def test_small_elements_with_something_in_common() -> None:
+    """No element reaches a step, and rounded by itself each is 0; what they have in common is sent all the same."""
+    x = low_rank(300, 400)
+    size, back, count = sent(x, chain(1.01 * float(x.abs().max())))
+    assert count >= 2
+    assert size < 1000
+    assert float((back - x).square().sum()) < 0.3 * float(x.square().sum())
+    assert sent(x, chain(1.01 * float(x.norm())))[2] == 0
+
+
 def test_matrices_that_are_hard() -> None:
     equal = torch.from_numpy(np.linalg.qr(np.random.default_rng(2).normal(size=(200, 200)))[0]).float() * 50
     for x in (

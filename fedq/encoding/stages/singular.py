@@ -11,7 +11,7 @@ from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.rotation import random_signs
 from fedq.encoding.stages.step import rate_distortion
-from fedq.encoding.stages.sums import largest_magnitude, working_dtype
+from fedq.encoding.stages.sums import working_dtype
 from fedq.keys import Key
 
 _SPARE = 8  # more directions than are asked for: the last ones found are the least exact (Halko 2011, §4.2)
@@ -78,15 +78,17 @@ class SingularVectors(EncodingStage):
         """As EncodingStage.encode."""
         spec = TensorSpec.of(x)
         side = {name: torch.zeros(own.shape, dtype=own.dtype) for name, own in self.side_spec(spec).items()}
-        peak, work = largest_magnitude(x), working_dtype(self, spec)
-        if not side or peak < self.step:
+        if not side:
             return x, side
-        if peak > math.sqrt(torch.finfo(work).max / x.numel()) or peak * math.sqrt(x.numel()) > self.step * _MOST:
-            raise ValueError(f"{peak} is too large, or too large for steps of {self.step}")
-        matrix = x.reshape(spec.matrix).to(work)
+        matrix = x.reshape(spec.matrix).to(working_dtype(self, spec))
+        energy = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+        norm, limit = math.sqrt(energy), math.sqrt(torch.finfo(matrix.dtype).max)
+        if not norm < min(limit, self.step * _MOST):
+            raise ValueError(f"a norm of {norm} is too large, or too large for steps of {self.step}")
+        if norm < self.step:  # no singular value is worth its bits
+            return x, side
         flipped, names = (matrix.t(), _BOTH[::-1]) if spec.matrix[0] > spec.matrix[1] else (matrix, _BOTH)
         values, vectors = _leading(flipped, self.rank, key)  # of no more rows than columns
-        energy = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
         count = self._count(values, energy, *flipped.shape)
         if not count:
             return x, side
@@ -140,10 +142,10 @@ def _leading(matrix: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:
     if rows <= max(_EXACT, count):
         small = matrix
     else:
-        draws = random_signs(rows * count, key.fold("sketch"), matrix.device).view(rows, count).to(matrix) / rows
+        draws = random_signs(count * rows, key.fold("sketch"), matrix.device).view(count, rows).to(matrix) / rows
         # the products with the matrix and its transpose make the larger directions stand out; what is still wrong is
         # made good where the other vectors are fitted
-        small = torch.linalg.qr(matrix @ (matrix.t() @ draws)).Q.t() @ matrix
+        small = torch.linalg.qr(matrix @ (draws @ matrix).t()).Q.t() @ matrix
     squares, turn = torch.linalg.eigh(small @ small.t())
     values = squares.clamp_(min=0).sqrt_().flip(0)[:rank]
     vectors = turn.flip(1)[:, :rank].t() @ small
