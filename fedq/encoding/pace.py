@@ -69,8 +69,8 @@ class BitBudget(Pace):
         if before[0] and abs(step := math.log(factor / before[0])) > 0.01:
             # few bits fall off steeply; where training itself moved them, the power must stay believable
             power = min(max(math.log(reported / before[1]) / step, -5.0), -0.7)
-        aim = factor * (self.bits / reported) ** (1 / power)
-        aim = min(max(aim, factor / 8, 2.0**-20), factor * 8, 2.0**20)
+        aim = factor * 2 ** min(max((math.log2(self.bits) - math.log2(reported)) / power, -3), 3)
+        aim = min(max(aim, 2.0**-20), 2.0**20)
         now = {"factor": aim, "before": [factor, reported], "power": power}
         return {name: torch.tensor(value) for name, value in now.items()}
 

@@ -272,7 +272,8 @@ class StateDictEncoder:
                 tensors = self._split(tensors, schema)
                 for name, other in self._references(reference, schema).items():
                     what = f"tensor {name!r}"
-                    tensors[name] = finite(tensors[name] + other)
+                    limit = torch.finfo(other.dtype).max
+                    tensors[name] = (tensors[name] + other).clamp_(-limit, limit)
         except ValueError as error:
             raise MessageError(f"{what} cannot be decoded: {error}") from error
         return tensors, front
@@ -402,12 +403,10 @@ def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor
 
     Raises EncodeError for an overflow.
     """
-    norms = {
-        name: math.hypot(
-            *(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in torch.split(tensor.reshape(-1), CHUNK))
-        )
-        for name, tensor in tensors.items()
-    }
+    norms = {}
+    for name, tensor in tensors.items():  # in pieces that lie in one piece: norms of others depend on how many threads
+        pieces = torch.split(tensor.reshape(-1).contiguous(), CHUNK)
+        norms[name] = math.hypot(*(float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in pieces))
     value = factor * math.hypot(*norms.values()) / math.sqrt(max(1, sum(t.numel() for t in tensors.values())))
     if not value < torch.finfo(dtype).max:
         raise EncodeError(f"tensor {max(norms, key=lambda name: norms[name])!r} is too large for a common scale")

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,15 +25,21 @@ from fedq.encoding import (
     Encoder,
     FixedWidth,
     Key,
+    LearnedANS,
+    LearnedHuffman,
+    LloydMax,
     MessageError,
+    Raw,
+    ScaledSign,
     SingularVectors,
     StateDictEncoder,
     StepQuantization,
+    TopK,
     UniformQuantization,
     schema_of,
 )
 from fedq.encoding.state_dict import flatten
-from fedq.encoding.testing import reframe, wave
+from fedq.encoding.testing import check_damage, reframe, wave
 
 KEY = Key(11, 22, 33)
 HEADER, CHECKSUM = 44, 4
@@ -336,6 +343,17 @@ def test_a_length_on_the_wire_is_not_believed() -> None:
         for lie in (0, 1, length - 1, length + 1, 2**31, 2**32 - 1):
             with pytest.raises(MessageError, match="'x'|left over"):
                 encoder.decode(reframe(message, body[:8] + struct.pack("<I", lie) + body[12:]), KEY, schema_of(x))
+
+
+@pytest.mark.parametrize("coder", [LearnedANS(), LearnedHuffman(), Raw()])
+@pytest.mark.parametrize("stages", [(TopK(0.1), ScaledSign()), (LloydMax(3),), (UniformQuantization(4),)])
+def test_symbols_beyond_their_levels_are_refused(stages: tuple, coder: Any) -> None:
+    check_damage(Encoder(stages, coder), None)
+    encoder, x = StateDictEncoder(Encoder(stages[-1:], Raw()), 0), {"x": wave(100)}
+    message, _ = encoder.encode(x, KEY)
+    forged = message[HEADER : -CHECKSUM - 1] + b"\xff"  # the last symbol
+    with pytest.raises(MessageError, match="a symbol is not from 0 to "):
+        encoder.decode(reframe(message, forged), KEY, schema_of(x))
 
 
 def test_what_is_not_bytes_at_all_or_too_short() -> None:

@@ -19,10 +19,12 @@ from fedq.encoding import (
     Key,
     MessageError,
     Raw,
+    ScaledSign,
     SingularVectors,
     StateDictEncoder,
     StepQuantization,
     TensorSpec,
+    TrellisQuantization,
     UniformQuantization,
     schema_of,
 )
@@ -526,3 +528,43 @@ def test_a_frontier_message_of_a_whole_model() -> None:
     message, back = round_trip(encoder, state_dict() | {"low": wave(200, 1) @ wave(1, 300)})
     assert torch.equal(back["mask"], state_dict()["mask"])
     assert len(message) < 60_000
+
+
+def test_a_sum_with_the_reference_stays_within_the_dtype() -> None:
+    reference = {"x": torch.full((1000,), 6e4, dtype=torch.float16)}
+    x = {"x": torch.cat([torch.full((500,), -2e3), torch.full((500,), 6.2e4)]).half()}
+    encoder = StateDictEncoder(Encoder([ScaledSign()], FixedWidth()), 0, reference="initial")
+    message, _ = encoder.encode(
+        x, KEY, reference=reference
+    )  # the difference is −62,000 or 2,000: about ±32,000 is told
+    decoded, _ = encoder.decode(message, KEY, schema_of(x), reference=reference)
+    assert float(decoded["x"].max()) == torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("stage", [StepQuantization(1e39, relative=False), TrellisQuantization(1e39, relative=False)])
+def test_a_step_beyond_float32_is_no_infinity(stage: Any) -> None:
+    x = {"x": wave(100) * 1e38}
+    encoder = StateDictEncoder(Encoder([stage], CABAC(signed=isinstance(stage, StepQuantization))), 0)
+    decoded, _ = encoder.decode(encoder.encode(x, KEY)[0], KEY, schema_of(x))
+    assert bool(decoded["x"].isfinite().all())
+
+
+def test_a_common_scale_does_not_depend_on_layout_or_threads() -> None:
+    whole = torch.randn(900, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chain = Encoder([StepQuantization(1.0, relative=False)], CABAC())
+    encoder, before = StateDictEncoder(chain, 0, common_scale=True), torch.get_num_threads()
+    messages = set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for x in (whole[:, ::2], whole[:, ::2].contiguous()):
+                messages.add(encoder.encode({"x": x}, KEY)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert len(messages) == 1
+
+
+def test_a_conjugate_view_is_sent_as_what_it_shows() -> None:
+    x = {"x": torch.randn(4, dtype=torch.complex64).conj()}
+    decoded, _ = StateDictEncoder().decode(StateDictEncoder().encode(x, KEY)[0], KEY, schema_of(x))
+    assert torch.equal(decoded["x"], x["x"].resolve_conj())

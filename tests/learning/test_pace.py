@@ -135,3 +135,10 @@ def test_what_does_not_fit_together_is_refused(process):
             wrong()
     with pytest.raises(FedqError, match="upload"):
         process(broadcast=StateDictEncoder(STEP, common_scale=True, pace=FollowLoss()))
+
+
+def test_a_budget_out_of_reach_moves_the_step_as_far_as_it_may() -> None:
+    state = BitBudget(1e-300).initial_state(None)
+    for number in range(9):
+        state = BitBudget(1e-300).followed(state, 1.0)
+        assert float(state["factor"]) == min(8.0 ** (number + 1), 2.0**20)

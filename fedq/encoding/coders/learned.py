@@ -72,6 +72,8 @@ class _Learned(AdaptiveCoder):
         tokens = shared.empty(spec)
         if len(tokens):
             data = self._read(data, tokens, _weights(params))
+            if spec.levels is not None and int(tokens.max()) >= spec.levels:
+                raise ValueError(f"a symbol is not from 0 to {spec.levels - 1}")
         return shared.detokenise(0, tokens, data, spec)
 
     def _check(self, spec: TensorSpec) -> None:

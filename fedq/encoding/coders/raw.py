@@ -20,13 +20,16 @@ class Raw(Coder):
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         # as_strided, as one element or none counts as contiguous whatever its stride, and view would refuse it
-        flat = symbols.cpu().contiguous().as_strided((symbols.numel(),), (1,))
+        flat = symbols.cpu().resolve_conj().contiguous().as_strided((symbols.numel(),), (1,))
         return flat.view(torch.uint8).numpy().data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode. Booleans must be the bytes 0 or 1."""
+        """As Coder.decode. Booleans must be the bytes 0 or 1, symbols within their levels."""
         values = torch.empty(spec.numel * spec.dtype.itemsize, dtype=torch.uint8)
         values.numpy()[:] = data
         if spec.dtype == torch.bool and bool((values > 1).any()):
             raise ValueError("a boolean is neither 0 nor 1")
-        return values.view(spec.dtype).reshape(spec.shape)
+        decoded = values.view(spec.dtype).reshape(spec.shape)
+        if spec.levels is not None and spec.numel and not 0 <= int(decoded.min()) <= int(decoded.max()) < spec.levels:
+            raise ValueError(f"a symbol is not from 0 to {spec.levels - 1}")
+        return decoded

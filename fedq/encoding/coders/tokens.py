@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.spec import TensorSpec
+from fedq.errors import MissingPackage
 
 MOST = 4096
 """The most levels that are tokens themselves."""
@@ -25,7 +26,7 @@ def kernels(module: str = "coders._kernels") -> Any:
     try:
         return importlib.import_module(f"fedq.encoding.{module}")
     except ImportError as error:
-        raise ImportError('the entropy coders need numba: pip install "fedq[coders]"') from error
+        raise MissingPackage('the entropy coders need numba: pip install "fedq[coders]"') from error
 
 
 def alphabet(spec: TensorSpec) -> int:

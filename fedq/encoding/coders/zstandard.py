@@ -18,6 +18,7 @@ from fedq.encoding.coders.coder import Buffer, Coder
 from fedq.encoding.coders.fixed_width import FixedWidth
 from fedq.encoding.coders.raw import Raw
 from fedq.encoding.spec import TensorSpec
+from fedq.errors import MissingPackage
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,4 @@ def _zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ImportError as error:
-        raise ImportError('Zstandard needs its package: pip install "fedq[coders]"') from error
+        raise MissingPackage('Zstandard needs its package: pip install "fedq[coders]"') from error

@@ -119,8 +119,8 @@ class HadamardRotation(Rotation):
 
     A value v alone in a block of B becomes ±v/√B throughout, and whatever the block, each element is then nearly
     Gaussian, of variance ‖block‖²/B. With energy spread over blocks alike, uniform quantisation to k levels behind it
-    has a squared error of at most ‖x‖² · (2·ln n + 2) / (k − 1)², where without it that is up to ‖x‖² · n / (k − 1)².
-    What it takes, gives and is told: see Rotation.
+    has a squared error of at most ‖x‖² · (2·ln n + 2) / (k − 1)², where without it that is up to
+    ‖x‖² · n / (2 · (k − 1)²). What it takes, gives and is told: see Rotation.
     """
 
     block: int = 1024

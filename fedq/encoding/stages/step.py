@@ -123,7 +123,7 @@ class StepQuantization(EncodingStage):
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
         work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
-        step = float(side["step"]) if self.relative else self.step
+        step = min(float(side["step"]) if self.relative else self.step, torch.finfo(work).max)
         shift, beyond = float(side["shift"]) if self.centroids else 0.0, step * 2.0**32 >= largest
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
         random = key.bit_generator()

@@ -104,7 +104,8 @@ class TrellisQuantization(EncodingStage):
         kernels(_KERNELS).trellis_signs(symbols.numpy(), _steps(self.states), signs)
         value = symbols.to(work).div_(2).add_(0.25)
         value += torch.where(symbols == 0, side["zero"].to(work), side["shift"].to(work))
-        value.mul_(torch.from_numpy(signs)).mul_(float(side["step"]) if self.relative else self.step)
+        step = min(float(side["step"]) if self.relative else self.step, torch.finfo(work).max)
+        value.mul_(torch.from_numpy(signs)).mul_(step)
         return value.clamp_(-largest, largest).view(spec.shape).to(y.device, spec.dtype)
 
 
