@@ -222,6 +222,8 @@ def main() -> None:
     wanted = arguments.sources.split(",")
     if unknown := set(wanted) - set(SOURCES):
         parser.error(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
+    if arguments.rounds < 1 or arguments.clients < 1:
+        parser.error("--rounds and --clients must be 1 or more")
     console = Console()
     try:
         chains = encoders(arguments.encoders)

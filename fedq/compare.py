@@ -33,7 +33,10 @@ if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-IGNORED = ("run.seed", "run.workers", "run.checkpoint_every", "run.resume")
+IGNORED = (
+    *("run.seed", "run.workers", "run.checkpoint_every", "run.keep", "run.resume"),
+    *("run.accuracy_floor", "run.residual_memory"),
+)
 """Keys that do not make another experiment: the seed, and what changes no result (the simulation promise)."""
 NEVER = "–"
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"

@@ -6,6 +6,7 @@ What has no `_target_`, the groups `run` and `encoder`, is described by the data
 """
 
 import inspect
+import json
 import math
 import pkgutil
 import re
@@ -114,14 +115,21 @@ class EncoderConfig:
     upload: dict[str, Any]
 
 
+_GROUPS = ("dataset", "model", "client", "server", "run")
+"""The groups of a configuration beside `encoder`."""
+
 _OPTIONS = ("joint", "reference", "common_scale", "error_feedback")
 """The keys of a direction that StateDictEncoder takes as they are."""
 
 
 def check(cfg: DictConfig) -> None:
     """Raises ConfigError unless every key of a composed configuration is known and of the right type."""
+    if unknown := sorted(map(str, cfg.keys() - {*_GROUPS, "encoder", "hydra"})):
+        raise ConfigError(f"{unknown[0]} is not a key; allowed here: {', '.join((*_GROUPS, 'encoder'))}")
     build_run(cfg)
-    for group in ("dataset", "model", "client", "server", "run"):
+    for group in _GROUPS:
+        if group != "run" and "_target_" not in plain(cfg, group):
+            raise ConfigError(f"{group}._target_ is missing")
         _check_targets(cfg, group)
     _check_arguments(cfg, "encoder", EncoderConfig, open_ended=True)
     for direction in ("encoder.broadcast", "encoder.upload"):
@@ -142,6 +150,15 @@ def build(cfg: DictConfig, path: str, **more: Any) -> Any:
     """Returns the object that the node at `path` (such as "dataset") describes by `_target_`, with `more` arguments."""
     # Plain containers in and out: no OmegaConf object reaches the code, whatever launcher composed the config.
     return _call(path, lambda: instantiate(plain(cfg, path), **more, _convert_="all"))
+
+
+def build_server(cfg: DictConfig) -> Any:
+    """Returns what builds the server optimizer, and has it do so once: its arguments are checked before any round."""
+    import torch
+
+    server = build(cfg, "server")
+    _call("server", lambda: server([torch.zeros(1, requires_grad=True)]))
+    return server
 
 
 def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) -> Any:
@@ -176,7 +193,7 @@ def differences(there: Node, here: Node) -> list[str]:
     """Returns in words how the plain configuration of an earlier run differs from this one's; none in the same run."""
     a, b = (_IMPLIED | _leaves(config, "") for config in (there, here))
     return [
-        f"{key} was {a.get(key, 'not set')}, not {b.get(key, 'not set')}"
+        f"{key} was {a.get(key, 'absent')}, not {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key) and key not in [f"run.{name}" for name in _NEUTRAL]
     ]
@@ -235,7 +252,10 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
     node = plain(cfg, path)
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     parameters = inspect.signature(target).parameters
-    hints = typing.get_type_hints(target.__dict__.get("__init__", target) if isinstance(target, type) else target)
+    try:
+        hints = typing.get_type_hints(target.__dict__.get("__init__", target) if isinstance(target, type) else target)
+    except NameError:  # a name that is imported for type checkers alone
+        hints = {}
     for name, parameter in parameters.items():
         # what is built with `_target_` may get more arguments from the code
         if "_target_" not in node and name not in given and parameter.default is parameter.empty:
@@ -244,7 +264,7 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
     for key, value in given.items():
         place = _origin(cfg, f"{path}.{key}")
         if key not in parameters:
-            if takes_any:
+            if takes_any and not (open_ended and not _is_referred_to(cfg, key)):
                 continue
             raise ConfigError(f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}")
         allowed = hints.get(key, Any)
@@ -252,6 +272,11 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
             raise ConfigError(f"{place}: {value} is not a finite number")
         if not _fits(value, allowed):
             raise ConfigError(f"{place}: {value!r} is not allowed; it must be {_name(allowed)}")
+
+
+def _is_referred_to(cfg: DictConfig, key: str) -> bool:
+    """Tells whether an interpolation in the encoder's group, such as ${encoder.bits}, names `key`."""
+    return re.search(rf"\$\{{[\w.]*\b{re.escape(key)}\}}", json.dumps(plain(cfg, "encoder", resolve=False))) is not None
 
 
 def _origin(cfg: DictConfig, path: str) -> str:
@@ -304,8 +329,8 @@ def _call(path: str, function: Any) -> Any:
     """Calls a constructor; what it refuses becomes a ConfigError that names the group."""
     try:
         return function()
-    except (HydraException, TypeError, ValueError) as error:
+    except (HydraException, TypeError, ValueError, LookupError) as error:
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-        if isinstance(cause, TypeError | ValueError):
+        if isinstance(cause, TypeError | ValueError | LookupError):
             raise ConfigError(f"{path}: {cause}") from error
         raise cause from error

@@ -21,7 +21,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fedq.config import ConfigError, build, build_encoder, build_run, check, differences, explain, plain
+from fedq.config import (
+    ConfigError,
+    build,
+    build_encoder,
+    build_run,
+    build_server,
+    check,
+    differences,
+    explain,
+    plain,
+)
 from fedq.errors import FedqError
 from fedq.simulation.sweep import objective
 from fedq.tracking.console import ConsoleProgress
@@ -142,12 +152,16 @@ def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | Non
     It is in `folder` or, of a search, which may draw the same choice again, in the folder of another job.
     """
     run = plain(cfg, "run")
-    if run.get("resume") != "auto":
+    resume = str(run.get("resume"))
+    if resume == "never" or (resume != "auto" and Path(resume).resolve().is_relative_to(folder.resolve())):
         return None
     search = HydraConfig.get().mode == RunMode.MULTIRUN and run.get("accuracy_floor") is not None
     for path in (folder / "summary.json", *(sorted(folder.parent.glob("*/summary.json")) if search else ())):
         if path.exists():
-            summary = json.loads(path.read_text())
+            try:
+                summary = json.loads(path.read_text())
+            except ValueError:  # cut short
+                continue
             enough = summary["rounds"] == run["rounds"] or (path.parent == folder and summary["rounds"] > run["rounds"])
             if summary["status"] == "completed" and enough and not differences(summary["config"], plain(cfg)):
                 return path.parent, summary
@@ -195,14 +209,22 @@ def train(
         state = process.initialize()
         exact_message, _ = StateDictEncoder().encode(state.weights, Key(run.seed))
         summary.start(config, 8 * len(exact_message))
-        name = _run_name()
+        keep_configuration(cfg, folder)
+        # a run that goes on, with more rounds say, stays one run in TensorBoard
+        name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         log.info("run %s of %d rounds in %s", name, run.rounds, folder)
+        done, shown = [], 0
         if earlier:
             state, its_folder = earlier
             log.info("going on after round %d of %s", state.round - 1, its_folder)
-            for metrics in metrics_file.restore(its_folder / "metrics.jsonl", state.round):
-                summary.write(metrics)
-        tensorboard = stack.enter_context(closing(TensorBoard(folder, name, _hparams(cfg), state.round)))
+            done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
+            shown = state.round if its_folder.samefile(folder) else 0
+        tensorboard = TensorBoard(folder, name, _hparams(cfg), shown if earlier else None)
+        stack.enter_context(closing(tensorboard))
+        for metrics in done:
+            summary.write(metrics)
+        for metrics in done[shown:]:
+            tensorboard.write(metrics)
         progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
         gather = partial(ranks.gather, process.contribute) if ranks else None
         saved = None
@@ -233,6 +255,14 @@ def train(
             with suppress(OSError):
                 save()
     summary.print()
+
+
+def keep_configuration(cfg: DictConfig, folder: Path) -> None:
+    """Writes the files of `.hydra`, which Hydra itself writes before a job can refuse another run's folder."""
+    parts = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    (folder / ".hydra").mkdir(exist_ok=True)
+    for name, part in parts.items():
+        OmegaConf.save(part, folder / ".hydra" / f"{name}.yaml")
 
 
 def serve(ranks: "Ranks") -> None:
@@ -277,7 +307,7 @@ def assemble(
     process = FederatedAveraging(
         model=build(cfg, "model", num_classes=dataset.num_classes),
         client=build(cfg, "client"),
-        server=build(cfg, "server"),
+        server=build_server(cfg),
         broadcast=build_encoder(cfg, "broadcast"),
         upload=build_encoder(cfg, "upload"),
         seed=run.seed,

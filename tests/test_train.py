@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
+from time import sleep
 
 import h5py
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedq.errors import FedqError
 from fedq.simulation import checkpoint
 from fedq.tracking.metrics import MetricsFile
+from fedq.tracking.tensorboard import TensorBoard
 from fedq.train import CONF
 
 # a world small enough to train in a moment; the hidden layer is above the threshold
@@ -175,6 +178,13 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
         ("client.lr=nan", "client.lr: nan is not a finite number"),
         ("client.batch_size=0", "client: batch_size must be 1 or more, not 0"),
         ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),
+        ("server.lr=-1", "server: Invalid learning rate: -1"),
+        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, client, server, run, encoder"),
+        (
+            "+encoder.upload.eror_feedback=true",
+            "encoder.upload.eror_feedback is not a key; allowed here: stages",
+        ),
+        ("~dataset._target_", "dataset._target_ is missing"),
     ],
 )
 def test_a_wrong_command_fails_with_one_line(tmp_path, argument, message):
@@ -229,30 +239,62 @@ def emnist_files(folder: Path, name: str, classes: int) -> None:
                 group["label"] = rng.integers(classes, size=examples, dtype=np.int32)
 
 
-def test_every_option_of_every_group_trains(tmp_path):
+TINY = ("run.rounds=1", "run.clients_per_round=2")
+MLP = ("model=mlp", *TINY)
+WRITERS = ("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=4", "dataset.test_examples=10")
+EVERY = {  # group → how its options are trained, and in how many parts
+    "model": (TINY, 1),
+    "encoder": (("model=mlp", "run.rounds=2", "run.clients_per_round=2"), 4),
+    "client": ((*MLP, "encoder=structured_mask"), 1),  # not all can train within what every encoder sends
+    "server": (MLP, 1),
+    "run": (MLP, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "part"), [(group, part) for group, (_, parts) in EVERY.items() for part in range(parts)]
+)
+def test_every_option_of_a_group_trains(tmp_path, group, part):
+    others, parts = EVERY[group]
+    names = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))[part::parts]
+    small = tuple(o for o in SMALL if not o.startswith(("run.", "model", "dataset")))
+    fedq(tmp_path, "-m", *WRITERS, *small, f"{group}={','.join(names)}", *others)
+    assert_all_trained(tmp_path, len(names))
+
+
+def test_every_dataset_trains(tmp_path):
     for name, classes in (("fed_emnist_digitsonly", 10), ("fed_emnist", 62)):
         emnist_files(tmp_path / "emnist", name, classes)
-    tiny = ("run.rounds=1", "run.clients_per_round=2")
-    small = tuple(o for o in SMALL if not o.startswith(("run.", "model", "dataset")))
-    writers = ("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=4", "dataset.test_examples=10")
-    mlp = ("model=mlp", *tiny)
-    more = {
-        "model": tiny,
-        "encoder": ("model=mlp", "run.rounds=2", "run.clients_per_round=2"),
-        "client": (*mlp, "encoder=structured_mask"),  # not every client can train within what every encoder sends
-        "server": mlp,
-        "run": mlp,
-    }
-    trained = 0
-    for group, others in more.items():
-        names = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
-        fedq(tmp_path, "-m", *writers, *small, f"{group}={','.join(names)}", *others)
-        trained += len(names)
-    fedq(tmp_path, "-m", "dataset=mnist5k,writers", *mlp)
-    fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", *mlp)
-    trained += len(list(Path(CONF, "dataset").glob("*.yaml")))
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in run_folders(tmp_path)]
-    assert [summary["status"] for summary in summaries] == ["completed"] * trained
+    fedq(tmp_path, "-m", "dataset=mnist5k,writers", *MLP)
+    fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", *MLP)
+    assert_all_trained(tmp_path, len(list(Path(CONF, "dataset").glob("*.yaml"))))
+
+
+def assert_all_trained(cwd: Path, count: int) -> None:
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in run_folders(cwd)]
+    assert [summary["status"] for summary in summaries] == ["completed"] * count
+
+
+def test_what_json_has_no_word_for_is_null(tmp_path):
+    with closing(MetricsFile(tmp_path)) as file:
+        file.write({"round": 0, "test/loss": float("nan"), "train/loss": float("inf"), "clients": 3})
+        assert metrics_of(tmp_path) == [{"round": 0, "test/loss": None, "train/loss": None, "clients": 3}]
+        with pytest.raises(FedqError, match=r"metrics.jsonl has 1 rounds, the checkpoint 2; start afresh"):
+            file.restore(tmp_path / "metrics.jsonl", 2)
+        with pytest.raises(FedqError, match=r"has 0 rounds, the checkpoint 1"):
+            file.restore(tmp_path / "elsewhere" / "metrics.jsonl", 1)
+
+
+def test_curves_that_begin_again_are_forgotten(tmp_path):
+    """A run that ended before its second checkpoint goes on from round 0, into the same folder."""
+    for going_on, losses in ((None, [3.0, 2.0]), (0, [1.0])):
+        board = TensorBoard(tmp_path, "run", {}, going_on)
+        for number, loss in enumerate(losses):
+            board.write({"round": number, "train/loss": loss})
+        board.close()
+        sleep(1.1)  # a file's name has the second
+    curve = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in curve] == [(0, 1.0)]
 
 
 def test_help_names_the_groups_and_three_commands(tmp_path):
@@ -331,9 +373,23 @@ def test_a_run_goes_on_longer_and_from_another_folder(tmp_path, encoder):
     fedq(tmp_path, *command, f"hydra.run.dir={tmp_path}/short", "run.residual_memory=0")
     assert_same_run(tmp_path / "other", tmp_path / "whole")
     assert_same_run(tmp_path / "short", tmp_path / "whole")
+    # what a folder is not for leaves all in it as it is
+    files = [path for path in (tmp_path / "short").rglob("*") if path.is_file() and path.suffix != ".log"]
+    kept = {path: path.read_bytes() for path in files}
     done = fedq(tmp_path, *command, "run.resume=never", f"hydra.run.dir={tmp_path}/short", code=1)
     assert "belongs to another run" in done.stderr
-    assert_same_run(tmp_path / "short", tmp_path / "whole")
+    done = fedq(tmp_path, *command, "client.lr=0.5", f"hydra.run.dir={tmp_path}/short", code=1)
+    assert "is of another run: client.lr was 0.1, not 0.5" in done.stderr
+    from_other = (f"run.resume={tmp_path}/other", f"hydra.run.dir={tmp_path}/short")
+    done = fedq(tmp_path, *command, "client.lr=0.5", *from_other, code=1)
+    assert "is of another run: client.lr was 0.1, not 0.5" in done.stderr
+    fewer = fedq(tmp_path, *command, "run.rounds=1", f"hydra.run.dir={tmp_path}/short")
+    assert "finished: nothing to do" in fewer.stderr
+    assert kept == {path: path.read_bytes() for path in kept}
+    # in TensorBoard each is one run of three rounds, with and without its beginning elsewhere
+    for folder in ("short", "other"):
+        (events,) = (tmp_path / folder).glob("encoder=*")
+        assert [event.step for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

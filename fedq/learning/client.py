@@ -135,6 +135,17 @@ def _drawn(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """Returns `model`, its 4-D tensors in memory with channels last; the order on the wire is unaffected.
+
+    Convolutions are about a tenth faster so.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 def update_of(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns what a client uploads: trained − received where floating, the trained value itself where not.
 

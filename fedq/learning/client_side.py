@@ -1,5 +1,6 @@
 """The clients' side of a round: from the task that the server gives to what it adds up."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -25,6 +26,8 @@ from fedq.learning.guard import NormGuard, norm
 from fedq.learning.residuals import ResidualStore
 from fedq.learning.round import PHASES, Contribution, Record, Share, Task, timed
 from fedq.learning.server import weighted
+
+log = logging.getLogger(__name__)
 
 EXACT = StateDictEncoder()
 
@@ -67,6 +70,8 @@ class ClientSide:
         self._residuals = self.upload.residual_schema(self.schema)
         self._in_parts = self.upload.decodes_in_parts(self.schema)
         self._local = threading.local()
+        buffers = dict(self._client_model.named_buffers())
+        self._unsent = {name: value for name, value in buffers.items() if name not in self.schema}
         if self.client.structured:
             self._check_projection(up)
 
@@ -101,6 +106,8 @@ class ClientSide:
             return place, self._contribution(task, received, brought, client, record), record
         except ClientFailure as failure:
             record.failure, record.reason = failure.kind, str(failure)
+            if failure.__cause__:
+                log.debug("round %d: client %d:", task.round, client.number, exc_info=failure.__cause__)
         except (EncodeError, MessageError) as error:
             record.failure = "unable" if isinstance(error, EncodeError) else "refused"
             record.reason = str(error)
@@ -121,11 +128,16 @@ class ClientSide:
             record.broadcast_bits = 8 * len(task.message)
         _, params = _detached(brought)
         with timed(record.seconds, "train"):
-            examples = client.load()
-            if not len(examples.y):
-                raise ClientFailure("unable", "it has no examples")
-            project = partial(self._project, received, key, params) if self.client.structured else None
-            training = self.client.train(model, received, examples, key.fold("train"), project, self.precision)
+            try:
+                examples = client.load()
+                if not len(examples.y):
+                    raise ClientFailure("unable", "it has no examples")
+                project = partial(self._project, received, key, params) if self.client.structured else None
+                training = self.client.train(model, received, examples, key.fold("train"), project, self.precision)
+            except (FedqError, ClientFailure):
+                raise
+            except Exception as error:  # whatever its data or the model does on them
+                raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
             update = update_of(model.state_dict(), received)
         with timed(record.seconds, "encode"):
             if self._residuals:
@@ -230,10 +242,13 @@ class ClientSide:
         )
 
     def _worker_model(self) -> nn.Module:
-        """Returns the calling thread's own copy of the model."""
+        """Returns the calling thread's own copy of the model; what weights do not hold of it is as it was at first."""
         if not hasattr(self._local, "model"):
             self._local.model = deepcopy(self._client_model)
         model: nn.Module = self._local.model
+        for name, value in self._unsent.items():
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, value.clone())
         return model
 
 

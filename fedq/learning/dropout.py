@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedq.errors import FedqError
 from fedq.keys import Key
+from fedq.learning.client import channels_last
 
 Units = Mapping[str, Tensor]
 """Of each group of units, the sorted numbers (int64) of those in a sub-model."""
@@ -61,8 +62,8 @@ class SubModels:
             size = 0
             for name, axis in places:
                 shape = self._shapes.get(name, ())
-                size = size or (shape[axis] if axis < len(shape) else 0)
-                if not (size and axis < len(shape) and shape[axis] % size == 0):
+                size = size or (shape[axis] if 0 <= axis < len(shape) else 0)
+                if not (size and 0 <= axis < len(shape) and shape[axis] % size == 0):
                     raise FedqError(
                         f"run.dropout: units[{group!r}] of {name_of_model}: {name!r} has no such axis {axis}"
                     )
@@ -128,5 +129,6 @@ class SubModels:
         for name, part in self.cut(copy.state_dict(), first).items():
             owner, _, own = name.rpartition(".")
             module = copy.get_submodule(owner)
-            setattr(module, own, nn.Parameter(part) if isinstance(getattr(module, own), nn.Parameter) else part)
-        return copy.to(memory_format=torch.channels_last)
+            whole = getattr(module, own)
+            setattr(module, own, nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part)
+        return channels_last(copy)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedq.data import Examples
+from fedq.errors import FedqError
 from fedq.learning.client import Precision
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -19,7 +20,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the mean cross entropy ("loss", in nats) and the accuracy of `model` on `examples`.
 
-    precision: as LocalTraining.train's.
+    precision: as LocalTraining.train's. Raises FedqError where there are no examples.
     """
 
     def batch(start: int) -> tuple[float, int]:
@@ -28,6 +29,8 @@ def evaluate(
             logits = model(x).to(x.dtype)
             return float(F.cross_entropy(logits, y, reduction="sum")), int((logits.argmax(1) == y).sum())
 
+    if not len(examples.y):
+        raise FedqError("there are no examples to evaluate on: the dataset's test set is empty")
     device = next(model.parameters()).device
     model.eval()
     sums = list(map(batch, range(0, len(examples.y), batch_size)))

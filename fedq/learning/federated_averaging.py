@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
+from fedq.encoding.encoder import is_finite
 from fedq.encoding.spec import Tensors
 from fedq.encoding.state_dict import ByTensor, Schema, flatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
-from fedq.learning.client import LocalTraining, Precision
+from fedq.learning.client import LocalTraining, Precision, channels_last
 from fedq.learning.client_side import EXACT, ClientSide, attached
 from fedq.learning.dropout import FederatedDropout, SubModels
 from fedq.learning.evaluation import Map, evaluate
@@ -92,9 +93,10 @@ class FederatedAveraging:
         # Modules draw their first weights from torch's global generator: lend it the run's, then put it back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Key(seed).fold("model").integer())
-            # Convolutions are about a tenth faster with channels last; the wire's order is unaffected.
-            self._model = model().to(self.device).to(memory_format=torch.channels_last)
-        self._parameters = frozenset(name for name, _ in self._model.named_parameters())
+            self._model = channels_last(model().to(self.device))
+        _check_model(self._model)
+        # what is frozen gets no gradient: weight decay on the server must not move it
+        self._parameters = frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)
         parts = SubModels(self._model, dropout) if dropout else None
         residuals = InMemory() if residuals is None else residuals
         self.client_side = ClientSide(
@@ -196,6 +198,8 @@ class FederatedAveraging:
         try:
             message, reported = self.client_side.teller.encode(told, key, down, attached(down, up), reference=reference)
         except EncodeError as error:
+            if all(map(is_finite, state.weights.values())):  # the encoder does not take such tensors
+                raise
             raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
         return Task(state.serial, message, state.norm, base), reported
 
@@ -249,6 +253,14 @@ def _check(
             "client.structured cannot go with encoder.upload.error_feedback: all of a structured update is sent, "
             "and what another round left over is not within what this one can send"
         )
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises FedqError where two names stand for the same memory: each would be sent and changed by itself."""
+    places: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and (first := places.setdefault(tensor.data_ptr(), name)) != name:
+            raise FedqError(f"model: {first!r} and {name!r} are one tensor: weights that are tied cannot be trained")
 
 
 def _check_feedback(way: str, encoder: StateDictEncoder, schema: Schema, key: Key) -> None:

@@ -77,7 +77,9 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
         return ServerState(**content), config
-    except (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError) as error:  # a file of torch's, but of other things
+        raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
+    except (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {str(error).splitlines()[0]}") from error
 
 
@@ -85,12 +87,16 @@ def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerStat
     """Returns the state to go on from and the folder of the run it is from, None to start afresh.
 
     `where` is "never", "auto" (the newest usable checkpoint in `folder`, if any), or the path of a checkpoint or of a
-    run's folder. Raises CheckpointError where there should be a checkpoint and none is usable, and where it is of
-    another configuration than `config`.
+    run's folder; it is for a run that has no checkpoint of its own, or goes back to one of these. Raises
+    CheckpointError where there should be a checkpoint and none is usable, and where it is of another configuration than
+    `config`.
     """
     if where == "never":
         return None
     path = folder if where == "auto" else Path(where)
+    elsewhere = not path.resolve().is_relative_to(folder.resolve())
+    if elsewhere and (own := resume("auto", folder, config)):  # the same command, given again
+        return own
     candidates = [path] if path.is_file() else _newest_first(path / "checkpoints")
     for candidate in candidates:
         try:

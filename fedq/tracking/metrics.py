@@ -2,9 +2,12 @@
 
 import fcntl
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from fedq.errors import FedqError
 
 Metrics = dict[str, float]
 
@@ -34,11 +37,11 @@ class MetricsFile:
     def restore(self, source: Path, rounds: int) -> list[Metrics]:
         """Makes the file hold the first `rounds` lines of `source`, itself or an earlier run's; returns their metrics.
 
-        Raises ValueError where `source` has fewer.
+        Raises FedqError where `source` has fewer.
         """
-        lines = source.read_bytes().splitlines(keepends=True)[:rounds]
+        lines = source.read_bytes().splitlines(keepends=True)[:rounds] if source.exists() else []
         if len(lines) < rounds:
-            raise ValueError(f"{source} has {len(lines)} rounds, the checkpoint {rounds}")
+            raise FedqError(f"{source} has {len(lines)} rounds, the checkpoint {rounds}; start afresh in a new folder")
         self._length = sum(map(len, lines))
         if not source.samefile(self._path):
             os.ftruncate(self._file, 0)
@@ -51,8 +54,9 @@ class MetricsFile:
         os.fsync(self._file)
 
     def write(self, metrics: Metrics) -> None:
-        """Appends one line."""
-        line = (json.dumps(metrics) + "\n").encode()
+        """Appends one line; a number that is none, or infinite, is null, for which JSON has no other word."""
+        known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = (json.dumps(known) + "\n").encode()
         written = 0
         try:
             while written < len(line):

@@ -93,7 +93,8 @@ class Summary:
         values = self.values
         table = Table("", "", title="done", show_header=False, title_justify="left")
         table.columns[1].overflow = "fold"  # a path must stay whole
-        table.add_row("test accuracy", f"{values['final_test_accuracy']:.2%} (best {values['best_test_accuracy']:.2%})")
+        final, best = values["final_test_accuracy"], values["best_test_accuracy"]
+        table.add_row("test accuracy", f"{final:.2%} (best {best:.2%})" if best is not None else "not tested yet")
         for way, sent, ratio in (("down", "broadcasted", "broadcast"), ("up", "aggregated", "upload")):
             bits, rate = values[f"{sent}_bits"], values[f"{ratio}_ratio"]
             a_round = f"{bits / values['rounds'] / 2**20:,.2f} Mibit a round"

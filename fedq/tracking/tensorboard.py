@@ -17,9 +17,11 @@ class TensorBoard:
     The files go into a subfolder `name` of the run's folder, because TensorBoard calls a run by its path.
     """
 
-    def __init__(self, folder: Path, name: str, hparams: dict[str, str | float | bool], first_round: int = 0) -> None:
-        # of a run that goes on from a checkpoint, TensorBoard forgets the rounds that are done again
-        self._writer = SummaryWriter(str(folder / name), purge_step=first_round or None)
+    def __init__(
+        self, folder: Path, name: str, hparams: dict[str, str | float | bool], going_on: int | None = None
+    ) -> None:
+        """`going_on`: the round from which on TensorBoard forgets what an earlier process wrote; None if none did."""
+        self._writer = SummaryWriter(str(folder / name), purge_step=going_on)
         # torch's add_hparams would write the metrics once more, under other names and into a second file
         experiment, start, self._end = summary.hparams(hparams, dict.fromkeys(_HPARAM_METRICS, 0.0))
         for part in (experiment, start):

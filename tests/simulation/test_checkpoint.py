@@ -1,3 +1,4 @@
+import dataclasses
 import os
 from functools import partial
 
@@ -159,3 +160,21 @@ def test_another_runs_checkpoint_is_refused_and_a_longer_run_is_not_another(tmp_
     other = {"run": {"seed": 3, "rounds": 5}, "client": {"lr": 0.2}}
     with pytest.raises(CheckpointError, match=r"is of another run: client.lr was 0.1, not 0.2; set hydra.run.dir"):
         checkpoint.resume("auto", tmp_path, other)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}, [1, 2]])
+def test_a_file_of_other_things_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="weights.pt cannot be used: it is not one of this program's"):
+        checkpoint.load(tmp_path / "weights.pt")
+
+
+def test_the_same_command_again_goes_on_in_its_own_folder_and_one_may_go_back(tmp_path):
+    first, later = (dataclasses.replace(some_states()[0], round=number) for number in (1, 2))
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    path = checkpoint.save(first, CONFIG, theirs / "checkpoints", 2)
+    assert checkpoint.resume(str(theirs), mine, CONFIG)[0].round == 1
+    own = [checkpoint.save(state, CONFIG, mine / "checkpoints", 2) for state in (first, later)]
+    for where in (path, theirs):
+        assert checkpoint.resume(str(where), mine, CONFIG)[0].round == 2
+    assert checkpoint.resume(str(own[0]), mine, CONFIG)[0].round == 1

@@ -1,0 +1,143 @@
+"""Models of others: tied, frozen and integer parameters, hidden buffers, five axes, layers that refuse a batch."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from fedq.data import Client, Examples
+from fedq.encoding import Cast, EncodeError, Encoder, StateDictEncoder
+from fedq.errors import FedqError
+from fedq.learning import FederatedDropout
+from fedq.learning.evaluation import evaluate
+from fedq.learning.federated_averaging import Diverged
+from fedq.simulation.workers import Workers
+
+
+class Dense(nn.Module):
+    """Two layers, of which `change` may change something."""
+
+    def __init__(self, change=lambda model: None):
+        super().__init__()
+        self.first, self.last = nn.Linear(28 * 28, 10), nn.Linear(10, 10)
+        self.units = {"first": (("first.weight", 0), ("first.bias", 0), ("last.weight", 1))}
+        change(self)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x.flatten(1))))
+
+
+def test_tied_weights_are_refused_by_their_names(process):
+    def tied(model):
+        model.twin = nn.Linear(10, 10)
+        model.twin.weight = model.last.weight
+
+    with pytest.raises(FedqError, match="'last.weight' and 'twin.weight' are one tensor"):
+        process(model=partial(Dense, tied))
+
+
+@pytest.mark.parametrize("dropout", [None, FederatedDropout(0.5)])
+def test_what_is_frozen_does_not_move(process, client, dropout):
+    """Neither by clients' steps, whole or in parts, nor by weight decay on the server."""
+
+    def frozen(model):
+        model.first.requires_grad_(False)
+        model.register_parameter("codes", nn.Parameter(torch.arange(5), requires_grad=False))
+
+    decaying = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
+    averaging = process(model=partial(Dense, frozen), server=decaying, dropout=dropout)
+    start = averaging.initialize()
+    after, _ = averaging.next(start, [client(0), client(1)])
+    assert torch.equal(after.weights["first.weight"], start.weights["first.weight"])
+    assert torch.equal(after.weights["codes"], torch.arange(5))
+    assert not torch.equal(after.weights["last.weight"], start.weights["last.weight"])
+
+
+class Counting(Dense):
+    """Its output depends on how often it was called, in a buffer that no state_dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_what_no_state_dict_holds_does_not_go_from_client_to_client(process, client):
+    clients, results = [client(number) for number in range(5)], []
+    for count in (1, 3):
+        with Workers(count) as workers:
+            averaging = process(model=Counting, map=workers.map)
+            state = averaging.initialize()
+            for _ in range(2):
+                state, _ = averaging.next(state, clients)
+            results.append(state.weights)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name])
+
+
+class Voxels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.filters, self.out = nn.Conv3d(1, 2, 3), nn.Linear(2 * 4 * 4 * 4, 10)
+
+    def forward(self, x):
+        return self.out(self.filters(x).flatten(1))
+
+
+def test_five_axes_train(process):
+    x, y = torch.rand(8, 1, 6, 6, 6), torch.arange(8)
+    averaging = process(model=Voxels)
+    start = averaging.initialize()
+    after, _ = averaging.next(start, [Client(0, lambda: Examples(x, y))])
+    assert not torch.equal(after.weights["filters.weight"], start.weights["filters.weight"])
+
+
+class Normalised(Dense):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x.flatten(1))))
+
+
+def test_a_client_whose_training_fails_is_left_out(process, client, caplog):
+    """A batch norm takes no batch of one example, which is what 21 in batches of 20 end with."""
+
+    def unreadable():
+        raise RuntimeError("the disk is gone")
+
+    averaging = process(model=Normalised)
+    start = averaging.initialize()
+    with caplog.at_level(logging.DEBUG):
+        with_them, metrics = averaging.next(start, [client(0, 20), client(1, 21), Client(2, unreadable)])
+    without, _ = averaging.next(start, [client(0, 20)])
+    assert (metrics["clients"], metrics["clients_failed/unable"], metrics["uploads"]) == (1, 2, 1)
+    for name, value in with_them.weights.items():
+        assert torch.equal(value, without.weights[name])
+    for reason in (
+        "client 1 is left out: ValueError: Expected more than 1 value",
+        "client 2 is left out: RuntimeError: the",
+    ):
+        assert reason in caplog.text
+    assert "in unreadable" in caplog.text  # the traceback, for whoever asks for it
+
+
+def test_a_chain_for_an_integer_is_not_called_divergence(process, client):
+    averaging = process(model=Normalised, broadcast=StateDictEncoder(rules={"norm*": Encoder([Cast("float16")])}))
+    with pytest.raises(
+        EncodeError, match="'norm.num_batches_tracked' cannot be encoded: Cast takes floating"
+    ) as raised:
+        averaging.next(averaging.initialize(), [client(0, 20)])
+    assert not isinstance(raised.value, Diverged)
+
+
+def test_no_examples_to_evaluate_on_is_an_error():
+    with pytest.raises(FedqError, match="test set is empty"):
+        evaluate(Dense(), Examples(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.int64)))
