@@ -142,7 +142,7 @@ def channels_last(model: nn.Module) -> nn.Module:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)  # `contiguous` leaves one channel as it is
     return model
 
 

@@ -11,8 +11,10 @@ from fedq.data import Client, Examples
 from fedq.encoding import Cast, EncodeError, Encoder, StateDictEncoder
 from fedq.errors import FedqError
 from fedq.learning import FederatedDropout
+from fedq.learning.client import channels_last
 from fedq.learning.evaluation import evaluate
 from fedq.learning.federated_averaging import Diverged
+from fedq.models import FedAvgCNN
 from fedq.simulation.workers import Workers
 
 
@@ -88,6 +90,13 @@ class Voxels(nn.Module):
 
     def forward(self, x):
         return self.out(self.filters(x).flatten(1))
+
+
+def test_convolutions_have_their_channels_last():
+    """As torch arranges a whole model; without it a round of the CNN takes a third longer."""
+    ours, theirs = channels_last(FedAvgCNN(10)), FedAvgCNN(10).to(memory_format=torch.channels_last)
+    for tensor, expected in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert tensor.stride() == expected.stride()
 
 
 def test_five_axes_train(process):
