@@ -24,7 +24,7 @@ from fedq.errors import FedqError
 
 RESULTS = Path(__file__).with_name("results.csv")
 DATASETS = {"mnist5k": "mnist5k", "writers": "writers, drawn", "emnist_digits": "120 real writers"}
-NAMED = ("float32", "uint8", "drive", "eden_half", "powersgd", "bit_budget", "follow_loss", "frontier")
+NAMED = ("float32", "uint8", "drive", "eden_half", "powersgd", "stc", "bit_budget", "follow_loss", "frontier")
 CLAIMS = {"TFF's tutorial: 3.5 ×": 2 * 32 / 3.5, "Caldas 2018: 14 ×, 28 ×": 32 / 14 + 32 / 28}
 _SAME = ("dataset", "run.seed", "run.rounds", "run.evaluate_every", "run.workers")  # what makes no other scheme
 
