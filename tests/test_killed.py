@@ -116,13 +116,14 @@ import os
 from dataclasses import replace
 
 from fedq.data.writers import Writers
+from fedq.errors import FedqError
 
 
 class Broken(Writers):
     def client(self, number):
         def load(client=super().client(number)):
             if os.environ["RANK"] == "0":
-                raise OSError("a disk of rank 0 is broken")
+                raise FedqError("a disk of rank 0 is broken")
             return client.load()
 
         return replace(super().client(number), load=load)
