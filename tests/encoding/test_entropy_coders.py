@@ -36,6 +36,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.coders import Coder, huffman, models
 from fedq.encoding.coders import tokens as shared
+from fedq.errors import FedqError, MissingPackage
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("empirical", "normal", "laplace", "student", "adaptive")
@@ -416,16 +417,17 @@ def test_threads_give_the_same_bytes() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert issubclass(MissingPackage, FedqError)  # what the command line tells in one sentence
     x = fixed(100, 256)
     for module in ("coders._kernels", "coders._cabac_kernels", "stages._kernels"):
         monkeypatch.delitem(sys.modules, f"fedq.encoding.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     for coder in (ANS(), Huffman(), CABAC(), Zstandard()):
-        with pytest.raises(ImportError, match=r'pip install "fedq\[coders\]"'):
+        with pytest.raises(MissingPackage, match=r'pip install "fedq\[coders\]"'):
             coder.encode(x, spec_of(x, 256))
     for stage in (StepQuantization(0.1, rate_weight=0.1), TrellisQuantization(0.1)):
-        with pytest.raises(ImportError, match=r'pip install "fedq\[coders\]"'):
+        with pytest.raises(MissingPackage, match=r'pip install "fedq\[coders\]"'):
             stage.encode(torch.randn(100), Key(0))
 
 
