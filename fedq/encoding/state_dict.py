@@ -16,7 +16,7 @@ from fedq.encoding.encoder import ByPlace, Encoder, described, finite, is_finite
 from fedq.encoding.message import MessageError
 from fedq.encoding.pace import Pace
 from fedq.encoding.spec import Tensors, TensorSpec
-from fedq.encoding.stages.sums import CHUNK, divided
+from fedq.encoding.stages.sums import CHUNK, cut_off, divided
 from fedq.errors import FedqError
 from fedq.keys import Key
 
@@ -272,8 +272,7 @@ class StateDictEncoder:
                 tensors = self._split(tensors, schema)
                 for name, other in self._references(reference, schema).items():
                     what = f"tensor {name!r}"
-                    limit = torch.finfo(other.dtype).max
-                    tensors[name] = (tensors[name] + other).clamp_(-limit, limit)
+                    tensors[name] = cut_off(tensors[name] + other, other.dtype)
         except ValueError as error:
             raise MessageError(f"{what} cannot be decoded: {error}") from error
         return tensors, front
@@ -419,9 +418,7 @@ def _divided(tensor: Tensor, by: float) -> Tensor:
 
 def _multiplied_(tensor: Tensor, by: float) -> Tensor:
     """Returns the product, cut off at the dtype's limits; may write to `tensor`."""
-    limit = torch.finfo(tensor.dtype).max
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return wide.mul_(by).clamp_(-limit, limit).to(tensor.dtype)
+    return cut_off(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).mul_(by), tensor.dtype)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

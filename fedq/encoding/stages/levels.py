@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.spec import TensorSpec
-from fedq.encoding.stages.sums import CHUNK, in_rows
+from fedq.encoding.stages.sums import CHUNK, cut_off, in_rows
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -44,13 +44,13 @@ def look_up(y: Tensor, levels: Tensor, spec: TensorSpec) -> Tensor:
 
 def look_up_scaled(y: Tensor, levels: Tensor, scales: Tensor, block: int, spec: TensorSpec) -> Tensor:
     """As look_up, each `block` consecutive elements times their own of `scales`."""
-    work, limit = torch.promote_types(spec.dtype, torch.float32), torch.finfo(spec.dtype).max
+    work = torch.promote_types(spec.dtype, torch.float32)
     decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
     flat, out, step = y.reshape(-1), decoded.view(-1), max(1, CHUNK // block) * block
     levels, scales = levels.to(y.device, work), scales.to(y.device, work)[:, None]
     for start in range(0, len(flat), step):
         rows = in_rows(levels.index_select(0, flat[start : start + step].int()), block)
-        rows = rows.mul_(scales[start // block :][: len(rows)]).clamp_(-limit, limit)
+        rows = cut_off(rows.mul_(scales[start // block :][: len(rows)]), spec.dtype)
         out[start : start + step] = rows.view(-1)[: len(out) - start]
     return decoded
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedq.encoding.adaptive import StateUpdate
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
-from fedq.encoding.stages.sums import divided, largest_magnitude, working_dtype
+from fedq.encoding.stages.sums import cut_off, divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 
@@ -95,9 +95,9 @@ class PowerSGD(AdaptiveEncodingStage):
             return y.clone()
         left, right = y[: self.rank * rows], y[self.rank * rows :]
         # of the largest values the products may overflow on the way, though their sum does not
-        peak, limit = largest_magnitude(left) or 1.0, torch.finfo(spec.dtype).max
+        peak = largest_magnitude(left) or 1.0
         product: Tensor = divided(left.view(-1, rows), peak).t() @ right.view(-1, columns)
-        return product.mul_(peak).clamp_(-limit, limit).to(spec.dtype).view(spec.shape)
+        return cut_off(product.mul_(peak), spec.dtype).view(spec.shape)
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,8 @@ class RandomSubspace(EncodingStage):
         if not rows:
             return y.clone()
         dim, group, sign, size = self._deal(rows, columns, key, y.dtype, y.device)
-        limit = torch.finfo(spec.dtype).max
-        x: Tensor = y.index_select(dim, group).mul_(sign * size if self.scale else sign)
-        return x.clamp_(-limit, limit).to(spec.dtype).view(spec.shape)
+        x = y.index_select(dim, group).mul_(sign * size if self.scale else sign)
+        return cut_off(x, spec.dtype).view(spec.shape)
 
     def _deal(
         self, rows: int, columns: int, key: Key, dtype: torch.dtype, device: torch.device

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedq.encoding.encoder import is_finite
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import working_dtype
+from fedq.encoding.stages.sums import cut_off, working_dtype
 from fedq.keys import Key
 
 _CHUNK = 1 << 18  # elements worked on at a time: the working set stays in the cache
@@ -224,7 +224,7 @@ def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) ->
     if not is_finite(x):
         x = inverse(y * 2**-40).clamp_(-limit * 2**-40, limit * 2**-40).mul_(2.0**40)
     if x.dtype != spec.dtype:
-        x = x.clamp_(-limit, limit).to(spec.dtype)
+        x = cut_off(x, spec.dtype)
     return x.view(spec.shape)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedq.encoding.coders import Coder, SparseMask
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import divided, largest_magnitude, sums, working_dtype
+from fedq.encoding.stages.sums import cut_off, divided, largest_magnitude, sums, working_dtype
 from fedq.keys import Key
 
 
@@ -60,8 +60,7 @@ class RandomMask(EncodingStage):
         """As EncodingStage.decode."""
         places, sizes = self._cells(spec.numel, key)
         if self.scale:
-            limit = torch.finfo(spec.dtype).max
-            y = (y.to(working_dtype(self, spec)) * sizes.to(y.device)).clamp_(-limit, limit).to(spec.dtype)
+            y = cut_off(y.to(working_dtype(self, spec)) * sizes.to(y.device), spec.dtype)
         return _scattered(places, y, spec)
 
     def _cells(self, n: int, key: Key) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,12 @@ def divided(x: Tensor, by: float) -> Tensor:
     return x / torch.tensor(by, dtype=x.dtype, device=x.device)
 
 
+def cut_off(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `x` in `dtype`: what is beyond its limits becomes the largest it holds. May write to `x`."""
+    limit = torch.finfo(dtype).max
+    return x.clamp_(-limit, limit).to(dtype)
+
+
 def sums(x: Tensor, *terms: Callable[[Tensor], Tensor]) -> list[float]:
     """Returns the sum over all elements of each of `terms`, which take float64 and write nothing.
 

@@ -11,7 +11,7 @@ from fedq.encoding.coders.tokens import kernels
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.step import of_rms
-from fedq.encoding.stages.sums import divided, largest_magnitude, working_dtype
+from fedq.encoding.stages.sums import cut_off, divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 _KERNELS = "stages._kernels"
@@ -99,14 +99,14 @@ class TrellisQuantization(EncodingStage):
         symbols = y.reshape(-1).cpu()
         if len(symbols) and not 0 <= int(symbols.min()) <= int(symbols.max()) <= _MOST:
             raise ValueError(f"a symbol is not from 0 to {_MOST}")
-        work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
+        work = working_dtype(self, spec)
         signs = np.empty(len(symbols), np.int8)
         kernels(_KERNELS).trellis_signs(symbols.numpy(), _steps(self.states), signs)
         value = symbols.to(work).div_(2).add_(0.25)
         value += torch.where(symbols == 0, side["zero"].to(work), side["shift"].to(work))
         step = min(float(side["step"]) if self.relative else self.step, torch.finfo(work).max)
         value.mul_(torch.from_numpy(signs)).mul_(step)
-        return value.clamp_(-largest, largest).view(spec.shape).to(y.device, spec.dtype)
+        return cut_off(value, spec.dtype).view(spec.shape).to(y.device)
 
 
 def _parity(number: int) -> int:
