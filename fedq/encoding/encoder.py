@@ -1,7 +1,6 @@
 """An encoder: a chain of stages and one coder; one tensor ↔ one payload."""
 
 import dataclasses
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from fedq.encoding.adaptive import Adaptive
 from fedq.encoding.coders import AdaptiveCoder, Coder, Raw
 from fedq.encoding.coders.coder import Buffer
-from fedq.encoding.message import Reader
+from fedq.encoding.message import Reader, length
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
 from fedq.keys import Key
@@ -28,7 +27,7 @@ class Encoder:
     """A chain of stages, applied in order, and the coder of what the last one gives.
 
     A payload is: for each stage its side values; then the coder's bytes. Whatever has a length that the spec does
-    not tell stands behind that length (uint32). An encoder without stages and coder sends the tensor exact.
+    not tell stands behind that length (see message.length). An encoder without stages and coder sends the tensor exact.
     """
 
     stages: Sequence[EncodingStage | AdaptiveEncodingStage] = ()
@@ -214,12 +213,12 @@ def _returned(name: str, count: int, result: Any) -> Any:
 def _framed(coder: Coder | AdaptiveCoder, body: Buffer, spec: TensorSpec) -> list[Buffer]:
     """Returns `body` behind its length, where `coder` cannot tell it from `spec`."""
     fixed = isinstance(coder, Coder) and coder.size(spec) is not None
-    return [body] if fixed else [struct.pack("<I", memoryview(body).nbytes), body]
+    return [body] if fixed else [length(memoryview(body).nbytes), body]
 
 
 def _unframed(reader: Reader, coder: Coder | AdaptiveCoder, spec: TensorSpec) -> memoryview:
     """Reads what `_framed` made."""
     size = coder.size(spec) if isinstance(coder, Coder) else None
     if size is None:
-        (size,) = struct.unpack("<I", reader.read(4))
+        size = reader.read_length()
     return reader.read(size)

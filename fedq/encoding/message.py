@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from fedq.errors import FedqError
 from fedq.keys import Key
 
-VERSION = 2
+VERSION = 3
 OVERHEAD = 48
 """Bytes of a message that are not body."""
 
@@ -39,25 +39,34 @@ class MessageError(FedqError, ValueError):
 
 def pack(parts: Sequence[bytes | memoryview], fingerprint: bytes, key: Key) -> bytes:
     """Returns the message whose body is `parts` back to back. `fingerprint` has 8 bytes."""
-    length = sum(memoryview(part).nbytes for part in parts)
-    header = _HEADER.pack(_MAGIC, VERSION, 0, fingerprint, key.seed, key.round, key.client, length)
+    size = sum(memoryview(part).nbytes for part in parts)
+    header = _HEADER.pack(_MAGIC, VERSION, 0, fingerprint, key.seed, key.round, key.client, size)
     checksum = zlib.crc32(header)
     for part in parts:
         checksum = zlib.crc32(part, checksum)
     return b"".join((header, *parts, _CHECKSUM.pack(checksum)))
 
 
+def length(number: int) -> bytes:
+    """Returns `number` (0 … 2^63 − 1) in bytes of 7 bits, lowest first, each with 128 added but the last (LEB128)."""
+    code = bytearray()
+    while number > 0x7F:
+        code.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*code, number))
+
+
 def unpack(message: bytes, fingerprint: bytes, key: Key) -> "Reader":
     """Returns a reader of the body, once the whole frame is as expected; else raises MessageError."""
     if len(message) < OVERHEAD:
         raise MessageError(f"a message has at least {OVERHEAD} bytes, this one {len(message)}")
-    magic, version, reserved, found, seed, round_, client, length = _HEADER.unpack_from(message)
+    magic, version, reserved, found, seed, round_, client, size = _HEADER.unpack_from(message)
     if magic != _MAGIC:
         raise MessageError(f"a message begins with {_MAGIC!r}, this one with {magic!r}")
     if version != VERSION or reserved:
         raise MessageError(f"the message has format version {version}.{reserved}, this program reads {VERSION}.0")
-    if length != len(message) - OVERHEAD:
-        raise MessageError(f"the header tells of {length} bytes of body, there are {len(message) - OVERHEAD}")
+    if size != len(message) - OVERHEAD:
+        raise MessageError(f"the header tells of {size} bytes of body, there are {len(message) - OVERHEAD}")
     (checksum,) = _CHECKSUM.unpack_from(message, len(message) - _CHECKSUM.size)
     if checksum != zlib.crc32(memoryview(message)[: -_CHECKSUM.size]):
         raise MessageError("the checksum does not fit: the message was damaged on its way")
@@ -93,6 +102,21 @@ class Reader:
             raise ValueError(f"{size} bytes expected, {len(self._body)} left")
         head, self._body = self._body[:size], self._body[size:]
         return head
+
+    def read_length(self) -> int:
+        """Returns the number that `length` wrote; raises ValueError where it did not."""
+        value, place = 0, 0
+        while True:
+            (byte,) = self.read(1)
+            value |= (byte & 0x7F) << place
+            place += 7
+            if byte < 0x80:
+                break
+            if place == 63:
+                raise ValueError("a length has more than 63 bits")
+        if not byte and place > 7:
+            raise ValueError("a length has zeros at its end")
+        return value
 
     def close(self) -> None:
         """Raises ValueError unless all was read."""

@@ -38,6 +38,7 @@ from fedq.encoding import (
     UniformQuantization,
     schema_of,
 )
+from fedq.encoding.message import Reader, length
 from fedq.encoding.state_dict import flatten
 from fedq.encoding.testing import check_damage, reframe, wave
 
@@ -177,7 +178,7 @@ def header_field(offset: int, code: str, values: Callable[[random.Random], int |
 
 HEADERS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "magic": header_field(0, "4s", lambda random: random.randbytes(4)),
-    "version": header_field(4, "H", lambda random: random.choice((0, 1, 3, 256, 65_535))),
+    "version": header_field(4, "H", lambda random: random.choice((0, 1, 2, 256, 65_535))),
     "reserved": header_field(6, "H", lambda random: random.randint(1, 65_535)),
     "fingerprint": header_field(8, "8s", lambda random: random.randbytes(8)),
     "seed": header_field(16, "Q", lambda random: random.randrange(12, 2**64)),
@@ -337,12 +338,31 @@ def test_a_length_on_the_wire_is_not_believed() -> None:
     encoder = StateDictEncoder(rules={"*": Encoder([UniformQuantization(8)], Zlib())})
     message, _ = encoder.encode(x, KEY)
     body = message[HEADER:-CHECKSUM]
-    (length,) = struct.unpack_from("<I", body, 8)
-    assert length == len(body) - 12
+    size = body[8]
+    assert size == len(body) - 9 < 128
+    lies = [length(lie) for lie in (0, 1, size - 1, size + 1, 2**31, 2**32 - 1, 2**63 - 1)]
+    # the right length with a zero behind it; one without an end; none
+    lies += [bytes((size | 0x80, 0)), b"\xff" * 1000, b""]
     with bounded_memory():
-        for lie in (0, 1, length - 1, length + 1, 2**31, 2**32 - 1):
+        for lie in lies:
             with pytest.raises(MessageError, match="'x'|left over"):
-                encoder.decode(reframe(message, body[:8] + struct.pack("<I", lie) + body[12:]), KEY, schema_of(x))
+                encoder.decode(reframe(message, body[:8] + lie + body[9:]), KEY, schema_of(x))
+
+
+def test_lengths_are_in_leb128() -> None:
+    # the examples of the DWARF standard, and the bounds of each number of bytes
+    known = {2: "02", 127: "7f", 128: "8001", 129: "8101", 12857: "b964", 0: "00", 2**63 - 1: "ff" * 8 + "7f"}
+    assert {number: length(number).hex() for number in known} == known
+    for bits in range(63):
+        for number in {2**bits - 1, 2**bits}:
+            code = length(number)
+            assert len(code) == max(1, -(-number.bit_length() // 7))
+            reader = Reader(memoryview(code + b"x"))
+            assert reader.read_length() == number
+            assert bytes(reader.read(1)) == b"x"
+    for wrong in (b"", b"\x80", b"\x80\x00", b"\xff\x80\x00", b"\xff" * 9 + b"\x01"):
+        with pytest.raises(ValueError, match="a length|expected"):
+            Reader(memoryview(wrong)).read_length()
 
 
 @pytest.mark.parametrize("coder", [LearnedANS(), LearnedHuffman(), Raw()])

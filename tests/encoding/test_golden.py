@@ -43,7 +43,7 @@ from fedq.encoding.testing import raw_bytes
 
 FOLDER = Path(__file__).parent / "golden"
 KEY = Key(seed=20_161_018, round=3, client=1_000)
-LARGE = ["bfa02bb561ed6b04", "1596fdbbc731c51e", "5f7664c13f1d9b3e", "9341a180dc82f86a"]
+LARGE = ["0e37a11f1c9bcee3", "27334756909d2409", "47ff81940388792a", "518e1b6b13b7c6ec"]
 
 ENCODERS = {
     "float32": StateDictEncoder(),

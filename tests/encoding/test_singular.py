@@ -12,7 +12,7 @@ from fedq.encoding import CABAC, Encoder, EncodingStage, Key, SingularVectors, S
 from fedq.encoding.testing import Bound, wave
 
 KEY = Key(3, 1, 4)
-GOLDEN = (244, "658f0e7050585c7b")
+GOLDEN = (232, "1673dfdd7c4663ad")
 
 
 def bound(x: Tensor) -> float:
@@ -141,6 +141,19 @@ def test_fewer_bytes_than_without() -> None:
     plain = sum(len(part) for part in alone.encode(x, KEY, {})[0])
     size, _, _ = sent(x, chain(0.5))
     assert size < 0.5 * plain
+
+
+@pytest.mark.parametrize("shape", [(512, 3136), (64, 800), (20, 30)])
+def test_overhead(shape: tuple[int, int]) -> None:
+    """Beside its four streams of symbols a matrix takes 16 bytes at most: their lengths, and the centroids' shift."""
+    encoder = Encoder([SingularVectors(0.5), StepQuantization(0.5, relative=False, centroids=True)], CABAC())
+    parts, _ = encoder.encode(low_rank(*shape, noise=0.2), KEY, {})
+    sizes = [len(bytes(part)) for part in parts]
+    streams = [sizes[i] for i in (1, 3, 5, 8)]
+    assert len(sizes) == 9
+    assert sizes[6] == 4
+    assert min(streams) > 4
+    assert sum(sizes) - sum(streams) <= 16
 
 
 def test_small_elements_with_something_in_common() -> None:

@@ -1,7 +1,6 @@
 """Sparsification: what is kept, how far off the rest is, and what it costs, against mathematics."""
 
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from fedq.encoding import (
     TopK,
     schema_of,
 )
+from fedq.encoding.message import length
 from fedq.encoding.testing import KEY, Bound, reframe, wave
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,7 @@ def test_stc_by_hand() -> None:
     back = chain.decode(message, KEY, schema_of({"x": x}))[0]["x"]
     assert back.tolist() == [0, -3, 0, 3, 0, 0, -3, 0, 0, 0]
     # frame, length of the mask, a bitmap, the magnitude, three signs in a byte
-    assert len(message) == 48 + 4 + (1 + 2) + 4 + 1
+    assert len(message) == 48 + 1 + (1 + 2) + 4 + 1
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_k_global", "threshold", "stc", "random_mask"])
@@ -256,6 +256,6 @@ def test_masks_of_another_number_are_refused() -> None:
     for ones in (0, 1, 99, 101, 1000):
         mask = (torch.arange(1000) < ones).to(torch.uint8)
         code = SparseMask().encode(mask, spec)
-        body = struct.pack("<I", len(code)) + code + bytes(4 * ones)
+        body = length(len(code)) + code + bytes(4 * ones)
         with pytest.raises(MessageError, match=f"the mask keeps {ones} elements, not 100"):
             chain.decode(reframe(message, body), KEY, schema_of({"x": x}))

@@ -290,7 +290,7 @@ def test_each_tensor_has_random_numbers_of_its_own() -> None:
 def test_the_header_is_as_documented() -> None:
     message = message_of()
     fields = struct.unpack_from("<4sHH8sQIQQ", message)
-    assert fields == (b"FEDQ", 2, 0, QUANTISED._fingerprint(AGREED, {}), 1, 2, 3, len(message) - 48)
+    assert fields == (b"FEDQ", 3, 0, QUANTISED._fingerprint(AGREED, {}), 1, 2, 3, len(message) - 48)
 
 
 def test_the_decoded_are_on_the_device_asked_for() -> None:
