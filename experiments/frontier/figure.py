@@ -3,8 +3,8 @@
 python -m experiments.frontier.figure [RUN…] --output FIGURE.png > TABLE.md
 
 RUN… are sweeps' folders, or any above. Their runs go into results.csv beside this file, the seeds of one scheme on one
-dataset in a row, in place of an earlier row of the same. The picture is of all rows, the table of those that it names.
-Bits are those of a parameter, of the messages of all clients and rounds.
+dataset in a row, in place of an earlier row of the same. Picture and table are of all rows. Bits are those of a
+parameter, of the messages of all clients and rounds.
 """
 
 import argparse
@@ -137,6 +137,25 @@ def _panel(axes: Axes, results: list[Result]) -> None:
         )
 
 
+def table(results: list[Result]) -> str:
+    """Returns a table of Markdown of all encoders as they are configured: a row each, a column a dataset."""
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for one in results:
+        if "," not in one.scheme:
+            spread = "" if one.spread is None else f" ± {one.spread:.2f}"
+            fewer = " and ".join(
+                f"{32 / bits:.3g}" if bits > 0.32 else f"{32 / bits:.0f}" for bits in (one.down, one.up)
+            )
+            text = f"{one.accuracy:.2f}{spread}, {fewer} ×"
+            cells.setdefault((one.scheme, one.rounds), {})[one.dataset] = text
+    lines = [["encoder", "rounds", *DATASETS.values()], ["---"] * (2 + len(DATASETS))]
+    lines += [
+        [f"`{scheme}`", str(rounds), *(row.get(name, "") for name in DATASETS)]
+        for (scheme, rounds), row in cells.items()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
@@ -152,20 +171,7 @@ def main() -> None:
     ordered = sorted(results.values(), key=lambda one: (list(DATASETS).index(one.dataset), one.rounds, -one.both))
     save(ordered)
     draw(ordered, args.output)
-    columns = (
-        "dataset|rounds|scheme|bits down|bits up|fewer down|fewer up|final accuracy, %|runs|encode, %|decode, %|commit"
-    )
-    print(f"| {columns.replace('|', ' | ')} |")
-    print("|" + "---|" * 12)
-    for one in ordered:
-        if one.scheme not in NAMED:
-            continue
-        spread = "" if one.spread is None else f" ± {one.spread:.2f}"
-        cells = [DATASETS[one.dataset], one.rounds, f"`{one.scheme}`", f"{one.down:.3f}", f"{one.up:.3f}"]
-        cells += [f"{32 / bits:.3g} ×" if bits > 0.32 else f"{32 / bits:.0f} ×" for bits in (one.down, one.up)]
-        cells += [f"{one.accuracy:.2f}{spread}", one.runs]
-        cells += ["" if share is None else share for share in (one.encode, one.decode)] + [one.commit]
-        print("| " + " | ".join(map(str, cells)) + " |")
+    print(table(ordered))
 
 
 if __name__ == "__main__":
