@@ -227,6 +227,7 @@ def main() -> None:
     console = Console()
     try:
         chains = encoders(arguments.encoders)
+        arguments.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:
         sys.exit(f"fedq: {explain(error)}")
     torch.set_num_threads(1)
@@ -238,7 +239,6 @@ def main() -> None:
             for name, encoder in chains.items():
                 status.update(f"{source}: {name}")
                 results.append(measure(name, encoder, source, draw, arguments.clients))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "bench.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(results[0])))
         writer.writeheader()

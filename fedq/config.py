@@ -128,14 +128,32 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"{unknown[0]} is not a key; allowed here: {', '.join((*_GROUPS, 'encoder'))}")
     build_run(cfg)
     for group in _GROUPS:
-        if group != "run" and "_target_" not in plain(cfg, group):
-            raise ConfigError(f"{group}._target_ is missing")
+        if group != "run":
+            _check_is_built(cfg, group)
+            partial = group in ("model", "server")
+            if plain(cfg, group).get("_partial_", False) is not partial:
+                raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
         _check_targets(cfg, group)
+    for name in ("faults", "guard", "dropout"):
+        if plain(cfg, f"run.{name}") is not None:
+            _check_is_built(cfg, f"run.{name}")
+    if "num_classes" in plain(cfg, "model"):
+        raise ConfigError("model.num_classes is not a key: it is the dataset's")
     _check_arguments(cfg, "encoder", EncoderConfig, open_ended=True)
     for direction in ("encoder.broadcast", "encoder.upload"):
         _check_arguments(cfg, direction, DirectionConfig, open_ended=True)
-        for i in range(len(plain(cfg, direction).get("rules", []))):
-            _check_arguments(cfg, f"{direction}.rules[{i}]", RuleConfig)
+        if plain(cfg, direction).get("pace") is not None:
+            _check_is_built(cfg, f"{direction}.pace")
+        rules = [f"{direction}.rules[{i}]" for i in range(len(plain(cfg, direction).get("rules", [])))]
+        for rule in rules:
+            _check_arguments(cfg, rule, RuleConfig)
+        patterns = [plain(cfg, rule)["pattern"] for rule in rules]
+        if twice := {pattern for pattern in patterns if patterns.count(pattern) > 1}:
+            raise ConfigError(f"{direction}.rules: {min(twice)!r} is there twice; the first that fits counts")
+        for chain in (direction, *rules):
+            for i in range(len(plain(cfg, chain)["stages"])):
+                _check_is_built(cfg, f"{chain}.stages[{i}]")
+            _check_is_built(cfg, f"{chain}.coder")
         _check_targets(cfg, direction)
 
 
@@ -153,11 +171,20 @@ def build(cfg: DictConfig, path: str, **more: Any) -> Any:
 
 
 def build_server(cfg: DictConfig) -> Any:
-    """Returns what builds the server optimizer, and has it do so once: its arguments are checked before any round."""
+    """Returns what builds the server optimizer, tried once: its arguments and its step are checked before any round."""
     import torch
 
     server = build(cfg, "server")
-    _call("server", lambda: server([torch.zeros(1, requires_grad=True)]))
+
+    def try_once() -> None:
+        parameter = torch.zeros(1, requires_grad=True)
+        parameter.grad = torch.zeros(1)
+        try:
+            server([parameter]).step()
+        except RuntimeError as error:  # one for sparse gradients, say
+            raise ValueError(error) from error
+
+    _call("server", try_once)
     return server
 
 
@@ -167,7 +194,9 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
 
     def chain(path: str) -> Encoder:
         stages = [build(cfg, f"{path}.stages[{i}]") for i in range(len(plain(cfg, f"{path}.stages")))]
-        return Encoder(stages, build(cfg, f"{path}.coder"))
+        coder = build(cfg, f"{path}.coder")
+        encoder: Encoder = _call(path, lambda: Encoder(stages, coder))
+        return encoder
 
     path = f"encoder.{direction}"
     node, threshold = plain(cfg, path), plain(cfg, "encoder")["threshold"]
@@ -175,27 +204,38 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     options = {name: node[name] for name in _OPTIONS if name in node}
     if node.get("pace"):
         options["pace"] = build(cfg, f"{path}.pace")
-    return _call("encoder", lambda: StateDictEncoder(chain(path), threshold, rules, **options))
+    main = chain(path)
+    return _call("encoder", lambda: StateDictEncoder(main, threshold, rules, **options))
 
 
-_NEUTRAL = (
-    *("rounds", "evaluate_every", "checkpoint_every", "keep", "resume"),
-    *("min_clients", "repeats", "workers", "accuracy_floor", "residual_memory"),
+_NEUTRAL = tuple(
+    f"run.{name}"
+    for name in (
+        *("rounds", "evaluate_every", "checkpoint_every", "keep", "resume"),
+        *("workers", "accuracy_floor", "residual_memory"),
+    )
 )
-"""The keys of `run` that may differ between a run and its continuation: they change no round's outcome."""
+"""The keys that may differ between a run and its continuation: they change no round's outcome."""
+
+_AHEAD = ("run.min_clients", "run.repeats")
+"""Those that change no outcome of the rounds that were done, as each had enough clients, but of those to come."""
 
 
 _IMPLIED = {f"encoder.{direction}.error_feedback": False for direction in ("broadcast", "upload")}
 """What a run was made with whose configuration, of an earlier version, does not say so."""
 
 
-def differences(there: Node, here: Node) -> list[str]:
-    """Returns in words how the plain configuration of an earlier run differs from this one's; none in the same run."""
+def differences(there: Node, here: Node, going_on: bool = True) -> list[str]:
+    """Returns in words how the plain configuration of an earlier run differs from this one's; none in the same run.
+
+    going_on: whether this one has rounds left to do.
+    """
+    neutral = _NEUTRAL + _AHEAD if going_on else _NEUTRAL
     a, b = (_IMPLIED | _leaves(config, "") for config in (there, here))
     return [
         f"{key} was {a.get(key, 'absent')}, not {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key not in [f"run.{name}" for name in _NEUTRAL]
+        if a.get(key) != b.get(key) and key not in neutral
     ]
 
 
@@ -229,6 +269,13 @@ def plain(cfg: DictConfig, path: str = "", resolve: bool = True) -> Any:
     return OmegaConf.to_container(node, resolve=resolve, throw_on_missing=True) if OmegaConf.is_config(node) else node
 
 
+def _check_is_built(cfg: DictConfig, path: str) -> None:
+    """Raises ConfigError unless the node at `path` says what it is an object of."""
+    node = plain(cfg, path)
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(f"{path}._target_ is missing")
+
+
 def _check_targets(cfg: DictConfig, path: str) -> None:
     """Checks every node with a `_target_` at or below `path` against what it targets."""
     node = plain(cfg, path)
@@ -250,6 +297,8 @@ def _check_targets(cfg: DictConfig, path: str) -> None:
 def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool = False) -> None:
     """Checks the keys and values of the node at `path` against the signature of `target`."""
     node = plain(cfg, path)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path}: {node!r} is not allowed; it must be keys and values")
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     parameters = inspect.signature(target).parameters
     try:

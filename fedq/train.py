@@ -156,14 +156,14 @@ def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | Non
     if resume == "never" or (resume != "auto" and Path(resume).resolve().is_relative_to(folder.resolve())):
         return None
     search = HydraConfig.get().mode == RunMode.MULTIRUN and run.get("accuracy_floor") is not None
-    for path in (folder / "summary.json", *(sorted(folder.parent.glob("*/summary.json")) if search else ())):
-        if path.exists():
-            try:
-                summary = json.loads(path.read_text())
-            except ValueError:  # cut short
-                continue
-            enough = summary["rounds"] == run["rounds"] or (path.parent == folder and summary["rounds"] > run["rounds"])
-            if summary["status"] == "completed" and enough and not differences(summary["config"], plain(cfg)):
+    others = sorted(Path(HydraConfig.get().sweep.dir).rglob("summary.json")) if search else []
+    for path in (folder / "summary.json", *others):
+        with suppress(FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):  # cut short, or not ours
+            summary = json.loads(path.read_text())
+            rounds, wanted = summary["rounds"], run["rounds"]
+            enough = rounds == wanted or (path.parent == folder and rounds > wanted)
+            same = not differences(summary["config"], plain(cfg), going_on=False)
+            if summary["status"] == "completed" and enough and same:
                 return path.parent, summary
     return None
 
@@ -193,6 +193,11 @@ def train(
         earlier = checkpoint.resume(run.resume, folder, config)
         if not earlier and not metrics_file.empty:
             raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir")
+        if earlier and earlier[0].round > run.rounds:
+            raise ConfigError(
+                f"run.rounds: {earlier[0].round} rounds are done already, in {earlier[1]}; "
+                f"ask for more than {run.rounds}, or start in a new folder"
+            )
         order, residuals = {"job": config}, None
         if config["encoder"]["upload"].get("error_feedback"):
             shared = ranks is not None and ranks.size > 1
@@ -216,7 +221,7 @@ def train(
         done, shown = [], 0
         if earlier:
             state, its_folder = earlier
-            log.info("going on after round %d of %s", state.round - 1, its_folder)
+            log.info("going on after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
             shown = state.round if its_folder.samefile(folder) else 0
         tensorboard = TensorBoard(folder, name, _hparams(cfg), shown if earlier else None)
@@ -269,6 +274,7 @@ def serve(ranks: "Ranks") -> None:
     """Does this process's part of what rank 0 runs."""
     from fedq.simulation.residuals import Residuals
 
+    refused: ConfigError | None = None
     with ExitStack() as stack:
         for order, message in ranks.listen():
             if "job" in order:
@@ -277,7 +283,12 @@ def serve(ranks: "Ranks") -> None:
                 if "residuals" in order:
                     its_folder, mark = order["residuals"]
                     residuals = Residuals.joined(its_folder, mark, build_run(cfg).seed)
-                process, _, clients = assemble(cfg, ranks.stopping, stack, residuals)
+                try:
+                    (process, _, clients), refused = assemble(cfg, ranks.stopping, stack, residuals), None
+                except ConfigError as error:  # if rank 0 finds the same, it says so and goes on to a sweep's next job
+                    refused = error
+            elif refused:
+                raise refused
             else:
                 ranks.contribute_to(order, message, process.contribute, clients)
 
@@ -289,7 +300,9 @@ def assemble(
 
     Raises ConfigError where its parts do not fit together.
     """
-    from fedq.encoding import Key
+    import torch
+
+    from fedq.encoding import FixedWidth, Key, Raw
     from fedq.learning import FederatedAveraging
     from fedq.simulation.workers import Workers
 
@@ -320,6 +333,14 @@ def assemble(
         residuals=residuals,
         dropout=dropout,
     )
+
+    if faults and getattr(faults, "nan", 0):
+        name, (spec, chain) = list(process.upload.chains(process.client_side.schema).items())[-1]
+        if spec.dtype != torch.float32 or (chain.stages and isinstance(chain.coder, FixedWidth | Raw)):
+            raise ConfigError(
+                f"run.faults.nan must be 0 with this model and encoder: a message ends in {name!r}, "
+                "which does not travel as float32, and any bytes there can be believed"
+            )
 
     def clients(serial: int, numbers: Iterable[int]) -> "list[Client]":
         chosen = [dataset.client(number) for number in numbers]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fedq.bench import SHAPE, encoders, measure, real_updates, synthetic
+from fedq.bench import SHAPE, encoders, main, measure, real_updates, synthetic
 from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
 
 ROOT = Path(__file__).parents[1]
@@ -118,3 +118,11 @@ def test_what_cannot_be_measured_is_told_in_one_sentence(arguments, sentence, tm
     assert done.returncode
     assert sentence in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_none_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("sys.argv", ["bench", "float32", "--sources", "normal", "--out", str(tmp_path / "file")])
+    monkeypatch.setattr("fedq.bench.measure", None)
+    with pytest.raises(SystemExit, match="^fedq: .*File exists"):
+        main()

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fedq.config import ConfigError, build, build_encoder, build_run, check
+from fedq.config import ConfigError, build, build_encoder, build_run, build_server, check
 from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
 from fedq.train import CONF
 
@@ -52,6 +52,19 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("run.workers=all", "run.workers: 'all' is not allowed; it must be an integer or auto"),
         ("run.min_clients=11", "run: min_clients=11 is more than clients_per_round=10"),
         ("~run.seed", "run.seed is missing"),
+        ("run.faults={dropout:0.5}", "run.faults._target_ is missing"),
+        ("run.guard={}", "run.guard._target_ is missing"),
+        ("+encoder.upload.pace={bits:1}", "encoder.upload.pace._target_ is missing"),
+        ("encoder.upload.rules=[5]", "encoder.upload.rules[0]: 5 is not allowed; it must be keys and values"),
+        ("encoder.upload.rules=[{pattern:x,stages:[],coder:{}}]", "encoder.upload.rules[0].coder._target_ is missing"),
+        ("encoder.upload.stages=[1]", "encoder.upload.stages[0]._target_ is missing"),
+        (
+            "encoder.upload.rules=[{pattern:w,stages:[],coder:{_target_:fedq.encoding.Raw}},{pattern:w,stages:[],coder:{_target_:fedq.encoding.ANS}}]",
+            "encoder.upload.rules: 'w' is there twice",
+        ),
+        ("~model._partial_", "model._partial_ must be true"),
+        ("+client._partial_=true", "client._partial_ must be false"),
+        ("+model.num_classes=37", "model.num_classes is not a key: it is the dataset's"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(override, message):
@@ -75,6 +88,28 @@ def test_what_a_constructor_refuses_names_the_group(override, group, message):
         build(cfg, group)
     with pytest.raises(ConfigError, match=re.escape("encoder.upload.stages[0]: bits must be from 1 to 16, not 17")):
         build_encoder(configured("encoder.upload.bits=17"), "upload")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["encoder.upload.stages=[{_target_:fedq.encoding.FixedWidth}]"], "encoder.upload: FixedWidth() is not a stage"),
+        (["encoder.upload.coder._target_=fedq.encoding.ScaledSign"], "encoder.upload: ScaledSign() is not a coder"),
+        (["encoder=best", "encoder.upload.coder.coders=[{_target_:fedq.encoding.LearnedANS}]"], "is not a coder, or one that learns"),
+        (["encoder=frontier", "+encoder.upload.pace={_target_:fedq.encoding.FixedWidth}"], "encoder: FixedWidth() is not a pace"),
+        (["encoder=follow_loss", "encoder.upload.pace.patience=1000000000000000"], "patience must be from 1 to 10,000"),
+        (["encoder=kashin", "encoder.redundancy=1e300"], "redundancy must be from 1 to 64"),
+    ],
+)  # fmt: skip
+def test_chains_that_are_none_are_told_in_one_line(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_encoder(configured(*overrides), "upload")
+
+
+@pytest.mark.parametrize(("target", "message"), [("LBFGS", "closure"), ("SparseAdam", "dense gradients")])
+def test_a_server_optimizer_that_cannot_step_is_told_before_any_round(target, message):
+    with pytest.raises(ConfigError, match=f"^server: .*{message}"):
+        build_server(configured(f"server._target_=torch.optim.{target}"))
 
 
 def test_bits_set_both_directions_or_one():

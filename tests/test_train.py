@@ -339,7 +339,7 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
     done = fedq(tmp_path, *command)
     assert "sweep/0 holds this run, finished: nothing to do" in done.stderr
     assert "round_000003.pt cannot be used" in done.stderr
-    assert "going on after round 1 of" in done.stderr
+    assert "going on after 2 rounds of" in done.stderr
     assert kept == {name: (tmp_path / "sweep" / "0" / name).read_bytes() for name in kept}
     assert_same_run(second, whole)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (second, whole)]
@@ -437,3 +437,67 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
         done = fedq(tmp_path, *SMALL, f"hydra.run.dir={tmp_path}", code=1)
     assert f"another process runs in {tmp_path}" in done.stderr
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_run_goes_on_after_numbers_that_json_has_no_word_for(tmp_path):
+    arguments = (*SMALL, "server.lr=1e20", "run.evaluate_every=1")
+    fedq(tmp_path, *arguments, "run.rounds=1", f"hydra.run.dir={tmp_path}/a")
+    assert metrics_of(tmp_path / "a")[0]["test/loss"] is None
+    again = (*arguments, "run.rounds=2", f"run.resume={tmp_path}/a", f"hydra.run.dir={tmp_path}/b")
+    done = fedq(tmp_path, *again, code=1)  # clients cannot train from such weights
+    assert "0 of 3 clients sent a usable update" in done.stderr
+    assert "bug" not in done.stderr
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+
+
+def test_fewer_rounds_than_are_done_are_refused(tmp_path):
+    fedq(tmp_path, *SMALL, "run.rounds=4", "run.evaluate_every=4", f"hydra.run.dir={tmp_path}/a")
+    other = f"hydra.run.dir={tmp_path}/b"
+    done = fedq(tmp_path, *SMALL, "run.rounds=2", "run.evaluate_every=4", f"run.resume={tmp_path}/a", other, code=1)
+    assert f"run.rounds: 4 rounds are done already, in {tmp_path}/a; ask for more than 2" in done.stderr
+    (tmp_path / "a" / "summary.json").write_text("[]\n")  # of another program: not believed, not fatal
+    done = fedq(tmp_path, *SMALL, "run.rounds=4", "run.evaluate_every=4", f"hydra.run.dir={tmp_path}/a")
+    assert "going on after 4 rounds of" in done.stderr
+
+
+def test_a_finished_run_is_not_one_with_other_demands_on_its_cohorts(tmp_path):
+    command = (*SMALL, "run.rounds=1", f"hydra.run.dir={tmp_path}/a")
+    fedq(tmp_path, *command)
+    done = fedq(tmp_path, *command, "run.min_clients=2", code=1)
+    assert "is of another run: run.min_clients was 1, not 2" in done.stderr
+
+
+@pytest.mark.parametrize(("threshold", "refused"), [(0, True), (100, False)])
+def test_nan_is_sent_only_where_it_is_one(tmp_path, threshold, refused):
+    faults = [
+        "run/faults=some",
+        *(f"run.faults.{name}=0" for name in ("dropout", "crash", "late", "damaged", "replayed")),
+    ]
+    command = (*SMALL, *faults, "run.faults.nan=1", "run.rounds=1", f"encoder.threshold={threshold}")
+    done = fedq(tmp_path, *command, code=1)
+    sentence = "run.faults.nan must be 0 with this model and encoder: a message ends in 'dense3.bias'"
+    assert (sentence in done.stderr) == refused
+    assert ("a value is NaN or infinite" in done.stderr) != refused
+
+
+def test_a_sweep_tells_of_jobs_in_folders_of_any_depth(tmp_path):
+    command = ("-m", *SMALL, "client.lr=1e30,0.1", f"hydra.sweep.dir={tmp_path}/sweep")
+    done = fedq(tmp_path, *command, "hydra.sweep.subdir='a/${hydra.job.num}'", "run.accuracy_floor=0", code=1)
+    assert "these jobs of the sweep failed" in done.stderr
+    assert f"{tmp_path}/sweep/a/0: " in done.stderr
+    assert f"client.lr=0.1 in {tmp_path}/sweep/a/1, " in done.stdout
+
+
+def test_a_job_that_is_refused_does_not_end_a_sweep_of_ranks(tmp_path):
+    command = ("-m", *SMALL, "run.clients_per_round=1000,3", f"hydra.sweep.dir={tmp_path}/sweep")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fedq.train", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("run.clients_per_round: 1000 is more than") >= 1
+    summary = json.loads((tmp_path / "sweep" / "1" / "summary.json").read_text())
+    assert summary["status"] == "completed"

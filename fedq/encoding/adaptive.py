@@ -22,6 +22,8 @@ class StateUpdate:
     def __post_init__(self) -> None:
         if self.aggregation not in get_args(Aggregation):
             raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, not {self.aggregation!r}")
+        if self.aggregation == "sum" and not self.spec.dtype.is_floating_point and self.spec.dtype.itemsize < 4:
+            raise ValueError(f"a sum of {self.spec.dtype} soon overflows: report int32 or int64")
 
 
 class Adaptive(ABC):

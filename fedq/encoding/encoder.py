@@ -35,6 +35,11 @@ class Encoder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
+        for stage in self.stages:
+            if not isinstance(stage, EncodingStage | AdaptiveEncodingStage):
+                raise TypeError(f"{stage!r} is not a stage")
+        if not isinstance(self.coder, Coder | AdaptiveCoder):
+            raise TypeError(f"{self.coder!r} is not a coder")
         for part in (*self.stages, self.coder):
             if not dataclasses.is_dataclass(part):
                 raise TypeError(f"{type(part).__name__} must be a dataclass: its arguments are part of the schema")
@@ -151,6 +156,8 @@ def is_finite(tensor: Tensor) -> bool:
     """Tells whether `tensor` holds no NaN and no infinity; integers never do."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
+    if tensor.dtype.itemsize == 1:  # float8, which torch cannot add up
+        tensor = tensor.float()
     # One NaN or infinity makes the sum one too, in a fifth of the time; the reverse may be an overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
@@ -179,6 +186,8 @@ def described(part: Any) -> str:
         given = []
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
+            if field.type in (float, "float"):  # 1 is 1.0
+                value = float(value)
             try:
                 text = described(value)
             except TypeError as error:
@@ -192,7 +201,7 @@ def described(part: Any) -> str:
         return f"[{', '.join(map(described, part))}]"
     if not isinstance(part, str | int | float | torch.dtype | None):
         raise TypeError(f"arguments must be plain values, stages or coders, not {type(part).__name__}")
-    return repr(part)
+    return repr(float(part) if isinstance(part, float) else part)  # numpy's is one, with a repr of its own
 
 
 def _declared(part: Adaptive, update: Tensors, spec: TensorSpec) -> dict[str, Tensor]:

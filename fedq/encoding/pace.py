@@ -83,7 +83,7 @@ class FollowLoss(Pace):
     averaged over the rounds, with `memory`, the weight of what was before; where that average is no lower than it was
     `patience` rounds ago the factor is halved, and as many rounds pass before it may be again.
 
-    start: 1 or more. memory: from 0 to below 1. patience: rounds, 1 or more.
+    start: 1 to 2^20. memory: from 0 to below 1. patience: 1 to 10,000 rounds.
     """
 
     start: float = 8.0
@@ -92,12 +92,12 @@ class FollowLoss(Pace):
     reports = "loss"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.start < math.inf:
-            raise ValueError(f"start must be 1 or more, not {self.start}")
+        if not 1 <= self.start <= 2**20:
+            raise ValueError(f"start must be from 1 to 2^20, not {self.start}")
         if not 0 <= self.memory < 1:
             raise ValueError(f"memory must be from 0 to below 1, not {self.memory}")
-        if self.patience < 1:
-            raise ValueError(f"patience must be 1 or more, not {self.patience}")
+        if not 1 <= self.patience <= 10_000:
+            raise ValueError(f"patience must be from 1 to 10,000, not {self.patience}")
 
     def initial_state(self, spec: TensorSpec) -> Tensors:
         """As Adaptive.initial_state: averages of the last rounds, the newest last."""

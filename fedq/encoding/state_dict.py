@@ -49,12 +49,14 @@ def schema_of(tensors: Tensors) -> dict[str, TensorSpec]:
 
 def flatten(tensors: ByTensor) -> dict[str, Tensor]:
     """Names each tensor of each adaptive stage `tensor/stage/name`, so that it can be attached to a message."""
-    return {
-        f"{name}/{stage}/{key}": value
-        for name, by_stage in tensors.items()
-        for stage, values in by_stage.items()
-        for key, value in values.items()
-    }
+    flat = {}
+    for name, by_stage in tensors.items():
+        for stage, values in by_stage.items():
+            for key, value in values.items():
+                if "/" in key:
+                    raise TypeError(f"what a stage calls its params and reports must have no '/', not {key!r}")
+                flat[f"{name}/{stage}/{key}"] = value
+    return flat
 
 
 def unflatten(flat: Tensors) -> ByTensor:
@@ -78,7 +80,8 @@ class StateDictEncoder:
     What goes through stages can be made smaller first, or alike:
     - `reference`: instead of each tensor its difference is encoded from one that both sides hold;
     - with `error_feedback` whoever encodes keeps what a message did not tell, the `residual`, and adds it to the
-      tensors of the next (Seide 2014; Karimireddy 2019): small elements that are rounded to 0 are sent in the end;
+      tensors of the next (Seide 2014; Karimireddy 2019): small elements that are rounded to 0 are sent in the end,
+      and so is what a stage clipped;
     - with `common_scale` all are divided by the root mean square over all of them, one value of the message. Stages
       whose steps are not relative then have the same step in all tensors, and bits are shared out between these to
       where they reduce the squared error most ("equal slope", Shoham and Gersho 1988);
@@ -107,13 +110,15 @@ class StateDictEncoder:
             raise ValueError(
                 "error_feedback must be false with reference=last, whose differences hold all errors before"
             )
+        if self.pace is not None and not isinstance(self.pace, Pace):
+            raise TypeError(f"{self.pace!r} is not a pace")
         if self.pace and not self.common_scale:
             raise ValueError("common_scale must be true for a pace, which multiplies it")
 
     def chains(self, schema: Schema) -> dict[str, tuple[TensorSpec, Encoder]]:
         """Returns what is encoded, in order, with its encoder: the tensors, and the joint vector in the first's place.
 
-        Raises ValueError where tensors of different dtypes are to be joined.
+        Raises EncodeError where tensors of different dtypes are to be joined.
         """
         chains: dict[str, tuple[TensorSpec, Encoder]] = {}
         joined = self._joined(schema)
@@ -196,7 +201,7 @@ class StateDictEncoder:
         if self.common_scale:
             factor = float(params[PACE][0]["factor"]) if self.pace else 1.0
             scale = [_common_scale({name: tensors[name] for name in staged}, factor, self._scale_spec(schema).dtype)]
-            tensors |= {name: _divided(tensors[name], float(scale[0])) for name in staged}
+            tensors |= {name: _divided(tensors[name], scale[0]) for name in staged}
         if joined := self._joined(schema):
             tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
         for name, (_, encoder) in chains.items():
@@ -250,9 +255,9 @@ class StateDictEncoder:
                 what = f"tensor {name!r}"
                 front[name] = read(reader, spec)
             what = "the common scale"
-            scale = float(read(reader, self._scale_spec(schema))) if self.common_scale else 1.0
+            scale = read(reader, self._scale_spec(schema)) if self.common_scale else torch.ones(())
             if not scale > 0:
-                raise ValueError(f"{scale} is no scale")
+                raise ValueError(f"{float(scale)} is no scale")
             chains = self.chains(schema)
             if params is None:
                 own = {f"{name}/{i}" for name, parts in self._adaptive(schema).items() for i in parts}
@@ -276,6 +281,10 @@ class StateDictEncoder:
         except ValueError as error:
             raise MessageError(f"{what} cannot be decoded: {error}") from error
         return tensors, front
+
+    def differs(self, schema: Schema) -> bool:
+        """Tells whether messages of `schema` hold differences from a reference."""
+        return self.reference != "none" and bool(self._staged(schema))
 
     def decodes_in_parts(self, schema: Schema) -> bool:
         """Tells whether `decode` gives something else with `partly` than without."""
@@ -356,7 +365,7 @@ class StateDictEncoder:
         names = [name for name, spec in schema.items() if self.joint and self._encoder_for(name, spec) is self.encoder]
         dtypes = {schema[name].dtype for name in names}
         if len(dtypes) > 1:
-            raise ValueError(f"tensors of different dtypes cannot be joined: {sorted(map(str, dtypes))}")
+            raise EncodeError(f"tensors of different dtypes cannot be joined: {sorted(map(str, dtypes))}")
         return {name: TensorSpec((sum(schema[n].numel for n in names),), schema[name].dtype) for name in names}
 
     def _split(self, tensors: dict[str, Tensor], schema: Schema) -> dict[str, Tensor]:
@@ -412,13 +421,17 @@ def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor
     return torch.tensor(max(value, torch.finfo(dtype).smallest_normal) if value else 1.0, dtype=dtype)
 
 
-def _divided(tensor: Tensor, by: float) -> Tensor:
-    return divided(tensor.to(torch.promote_types(tensor.dtype, torch.float32)), by).to(tensor.dtype)
+def _divided(tensor: Tensor, scale: Tensor) -> Tensor:
+    """Returns the quotient, cut off at the dtype's limits; in the dtype of all it cannot reach them."""
+    work = torch.promote_types(tensor.dtype, scale.dtype)
+    quotient = divided(tensor.to(work), float(scale))
+    return quotient if work == tensor.dtype else cut_off(quotient, tensor.dtype)
 
 
-def _multiplied_(tensor: Tensor, by: float) -> Tensor:
+def _multiplied_(tensor: Tensor, scale: Tensor) -> Tensor:
     """Returns the product, cut off at the dtype's limits; may write to `tensor`."""
-    return cut_off(tensor.to(torch.promote_types(tensor.dtype, torch.float32)).mul_(by), tensor.dtype)
+    work = torch.promote_types(tensor.dtype, scale.dtype)
+    return cut_off(tensor.to(work).mul_(float(scale)), tensor.dtype)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
+from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, ZeroOutliers
 from fedq.encoding.encoder import is_finite
 from fedq.encoding.spec import Tensors
 from fedq.encoding.state_dict import ByTensor, Schema, flatten
@@ -103,6 +103,8 @@ class FederatedAveraging:
             self._model, client, broadcast, upload, seed, self.device, map, uplink, guard, precision, residuals, parts
         )
         self.contribute, self._schema = self.client_side.contribute, self.client_side.schema
+        # where all travels exact there is no difference to follow
+        self._follows = broadcast.reference == "last" and broadcast.differs(self._schema)
         for way, encoder in (("broadcast", broadcast), ("upload", upload)):
             if encoder.error_feedback:
                 _check_feedback(way, encoder, self._schema, Key(seed).fold("check"))
@@ -148,18 +150,23 @@ class FederatedAveraging:
             if record.failure:
                 log.warning("round %d: client %d is left out: %s", state.round, record.client, record.reason)
         usable = [record for record in records if not record.failure]
-        behind = sum(state.catching_up(record.client, len(task.base)) for record in records)
+        behind = sum(state.catching_up(record.client, len(task.base)) for record in records) if self._follows else 0
         sent = replace(
             state,
             broadcasted_bits=state.broadcasted_bits + sum(record.broadcast_bits for record in records) + 8 * behind,
             aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
         )
+        if guard := self.client_side.guard:
+            norms = [record.norm for record in records if record.norm is not None]
+            sent = replace(sent, norm=guard.update(state.norm, norms))
         if total is None or len(usable) < self.min_clients:
+            # who answered has caught up with the rounds that were done
+            caught_up = dict.fromkeys((record.client for record in usable), state.round) if self._follows else {}
             reasons = [f"; client {record.client}: {record.reason}" for record in records if record.failure]
             raise TooFewClients(
                 f"round {state.round}: {len(usable)} of {len(clients)} clients sent a usable update, "
                 f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}",
-                replace(sent, repeats=state.repeats + 1),
+                replace(sent, repeats=state.repeats + 1, holders=state.holders | caught_up),
                 _uploads(records),
             )
 
@@ -175,12 +182,9 @@ class FederatedAveraging:
                 upload=self.upload.update_state(self._schema, state.upload, total.reports),
                 residual=self.broadcast.residual(told, share.received),
             )
-            if self.broadcast.reference == "last":
+            if self._follows:
                 holders = [record.client for record in usable]
                 after = after.followed(share.received, len(task.message), len(task.base), holders)
-            if guard := self.client_side.guard:
-                norms = [record.norm for record in records if record.norm is not None]
-                after = replace(after, norm=guard.update(state.norm, norms))
         return after, _metrics(state, after, records, seconds)
 
     @one_thread()
@@ -193,7 +197,7 @@ class FederatedAveraging:
         """Encodes a round's broadcast; returns it with all that clients get, and its report to the adaptive stages."""
         key, reference, base = Key(self.seed, state.serial), state.received or self.client_side.initial, b""
         down = self.broadcast.params(self._schema, state.broadcast)
-        if self.broadcast.reference == "last":
+        if self._follows:
             base, _ = EXACT.encode(reference, key)
         try:
             message, reported = self.client_side.teller.encode(told, key, down, attached(down, up), reference=reference)
@@ -268,6 +272,11 @@ def _check_feedback(way: str, encoder: StateDictEncoder, schema: Schema, key: Ke
 
     Error feedback needs a contraction (Karimireddy 2019); what is scaled up to be unbiased often is none.
     """
+    for _, chain in encoder.chains(schema).values():
+        if any(isinstance(stage, ZeroOutliers) for stage in chain.stages):
+            raise FedqError(
+                f"encoder.{way}.error_feedback must be false with ZeroOutliers: what is left out would be in the next"
+            )
     draw, names = np.random.Generator(key.bit_generator()), encoder.residual_schema(schema)
     zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
     told = {name: torch.from_numpy(draw.standard_normal(schema[name].shape)).to(schema[name].dtype) for name in names}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
@@ -79,8 +78,9 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         return ServerState(**content), config
     except (AttributeError, LookupError, TypeError) as error:  # a file of torch's, but of other things
         raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
-    except (OSError, zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever zipfile and torch raise for bytes that are none of theirs
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"checkpoint {path} cannot be used: {reason}") from error
 
 
 def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerState, Path] | None:
@@ -104,7 +104,7 @@ def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerStat
         except CheckpointError as error:
             log.warning("%s", error)
             continue
-        if differing := differences(its_config, config):
+        if differing := differences(its_config, config, going_on=state.round < config["run"]["rounds"]):
             raise CheckpointError(
                 f"run.resume: {candidate} is of another run: {'; '.join(differing)}; set hydra.run.dir to a new folder"
             )
@@ -119,4 +119,5 @@ def _round(path: Path) -> int:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round_*.pt"), key=_round, reverse=True)
+    paths = (path for path in folder.glob("round_*.pt") if path.stem.removeprefix("round_").isdecimal())
+    return sorted(paths, key=_round, reverse=True)

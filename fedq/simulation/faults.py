@@ -15,7 +15,8 @@ class Faults:
     """Probabilities that a client fails in a round, one way at most; together they are at most 1.
 
     dropout: it never starts. crash: it trains, and dies before it sends. late: its message, though sent, comes after
-    the deadline. nan: it sends a message, right in form, that ends in a NaN. damaged: bits of its message flip on the
+    the deadline. nan: it sends a message, right in form, that ends in a NaN,
+    as an exact float32 or where an entropy coder's bytes end. damaged: bits of its message flip on the
     way, its end is lost, or more comes behind it. replayed: it sends another round's message. Time is not simulated:
     who is late is drawn like the rest, so that a run can be repeated.
     """

@@ -67,7 +67,7 @@ class CheckSweep(Callback):
 
         Ends the program with the list of the jobs that failed, if any did; Hydra tells of the first alone.
         """
-        paths = sorted(Path(config.hydra.sweep.dir).glob("*/summary.json"))
+        paths = sorted(Path(config.hydra.sweep.dir).rglob("summary.json"))
         summaries = {path.parent: json.loads(path.read_text()) for path in paths}
         completed = {folder: summary for folder, summary in summaries.items() if summary["status"] == "completed"}
         floor = OmegaConf.select(config, "run.accuracy_floor")

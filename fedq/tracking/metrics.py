@@ -47,7 +47,8 @@ class MetricsFile:
             os.ftruncate(self._file, 0)
             os.write(self._file, b"".join(lines))
         os.ftruncate(self._file, self._length)
-        return [json.loads(line) for line in lines]
+        known = [json.loads(line) for line in lines]
+        return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in known]
 
     def sync(self) -> None:
         """Returns when all that was written is on the disk."""

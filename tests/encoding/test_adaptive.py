@@ -15,6 +15,7 @@ from fedq.encoding import (
     Key,
     MessageError,
     StateDictEncoder,
+    StateUpdate,
     TensorSpec,
     UniformQuantization,
     schema_of,
@@ -320,3 +321,18 @@ def test_a_stage_or_coder_must_be_a_dataclass() -> None:
         Encoder([Bare()])
     with pytest.raises(TypeError, match="BareCoder must be a dataclass"):
         Encoder([], BareCoder())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool])
+def test_sums_that_would_overflow_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="soon overflows"):
+        StateUpdate(TensorSpec((), dtype), "sum")
+    StateUpdate(TensorSpec((), dtype), "max")
+    StateUpdate(TensorSpec((), torch.int64), "sum")
+
+
+def test_names_with_a_slash_are_refused() -> None:
+    with pytest.raises(TypeError, match="must have no '/', not 'a/b'"):
+        flatten({"layer/weight": {0: {"a/b": torch.zeros(1)}}})
+    tensors = {"layer/weight": {0: {"a": torch.zeros(1)}, 1: {"b": torch.ones(2)}}}
+    assert unflatten(flatten(tensors)) == tensors

@@ -136,7 +136,7 @@ def test_every_integer_comes_back(coder: Coder) -> None:
     for levels, value in ((4, 4), (4, -1), (1, 1)):
         with pytest.raises(ValueError, match="a symbol is not from"):
             coder.encode(torch.tensor([value]), TensorSpec((1,), torch.int64, levels))
-    with pytest.raises(TypeError, match="float32"):
+    with pytest.raises(ValueError, match="float32"):
         coder.encode(torch.zeros(3), TensorSpec((3,), torch.float32))
 
 
@@ -184,7 +184,7 @@ def test_masks_of_any_kind() -> None:
     for bad in (2, 256, -1):
         with pytest.raises(ValueError, match="not 0 or 1"):
             SparseMask().encode(torch.tensor([0, bad]), TensorSpec((2,), torch.int64, 2))
-    with pytest.raises(TypeError, match="2 levels"):
+    with pytest.raises(ValueError, match="2 levels"):
         SparseMask().encode(torch.zeros(3, dtype=torch.uint8), TensorSpec((3,), torch.uint8, 3))
 
 
@@ -228,7 +228,7 @@ def test_zero_runs_by_number() -> None:
             pieces = run // longest + (run % longest > 0)
             assert len(coded(ZeroRuns(0), np.zeros(digits * run, np.uint8), levels)) == pieces
     for levels, zero in ((244, None), (3, 3), (None, 0), (1, 0)):
-        with pytest.raises(TypeError, match="ZeroRuns packs"):
+        with pytest.raises(ValueError, match="ZeroRuns packs"):
             ZeroRuns(zero).encode(torch.zeros(3, dtype=torch.uint8), TensorSpec((3,), torch.uint8, levels))
     with pytest.raises(ValueError, match="a symbol is not from 0 to 2"):
         ZeroRuns().encode(torch.tensor([3]), TensorSpec((1,), torch.int64, 3))

@@ -5,6 +5,7 @@ import math
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toys import Negate, Reverse, Zlib
@@ -12,11 +13,13 @@ from toys import Negate, Reverse, Zlib
 from fedq.encoding import (
     BROADCAST,
     CABAC,
+    Best,
     EncodeError,
     Encoder,
     EncodingStage,
     FixedWidth,
     Key,
+    LearnedANS,
     MessageError,
     Raw,
     ScaledSign,
@@ -24,6 +27,7 @@ from fedq.encoding import (
     StateDictEncoder,
     StepQuantization,
     TensorSpec,
+    TopK,
     TrellisQuantization,
     UniformQuantization,
     schema_of,
@@ -568,3 +572,57 @@ def test_a_conjugate_view_is_sent_as_what_it_shows() -> None:
     x = {"x": torch.randn(4, dtype=torch.complex64).conj()}
     decoded, _ = StateDictEncoder().decode(StateDictEncoder().encode(x, KEY)[0], KEY, schema_of(x))
     assert torch.equal(decoded["x"], x["x"].resolve_conj())
+
+
+def test_a_common_scale_of_two_precisions() -> None:
+    """The scale is float64, beyond float32, where a float64 tensor is; a float32 beside it is 0 then."""
+    chain = StateDictEncoder(Encoder([StepQuantization(0.5, relative=False)], CABAC()), 0, common_scale=True)
+    huge = {"a": torch.ones(4), "b": torch.tensor([1e60, -1e60, 1e60, 0], dtype=torch.float64)}
+    back, _ = chain.decode(chain.encode(huge, KEY)[0], KEY, schema_of(huge))
+    assert back["a"].tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(back["b"], huge["b"], rtol=0.35, atol=0)
+    tiny = {"a": torch.zeros(4), "b": torch.full((4,), 1e-50, dtype=torch.float64)}
+    back, _ = chain.decode(chain.encode(tiny, KEY)[0], KEY, schema_of(tiny))
+    assert back["a"].tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(back["b"], tiny["b"], rtol=0.35, atol=0)
+
+
+def test_equal_encoders_read_each_other() -> None:
+    x = {"x": wave(100)}
+    chains = [
+        StateDictEncoder(Encoder([StepQuantization(step, relative=False)], CABAC()), 0)
+        for step in (1, 1.0, np.float64(1))
+    ]
+    assert chains[0] == chains[1] == chains[2]
+    messages = {chain.encode(x, KEY)[0] for chain in chains}
+    assert len(messages) == 1
+    other = StateDictEncoder(Encoder([StepQuantization(2, relative=False)], CABAC()), 0)
+    with pytest.raises(MessageError, match="schema"):
+        other.decode(messages.pop(), KEY, schema_of(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_travels_exact(dtype: torch.dtype) -> None:
+    x = {"x": torch.arange(-4, 5).float().to(dtype)}
+    back, _ = StateDictEncoder().decode(StateDictEncoder().encode(x, KEY)[0], KEY, schema_of(x))
+    assert back["x"].dtype == dtype
+    assert back["x"].float().tolist() == list(range(-4, 5))
+    with pytest.raises(EncodeError, match="'x' holds NaN"):
+        StateDictEncoder().encode({"x": torch.tensor([1.0, math.nan]).to(dtype)}, KEY)
+
+
+def test_tensors_of_two_dtypes_are_not_joined() -> None:
+    joint = StateDictEncoder(Encoder([TopK(0.1)]), 10, joint=True)
+    with pytest.raises(EncodeError, match="tensors of different dtypes cannot be joined"):
+        joint.encode({"a": wave(100), "b": wave(100).half()}, KEY)
+
+
+def test_what_is_no_stage_or_coder_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"FixedWidth\(\) is not a stage"):
+        Encoder([FixedWidth()])
+    with pytest.raises(TypeError, match="ScaledSign.* is not a coder"):
+        Encoder([], ScaledSign())
+    with pytest.raises(TypeError, match="is not a coder, or one that learns"):
+        Best([LearnedANS()])
+    with pytest.raises(TypeError, match="is not a pace"):
+        StateDictEncoder(common_scale=True, pace=FixedWidth())

@@ -1,6 +1,6 @@
 """Error feedback at the clients."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -20,6 +20,8 @@ from fedq.encoding import (
     StateDictEncoder,
     TensorSpec,
     TopK,
+    UniformQuantization,
+    ZeroOutliers,
 )
 from fedq.encoding.message import repacked
 from fedq.errors import FedqError
@@ -348,3 +350,10 @@ def test_a_store_that_fails_ends_the_round(process, client):
     averaging = process(upload=CHAINS["sign"], residuals=Broken())
     with pytest.raises(FedqError, match="residual file x"):
         averaging.next(averaging.initialize(), [client(1)])
+
+
+def test_what_is_left_out_for_good_is_not_fed_back(process):
+    chain = StateDictEncoder(Encoder([ZeroOutliers(), UniformQuantization(8)], FixedWidth()), 0, error_feedback=True)
+    with pytest.raises(FedqError, match="encoder.upload.error_feedback must be false with ZeroOutliers"):
+        process(upload=chain)
+    process(upload=replace(chain, error_feedback=False))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedq.data import Client, Examples
-from fedq.learning import ClientFailure
+from fedq.learning import ClientFailure, TooFewClients
 from fedq.learning.guard import NormGuard, norm
 
 
@@ -90,3 +90,17 @@ def test_a_run_is_guarded_from_its_second_round_on(process, client, action):
     if action == "drop":  # with its weight: as if it had not been there
         without, _ = guarded.next(after_one, honest[:3])
         assert distance(attacked, without) < 1e-6
+
+
+def test_cohorts_in_vain_move_the_estimate(process, client):
+    """Where all are out of line the limit follows, until they are not: else a round would be repeated for ever."""
+    averaging, repeats = process(guard=NormGuard("drop", initial=1e-3)), 0
+    state = averaging.initialize()
+    while state.round == 0:
+        try:
+            state, metrics = averaging.next(state, [client(n) for n in range(4)])
+        except TooFewClients as error:
+            state, repeats = error.state, repeats + 1
+        assert repeats < 20
+    assert repeats >= 2
+    assert metrics["clients"] >= 1

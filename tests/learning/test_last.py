@@ -162,3 +162,31 @@ def test_what_does_not_fit_is_refused(process):
         StateDictEncoder(reference="last", error_feedback=True)
     with pytest.raises(ValueError, match="reference"):
         StateDictEncoder(reference="first")
+
+
+def test_where_all_travels_exact_nobody_has_anything_to_catch_up_with(process, client):
+    averaging = process(broadcast=replace(EXACT, reference="last"))
+    state, bits = averaging.initialize(), []
+    for number in range(3):
+        state, metrics = averaging.next(state, [client(number), client(0)])
+        bits.append(metrics["broadcast_bits"])
+    assert len(set(bits)) == 1
+    assert not state.received and not state.lengths and not state.holders
+
+
+def test_who_answers_a_cohort_in_vain_has_caught_up(process, client):
+    averaging = process(broadcast=LAST, min_clients=2)
+    state = averaging.initialize()
+    for numbers in ([0, 1], [2, 3]):
+        state, _ = averaging.next(state, [client(n) for n in numbers])
+    missed = state.lengths[1]
+    silent = Client(1, lambda: (_ for _ in ()).throw(ClientFailure("silent", "it dropped out")))
+    with pytest.raises(TooFewClients) as caught:
+        averaging.next(state, [client(0), silent])
+    again = caught.value.state
+    in_vain = again.broadcasted_bits - state.broadcasted_bits
+    assert again.holders == state.holders | {0: 2}
+    after, metrics = averaging.next(again, [client(0), client(1)])
+    message = after.lengths[2]
+    assert metrics["broadcast_bits"] == 8 * (2 * message + missed)  # client 1 alone is still behind
+    assert in_vain == pytest.approx(8 * (2 * message + 2 * missed), abs=800)  # another key, nearly as many bytes

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import zipfile
 from functools import partial
 
 import pytest
@@ -178,3 +179,40 @@ def test_the_same_command_again_goes_on_in_its_own_folder_and_one_may_go_back(tm
     for where in (path, theirs):
         assert checkpoint.resume(str(where), mine, CONFIG)[0].round == 2
     assert checkpoint.resume(str(own[0]), mine, CONFIG)[0].round == 1
+
+
+def test_an_archive_whose_directory_is_damaged_is_named(tmp_path):
+    """zipfile and torch raise nearly anything then: EOFError and zlib.error among them."""
+    path = checkpoint.save(some_states()[0], CONFIG, tmp_path, 2)
+    whole, found = path.read_bytes(), set()
+    with zipfile.ZipFile(path) as archive:
+        entries = [archive.start_dir, *(info.header_offset for info in archive.infolist())]
+    for start in entries:
+        for place in range(start, min(start + 46, len(whole))):  # a directory's entry; headers of files are shorter
+            for bit in (0, 3, 7):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+                try:
+                    checkpoint.load(path)
+                except CheckpointError as error:
+                    told = str(error).startswith(f"checkpoint {path} cannot be used: ")
+                    found.add(type(error.__cause__).__name__ if told else str(error))
+    assert {"EOFError", "error", "BadZipFile"} <= found and all(name.isidentifier() for name in found)
+
+
+def test_what_else_lies_among_checkpoints_is_left_alone(tmp_path):
+    path = checkpoint.save(some_states()[0], CONFIG, tmp_path / "checkpoints", 1)
+    kept = path.with_name("round_best.pt")
+    kept.write_bytes(path.read_bytes())
+    checkpoint.save(some_states()[1], CONFIG, tmp_path / "checkpoints", 1)
+    assert kept.exists() and not path.exists()
+    assert checkpoint.resume("auto", tmp_path, CONFIG)[0].round == some_states()[1].round
+
+
+def test_how_many_clients_are_enough_may_change_for_rounds_to_come_alone(tmp_path):
+    state = some_states()[0]
+    config, other = ({"run": {"rounds": state.round, "min_clients": n}} for n in (1, 3))
+    checkpoint.save(state, config, tmp_path / "checkpoints", 1)
+    longer = {"run": other["run"] | {"rounds": state.round + 1}}
+    assert checkpoint.resume("auto", tmp_path, longer)[0].round == state.round
+    with pytest.raises(CheckpointError, match="run.min_clients was 1, not 3"):
+        checkpoint.resume("auto", tmp_path, other)

@@ -172,8 +172,8 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
         os.kill(int((tmp_path / "pid_0").read_text()), signal.SIGUSR2)  # as Slurm does before it stops a job
         output = running.stdout.read().decode()
     assert running.returncode == 0, output
-    assert int(log.read_text().split("going on after round ")[1].split()[0]) >= 5
-    assert "going on after round " not in (tmp_path / "log_1").read_text()
+    assert int(log.read_text().split("going on after ")[1].split()[0]) >= 5
+    assert "going on after " not in (tmp_path / "log_1").read_text()
     assert_same_run(tmp_path / "sweep" / "0", tmp_path / "sweep" / "1")
     runs = folders_and_summaries(tmp_path / "sweep")
     assert [runs[name]["status"] for name in ("0", "1")] == ["completed"] * 2

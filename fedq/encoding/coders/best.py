@@ -24,6 +24,9 @@ class Best(Coder):
         object.__setattr__(self, "coders", tuple(self.coders))
         if not 1 <= len(self.coders) <= 256:
             raise ValueError(f"coders must be 1 to 256, not {len(self.coders)}")
+        for coder in self.coders:
+            if not isinstance(coder, Coder):
+                raise TypeError(f"{coder!r} is not a coder, or one that learns")
 
     def size(self, spec: TensorSpec) -> None:
         """As Coder.size."""

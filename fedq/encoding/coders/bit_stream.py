@@ -146,7 +146,7 @@ def from_natural(values: np.ndarray, spec: TensorSpec) -> Tensor:
 def _range(spec: TensorSpec) -> tuple[int, int]:
     """Returns the least and the largest symbol: 32 bits at most."""
     if spec.dtype.is_floating_point or spec.dtype.is_complex or (spec.levels or 0) > 1 << 32:
-        raise TypeError(f"codes of integers take up to 2^32 levels, not {spec.levels} of {spec.dtype}")
+        raise ValueError(f"codes of integers take up to 2^32 levels, not {spec.levels} of {spec.dtype}")
     if spec.levels is not None:
         return 0, spec.levels - 1
     bits = min(8 * spec.dtype.itemsize, 32)

@@ -82,7 +82,7 @@ class FixedWidth(Coder):
 
 def _width(spec: TensorSpec) -> int:
     if spec.levels is None or not 1 <= spec.levels <= 1 << 16:
-        raise TypeError(f"FixedWidth packs symbols of 1 to 65,536 levels, not {spec.levels}")
+        raise ValueError(f"FixedWidth packs symbols of 1 to 65,536 levels, not {spec.levels}")
     return max(1, (spec.levels - 1).bit_length())
 
 

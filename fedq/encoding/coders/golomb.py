@@ -59,7 +59,7 @@ class SparseMask(Coder):
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode. Raises ValueError for a symbol out of range."""
         if spec.levels != 2:
-            raise TypeError(f"SparseMask takes symbols of 2 levels, not {spec.levels}")
+            raise ValueError(f"SparseMask takes symbols of 2 levels, not {spec.levels}")
         mask, n = symbols.reshape(-1).cpu().numpy(), spec.numel
         if n and not 0 <= int(mask.min()) <= int(mask.max()) <= 1:
             raise ValueError("a symbol is not 0 or 1")

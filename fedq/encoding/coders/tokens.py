@@ -190,7 +190,7 @@ def _direct(spec: TensorSpec) -> int | None:
 def limits(spec: TensorSpec) -> tuple[int, int]:
     """Returns the least and the greatest symbol that `spec` allows."""
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        raise TypeError(f"an entropy coder takes integers, not {spec.dtype}")
+        raise ValueError(f"an entropy coder takes integers, not {spec.dtype}")
     if spec.levels is not None:
         return 0, min(spec.levels, 2**31) - 1
     if spec.dtype == torch.bool:

@@ -80,6 +80,6 @@ class ZeroRuns(Coder):
         """Returns the levels, the symbols to a byte, the zero, and the number of bytes that are not runs."""
         levels = spec.levels
         if levels is None or not 2 <= levels <= 243 or (self.zero or 0) >= levels:
-            raise TypeError(f"ZeroRuns packs symbols of 2 to 243 levels that include {self.zero}, not {levels} levels")
+            raise ValueError(f"ZeroRuns packs symbols of 2 to 243 levels that include {self.zero}, not {levels} levels")
         digits = next(digits for digits in range(7, 0, -1) if levels**digits <= 243)
         return levels, digits, levels // 2 if self.zero is None else self.zero, levels**digits

@@ -123,7 +123,9 @@ class KMeans(Codebook):
         unit = largest_magnitude(x) or 1.0
         mean = float(np.float32(sums(x, lambda part: divided(part, unit))[0] / x.numel()))
         points, counts = _histogram(x, unit, mean)
-        number, totals = (np.concatenate(([0.0], values.cumsum())) for values in (counts, points * counts))
+        number, totals, squares = (
+            np.concatenate(([0.0], values.cumsum())) for values in (counts, points * counts, points**2 * counts)
+        )
         # In each of many parts of equal mass, of width w, the density is as 1/w, and the levels' as w^(−1/3).
         edges = points[np.searchsorted(number[1:-1], np.linspace(0, number[-1], 1024))]
         levels_up_to = np.concatenate(([0.0], np.cumsum(np.diff(edges) ** (2 / 3))))
@@ -132,6 +134,11 @@ class KMeans(Codebook):
             ends = np.concatenate(([0], np.searchsorted(points, (levels[1:] + levels[:-1]) / 2), [len(points)]))
             own = np.diff(number[ends])
             levels, before = np.where(own > 0, np.diff(totals[ends]) / np.maximum(own, 1), levels), levels
+            if (empty := np.flatnonzero(own == 0)).size:  # they go to where most of the squared error is
+                left = np.maximum(np.diff(squares[ends]) - own * levels**2, 0)
+                worst = np.argsort(-left, kind="stable")[: empty.size]
+                levels[empty] = levels[worst] + np.sqrt(left[worst] / np.maximum(own[worst], 1))
+                levels.sort()
             if np.array_equal(levels, before):
                 break
         return {"levels": torch.from_numpy((np.sort(levels) + mean).clip(-1, 1) * unit).to(x.dtype)}

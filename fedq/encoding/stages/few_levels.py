@@ -24,8 +24,25 @@ from fedq.encoding.stages.sums import (
 from fedq.keys import Key
 
 
+class _Ternary(EncodingStage):
+    """Symbols 0, 1, 2 of the same shape for −m, 0, m."""
+
+    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """The magnitude m: float64 for a float64 tensor, else float32."""
+        return {"scale": TensorSpec((), working_dtype(self, spec))}
+
+    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
+        """Symbols of the same shape."""
+        check_scale(side["scale"], spec)
+        return TensorSpec.symbols(spec.shape, 3)
+
+    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
+        """As EncodingStage.decode."""
+        return look_up(y, torch.stack((-side["scale"], torch.zeros_like(side["scale"]), side["scale"])), spec)
+
+
 @dataclass(frozen=True)
-class TernGrad(EncodingStage):
+class TernGrad(_Ternary):
     """Sends −m, 0 or m, m = max |x|: an element is not 0 with probability |x| / m (Wen 2017).
 
     Takes a floating tensor of any shape; gives symbols 0, 1, 2 of the same shape, and m as a side value. Unbiased;
@@ -45,15 +62,6 @@ class TernGrad(EncodingStage):
         """True without clipping."""
         return self.clip is None
 
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The largest magnitude: float64 for a float64 tensor, else float32."""
-        return {"scale": TensorSpec((), working_dtype(self, spec))}
-
-    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """Symbols of the same shape."""
-        check_scale(side["scale"], spec)
-        return TensorSpec.symbols(spec.shape, 3)
-
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
         """As EncodingStage.encode."""
         work, scale = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x)
@@ -70,13 +78,9 @@ class TernGrad(EncodingStage):
             out[start : start + CHUNK] = _round_up(part.abs(), bits).clamp_(max=1).copysign_(part).add_(1)
         return symbols, side
 
-    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
-        return look_up(y, torch.stack((-side["scale"], torch.zeros_like(side["scale"]), side["scale"])), spec)
-
 
 @dataclass(frozen=True)
-class ThreeLevel(EncodingStage):
+class ThreeLevel(_Ternary):
     """Rounds to −m, 0 or m, m = sparsity · max |x| (3LC, Lim 2019).
 
     Takes a floating tensor of any shape; gives symbols 0, 1, 2 of the same shape, and m as a side value. No element
@@ -91,15 +95,6 @@ class ThreeLevel(EncodingStage):
         if not 1 <= self.sparsity < 2:
             raise ValueError(f"sparsity must be from 1 to below 2, not {self.sparsity}")
 
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The magnitude m: float64 for a float64 tensor, else float32."""
-        return {"scale": TensorSpec((), working_dtype(self, spec))}
-
-    def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """Symbols of the same shape."""
-        check_scale(side["scale"], spec)
-        return TensorSpec.symbols(spec.shape, 3)
-
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
         """As EncodingStage.encode."""
         work = working_dtype(self, TensorSpec.of(x))
@@ -110,10 +105,6 @@ class ThreeLevel(EncodingStage):
             part = flat[start : start + CHUNK].to(work)
             out[start : start + CHUNK] = (part > half).view(torch.uint8) + (part >= -half)
         return symbols, {"scale": scale}
-
-    def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
-        return look_up(y, torch.stack((-side["scale"], torch.zeros_like(side["scale"]), side["scale"])), spec)
 
 
 @dataclass(frozen=True)

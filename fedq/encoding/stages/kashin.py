@@ -32,7 +32,7 @@ class KashinRepresentation(EncodingStage):
     divided by the redundancy. At equal bits it beats the rotation alone with the latter constants only, by a fifth at 3
     bits an element. It spreads nothing beyond a block: with few large values, put a HadamardRotation before it.
 
-    redundancy: 1 or more. block: B, a power of two up to 16,384; fewer in a small tensor. shared: see Rotation.
+    redundancy: 1 to 64. block: B, a power of two up to 16,384; fewer in a small tensor. shared: see Rotation.
     """
 
     redundancy: float = 4 / 3
@@ -45,8 +45,8 @@ class KashinRepresentation(EncodingStage):
     unbiased = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.redundancy < math.inf:
-            raise ValueError(f"redundancy must be 1 or more, not {self.redundancy}")
+        if not 1 <= self.redundancy <= 64:
+            raise ValueError(f"redundancy must be from 1 to 64, not {self.redundancy}")
         if self.iterations < 1:
             raise ValueError(f"iterations must be 1 or more, not {self.iterations}")
         if not 0 < self.eta < 1:

@@ -65,9 +65,9 @@ class ProductQuantization(EncodingStage):
         for _ in range(self.iterations):
             symbols = _nearest(sample, centroids, 1.0)
             counts = torch.bincount(symbols, minlength=len(centroids))
-            for i in range(self.dim):
-                mean = torch.bincount(symbols, sample[:, i].double(), len(centroids)) / counts.clamp(min=1)
-                centroids[:, i] = torch.where(counts > 0, mean.float(), centroids[:, i])
+            totals = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, symbols, sample.double())
+            means = (totals / counts.clamp(min=1)[:, None]).float()
+            centroids = torch.where(counts[:, None] > 0, means, centroids)
         rounded = centroids.double().mul_(unit).to(x.dtype)
         symbols = _nearest(vectors, centroids, unit).to(TensorSpec.symbols((), max(1, len(centroids))).dtype)
         return symbols, {"centroids": rounded.cpu(), "rest": flat[n * self.dim :].to("cpu", copy=True)}

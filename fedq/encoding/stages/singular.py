@@ -122,7 +122,8 @@ class SingularVectors(EncodingStage):
         squares = values.double().cpu()[: min(self.rank, rows)].square()
         left = (energy - squares.cumsum(0)).clamp_(min=0)
         one, other = (n * torch.log2(1 + squares / (n * noise)) for n in (rows, columns))
-        rest = rows * columns * torch.log2(1 + torch.cat((torch.tensor([energy]), left)) / (rows * columns * noise))
+        left = torch.cat((torch.tensor([energy], dtype=torch.float64), left))
+        rest = rows * columns * torch.log2(1 + left / (rows * columns * noise))
         bits = rest + torch.cat((torch.zeros(1), (one + other).cumsum(0)))
         return int(bits.argmin())
 

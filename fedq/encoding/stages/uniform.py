@@ -28,6 +28,7 @@ class UniformQuantization(EncodingStage):
         number that is uniform in (−½, ½) steps before it rounds, and the receiver, who draws the same from the key,
         subtracts it (Roberts 1962; Schuchman 1964): unbiased, the error is uniform and independent of the value,
         step²/12 at any rate. The sum never leaves the half step around the range's ends, so that nothing overloads.
+        Random numbers have 16 bits: means are right to 2^−17 steps, no nearer.
 
     The range is one of
     - minimum to maximum of the elements: 2^bits values;
