@@ -6,12 +6,8 @@ import os
 import posixpath
 import shutil
 import tarfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -19,6 +15,7 @@ from rich import progress
 from rich.console import Console
 
 from fedq.errors import FedqError
+from fedq.files import written_whole
 
 CONSOLE = Console(stderr=True)  # stdout is for results
 
@@ -31,20 +28,6 @@ def cache_folder() -> Path:
     """Returns the folder for what is kept: $FEDQ_CACHE, else $XDG_CACHE_HOME/fedq, else ~/.cache/fedq."""
     xdg = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(os.environ.get("FEDQ_CACHE") or xdg / "fedq").expanduser().absolute()
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file, which takes the place of `path` at the end or is deleted on an error."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a short file under the final name
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def obtain(url: str, sha256: str, names: tuple[str, ...]) -> Path:

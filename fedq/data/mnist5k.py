@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fedq.data.dataset import Client, Examples
-from fedq.data.download import cache_folder, written_whole
+from fedq.data.download import cache_folder
+from fedq.files import written_whole
 from fedq.keys import Key
 
 CLASSES, TRAIN = 10, 400  # TRAIN examples of each class; the other 100 are for the test

@@ -1,18 +1,17 @@
 """Checkpoints: all of a run's state in one file, whole or not there."""
 
 import logging
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from fedq.config import differences
 from fedq.errors import FedqError
+from fedq.files import written_whole
 from fedq.learning import ServerState
 
 log = logging.getLogger(__name__)
@@ -30,29 +29,13 @@ def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round_{state.round:06d}.pt"
-    with whole(path) as file:
+    with written_whole(path) as file:
         torch.save({field.name: getattr(state, field.name) for field in fields(state)} | {"config": config}, file)
     others = _newest_first(folder)
     later = [other for other in others if _round(other) > state.round]
     for other in [*folder.glob("round_*.tmp"), *later, *others[len(later) + keep :]]:
         other.unlink()
     return path
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to be written that appears under its name only once all of it is on the disk."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def serials(folder: Path) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedq.encoding import Key, MessageError, StateDictEncoder
 from fedq.encoding.state_dict import Schema
 from fedq.errors import FedqError
-from fedq.simulation.checkpoint import whole
+from fedq.files import written_whole
 
 _EXACT = StateDictEncoder()
 _NAME = re.compile(r"(\d+)_(\d+)\.residual")
@@ -66,7 +66,7 @@ class Residuals:
     def mark(self) -> str:
         """Leaves a mark in the folder, by which a rank knows that it sees this one and not its own of that name."""
         mark = secrets.token_hex(8)
-        with whole(self.folder / _MARK) as file:
+        with written_whole(self.folder / _MARK) as file:
             file.write(mark.encode())
         return mark
 
@@ -83,7 +83,7 @@ class Residuals:
         if source and source.absolute() != self.folder:
             for client, versions in _listed(source).items():
                 if (version := _newest(versions, serial)) is not None:
-                    with whole(_path(self.folder, client, version)) as file:
+                    with written_whole(_path(self.folder, client, version)) as file:
                         file.write(_path(source, client, version).read_bytes())
         self._versions = self._in_files(serial) if source else {}
 
@@ -171,7 +171,7 @@ class Residuals:
 
     def _write(self, client: int, version: int, residual: Mapping[str, Tensor]) -> None:
         message, _ = _EXACT.encode(residual, Key(self._seed, version, client))
-        with whole(_path(self.folder, client, version)) as file:
+        with written_whole(_path(self.folder, client, version)) as file:
             file.write(message)
 
     def _let_go(self, client: int, version: int) -> None:

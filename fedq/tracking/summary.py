@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedq.files import written_whole
 from fedq.tracking.metrics import Metrics
 from fedq.tracking.units import human_bytes
 
@@ -81,9 +82,8 @@ class Summary:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         status = "completed" if error is None else "interrupted" if stopped else "failed"
         self.values |= {"status": status} | ({"error": str(error)} if error else {})
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values, indent=2) + "\n")
-        temporary.replace(path)
+        with written_whole(path) as file:
+            file.write(f"{json.dumps(self.values, indent=2)}\n".encode())
 
     def __enter__(self) -> "Summary":
         return self

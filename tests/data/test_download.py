@@ -15,7 +15,8 @@ from threading import Thread
 
 import pytest
 
-from fedq.data.download import DatasetError, cache_folder, extract, fetch, obtain, written_whole
+from fedq.data.download import DatasetError, cache_folder, extract, fetch, obtain
+from fedq.files import written_whole
 
 CONTENT = random.Random(0).randbytes(700_000)
 NAMES = ("some_train.h5", "some_test.h5")
