@@ -115,8 +115,10 @@ def draw(results: list[Result], path: Path) -> None:
 
 
 def _panel(axes: Axes, results: list[Result]) -> None:
-    top = max(one.accuracy for one in results)
-    axes.set_ylim(top - 5, top + 1.3)
+    best = {
+        rounds: max(one.accuracy for one in results if one.rounds == rounds) for rounds in {r.rounds for r in results}
+    }
+    axes.set_ylim(min(best.values()) - 5, max(best.values()) + 1.3)
     for claim, style in zip(CLAIMS, ("--", ":"), strict=True):
         axes.axvline(CLAIMS[claim], color="tab:gray", linestyle=style, linewidth=1, label=f"claimed by {claim}")
     for one in results:
