@@ -422,10 +422,8 @@ def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor
 
 
 def _divided(tensor: Tensor, scale: Tensor) -> Tensor:
-    """Returns the quotient, cut off at the dtype's limits; in the dtype of all it cannot reach them."""
     work = torch.promote_types(tensor.dtype, scale.dtype)
-    quotient = divided(tensor.to(work), float(scale))
-    return quotient if work == tensor.dtype else cut_off(quotient, tensor.dtype)
+    return divided(tensor.to(work), float(scale)).to(tensor.dtype)
 
 
 def _multiplied_(tensor: Tensor, scale: Tensor) -> Tensor:

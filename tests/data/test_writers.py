@@ -199,6 +199,7 @@ def test_digits_of_unseen_writers_can_be_read(
         ("examples_per_client", 0, "examples_per_client must be at least 1, not 0."),
         ("test_examples", -2, "test_examples must be at least 1, not -2."),
         ("seed", -1, "seed must be at least 0, not -1."),
+        ("seed", 2**64, f"seed must be below 2^64, not {2**64}."),
         ("background", 0.5, "background must be 1.0 (federated EMNIST) or 0.0 (MNIST), not 0.5."),
     ],
 )

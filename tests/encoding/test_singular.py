@@ -274,3 +274,11 @@ def test_one_vector_can_be_all_that_is_sent() -> None:
     assert count == 1
     assert size < 1000  # 500 numbers of some 11 bits, and not 60,000
     assert float((back - low_rank(200, 300, rank=1)).abs().max()) < 0.2
+
+
+def test_the_unit_does_not_matter_beyond_float32() -> None:
+    """Squares of these add up to more than float32 holds; float64, which the tensor is in, has room for them."""
+    x = low_rank(noise=1.0).double()
+    counts = [sent(x * unit, chain(8.0 * unit))[2] for unit in (1.0, 1e25)]
+    assert counts[0] == counts[1]
+    assert sent(1e25 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0)).double(), chain(3e25))[2] == 0
