@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding import CABAC, Encoder, EncodingStage, Key, SingularVectors, StepQuantization, TensorSpec
+from fedq.encoding.stages.singular import _leading
 from fedq.encoding.testing import Bound, wave
 
 KEY = Key(3, 1, 4)
@@ -187,6 +188,22 @@ def test_matrices_that_are_hard() -> None:
             assert stage.encoded_spec(TensorSpec.of(x), side) == TensorSpec.of(y)
             back = stage.decode(y, side, TensorSpec.of(x), KEY)
             assert float((back - x).abs().max()) <= 1e-5 * float(x.abs().max())
+
+
+def test_matrices_of_few_values_converge() -> None:
+    """Dropped and dead units and equal singular values: LAPACK's ssyevd gave up on some of these on some machines."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        rows = int(torch.randint(40, 128, (), generator=random))
+        live = torch.randperm(rows, generator=random)[: rows // 2]
+        x = torch.zeros(rows, rows + 50)
+        chosen = torch.rand(len(live), rows + 50, generator=random) < 0.02
+        x[live] = torch.randint(-2, 3, chosen.shape, generator=random) * 0.3 * chosen
+        values, vectors = _leading(x, 32, KEY)
+        exact = torch.linalg.svdvals(x.double())[:32]
+        torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-4)
+        some = exact > 1e-3
+        torch.testing.assert_close((vectors @ x.t()).norm(dim=1)[some], values[some], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_too_large_is_refused() -> None:

@@ -147,10 +147,12 @@ def _leading(matrix: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:
         # the products with the matrix and its transpose make the larger directions stand out; what is still wrong is
         # made good where the other vectors are fitted
         small = torch.linalg.qr(matrix @ (draws @ matrix).t()).Q.t() @ matrix
-    squares, turn = torch.linalg.eigh(small @ small.t())
+    # some libraries' eigenvalues of a float32 matrix of lower rank do not converge
+    wide = small.double()
+    squares, turn = torch.linalg.eigh(wide @ wide.t())
     values = squares.clamp_(min=0).sqrt_().flip(0)[:rank]
-    vectors = turn.flip(1)[:, :rank].t() @ small
-    return values, vectors / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+    vectors = turn.flip(1)[:, :rank].t() @ wide / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+    return values.to(matrix), vectors.to(matrix)
 
 
 def _fitted(directions: Tensor, matrix: Tensor) -> Tensor:
