@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from command import fedq
 from test_config import configured, options
-from test_train import SMALL, fedq, metrics_of, weights_of
+from test_train import SMALL, metrics_of, weights_of
 from torch import Tensor
 
 from fedq.config import build, build_encoder

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import SMALL, assert_same_run, fedq, metrics_of, run_folders
+from command import fedq
+from test_train import SMALL, assert_same_run, metrics_of, run_folders
 
 KILLS = int(os.environ.get("FEDQ_KILLS", "10"))
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_train import SMALL, assert_same_run, fedq, run_folders
+from command import fedq
+from test_train import SMALL, assert_same_run, run_folders
 
 HOSTS = (f"fedq-a-{os.getpid()}", f"fedq-b-{os.getpid()}")  # two tests may run side by side
 ADDRESS = "10.123.45.1"

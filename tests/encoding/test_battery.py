@@ -71,6 +71,9 @@ def configured() -> dict[str, Encoder]:
 
 
 CONFIGURED = configured()
+ALONE = [(stage,) for stage, _ in STAGES]
+# ten million elements go through one of each class
+LARGEST = {type(stage): stage for stage, _ in STAGES} | {type(chain.coder): chain for chain in CONFIGURED.values()}
 BOUNDS = {stage: bound for stage, bound in STAGES if bound is not None}
 CHAINS = [
     Encoder(),
@@ -102,7 +105,9 @@ def bound_of(encoder: Encoder) -> Bound | None:
 
 
 @pytest.mark.parametrize(("stage", "bound"), STAGES, ids=[str(stage) for stage, _ in STAGES])
-def test_stages(stage: EncodingStage, bound: Bound | None) -> None:
+def test_stages(stage: EncodingStage, bound: Bound | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if stage != LARGEST[type(stage)]:
+        monkeypatch.setattr(testing, "largest_input", testing.large_input)
     check_stage(stage, bound)
 
 
@@ -112,7 +117,11 @@ def test_chains(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("encoder", {repr(chain): chain for chain in CONFIGURED.values()}.values(), ids=str)
-def test_configured_chains(encoder: Encoder) -> None:
+def test_configured_chains(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    if encoder != LARGEST.get(type(encoder.coder)):
+        monkeypatch.setattr(testing, "largest_input", testing.large_input)
+    if isinstance(encoder.coder, FixedWidth | Raw) and encoder.stages in ALONE:
+        return  # test_stages has it
     check_encoder(encoder, bound_of(encoder))
 
 

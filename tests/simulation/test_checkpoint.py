@@ -189,13 +189,12 @@ def test_an_archive_whose_directory_is_damaged_is_named(tmp_path):
         entries = [archive.start_dir, *(info.header_offset for info in archive.infolist())]
     for start in entries:
         for place in range(start, min(start + 46, len(whole))):  # a directory's entry; headers of files are shorter
-            for bit in (0, 3, 7):
-                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
-                try:
-                    checkpoint.load(path)
-                except CheckpointError as error:
-                    told = str(error).startswith(f"checkpoint {path} cannot be used: ")
-                    found.add(type(error.__cause__).__name__ if told else str(error))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << 3]) + whole[place + 1 :])
+            try:
+                checkpoint.load(path)
+            except CheckpointError as error:
+                told = str(error).startswith(f"checkpoint {path} cannot be used: ")
+                found.add(type(error.__cause__).__name__ if told else str(error))
     assert {"EOFError", "error", "BadZipFile"} <= found and all(name.isidentifier() for name in found)
 
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from command import fedq
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_train import SMALL, assert_same_run, fedq, metrics_of
+from test_train import SMALL, assert_same_run, metrics_of
 
 from fedq.simulation.sweep import objective
 from fedq.tracking.summary import Summary

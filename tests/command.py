@@ -1,0 +1,45 @@
+"""Commands of fedq.train, each a process of its own, forked from one that has imported what they all need.
+
+The imports take longer than most commands do. `python -m fedq.train` itself is what test_readme.py, test_killed.py and
+test_wheel.py start.
+"""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+from tempfile import TemporaryDirectory
+
+from fedq.train import main
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    ["command", "fedq.simulation.loop", "numba", "torch._dynamo", "torch.utils.tensorboard"]
+)
+
+
+def fedq(cwd: Path, *arguments: str, code: int = 0, timeout: float = 280) -> CompletedProcess:
+    """Returns what the command with `arguments` printed; its exit code must be `code`."""
+    with TemporaryDirectory() as folder:
+        outputs = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = _processes.Process(target=_command, args=(cwd, os.environ | {"COLUMNS": "100"}, arguments, outputs))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutExpired(arguments, timeout)
+        done = CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def _command(cwd: Path, env: dict[str, str], arguments: tuple[str, ...], outputs: tuple[Path, Path]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["fedq.train", *arguments]
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    main()
