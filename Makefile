@@ -1,4 +1,4 @@
-# On a bare machine with Python 3.11 or newer:
+# On a bare machine with Python 3.11, 3.12 or 3.13:
 #   make run     sets up and trains: 8 bits both ways, on digits that need no download
 #   make test    sets up and passes the tests
 PYTHON ?= python3

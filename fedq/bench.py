@@ -140,20 +140,22 @@ def _nmse(x: Tensor, received: Tensor) -> float:
     return float((wide - received.double()).square().sum() / wide.square().sum())
 
 
-def encoders(choices: list[str]) -> dict[str, Encoder]:
+def encoders(choices: list[str], own: Path | None = None) -> dict[str, Encoder]:
     """Returns the upload chains of the encoders asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
 
     All but those that only set another's knobs, as uint8 does uniform's.
-    One with a knob `bits` that is not set gives a chain for each of BITS that it takes. Raises FedqError.
+    `own` is a folder like conf/ with more of them. One with a knob `bits` that is not set gives a chain for each of
+    BITS that it takes. Raises FedqError.
     """
     chains: dict[str, Encoder] = {}
+    search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
     files = sorted((CONF / "encoder").glob("*.yaml"))
     every = [path.stem for path in files if "defaults" not in OmegaConf.load(path)]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for choice in choices or every:
             name, _, given = choice.partition(":")
             overrides = [f"encoder.{override}" for override in given.split(",") if override]
-            cfg = compose("config", [f"encoder={name}", *overrides])
+            cfg = compose("config", [*search, f"encoder={name}", *overrides])
             if given or "bits" not in cfg.encoder:
                 chains[choice] = build_encoder(cfg, "upload").encoder
                 continue
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--sources", default=",".join(SOURCES), help="which of %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of training before the updates are taken")
     parser.add_argument("--clients", type=int, default=10, help="how many send the same tensor")
+    parser.add_argument("--config-dir", type=Path, help="a folder like conf/, with encoders of your own")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of bench.csv and bench.png")
     arguments = parser.parse_args()
     wanted = arguments.sources.split(",")
@@ -226,7 +229,7 @@ def main() -> None:
         parser.error("--rounds and --clients must be 1 or more")
     console = Console()
     try:
-        chains = encoders(arguments.encoders)
+        chains = encoders(arguments.encoders, arguments.config_dir)
         arguments.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:
         sys.exit(f"fedq: {explain(error)}")
@@ -238,14 +241,20 @@ def main() -> None:
             draw = real_updates(arguments.rounds) if source == "update" else synthetic(source)
             for name, encoder in chains.items():
                 status.update(f"{source}: {name}")
-                results.append(measure(name, encoder, source, draw, arguments.clients))
+                try:
+                    results.append(measure(name, encoder, source, draw, arguments.clients))
+                except FedqError as error:
+                    console.print(f"{source}: {name} is left out: {error}", markup=False, soft_wrap=True)
+    if not results:
+        sys.exit("fedq: nothing could be measured")
     with (arguments.out / "bench.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(results[0])))
         writer.writeheader()
         writer.writerows(map(asdict, results))
     plot(results, arguments.out / "bench.png")
     for source in wanted:
-        console.print(table([result for result in results if result.source == source]))
+        if found := [result for result in results if result.source == source]:
+            console.print(table(found))
     console.print(f"{arguments.out}/bench.csv and bench.png hold the same")
 
 

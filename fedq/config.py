@@ -221,7 +221,11 @@ _AHEAD = ("run.min_clients", "run.repeats")
 """Those that change no outcome of the rounds that were done, as each had enough clients, but of those to come."""
 
 
-_IMPLIED = {f"encoder.{direction}.error_feedback": False for direction in ("broadcast", "upload")}
+_IMPLIED: dict[str, Any] = {
+    f"encoder.{direction}.{key}": value
+    for direction in ("broadcast", "upload")
+    for key, value in (("error_feedback", False), ("rules", []))
+}
 """What a run was made with whose configuration, of an earlier version, does not say so."""
 
 
@@ -252,15 +256,19 @@ def explain(error: Exception) -> str:
     parent = getattr(cause, "parent_node", None)
     text = " ".join(line.strip() for line in str(error).split("\nConfig search path")[0].splitlines() if line.strip())
     if key and isinstance(parent, DictConfig) and "not in" in str(cause).splitlines()[0]:
-        return f"{key} is not a key; allowed here: {', '.join(sorted(map(str, parent)))}"
+        there = ", ".join(sorted(map(str, parent))) or "none"
+        return f"{key} is not a key; allowed here: {there}, and with +{key}=… what its class takes beside"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
     if re.search(r"Could not (find|load) 'hydra/(launcher|sweeper)/", text):
-        return f'{text} (some come with pip install "fedq[sweep]")'
+        return f'{text} (some come with pip install -e ".[sweep]")'
     return text
 
 
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_WORDS: dict[Any, str] = {
+    **{int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"},
+    **{list: "a list", dict: "keys and values"},
+}
 
 
 def plain(cfg: DictConfig, path: str = "", resolve: bool = True) -> Any:
@@ -320,7 +328,10 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{place}: {value} is not a finite number")
         if not _fits(value, allowed):
-            raise ConfigError(f"{place}: {value!r} is not allowed; it must be {_name(allowed)}")
+            # run.faults=some is meant for a choice of the group run/faults
+            of_group = path == "run" and isinstance(value, str) and not _fits("", allowed) and _fits({}, allowed)
+            hint = f"; {path}/{key}={value} chooses a file of the group" if of_group else ""
+            raise ConfigError(f"{place}: {value!r} is not allowed; it must be {_name(allowed)}{hint}")
 
 
 def _is_referred_to(cfg: DictConfig, key: str) -> bool:
@@ -371,7 +382,7 @@ def _name(allowed: Any) -> str:
         return " or ".join(_name(option) for option in _options(allowed))
     if origin is Literal:
         return " or ".join(map(str, typing.get_args(allowed)))
-    return _WORDS.get(allowed, str(allowed))
+    return _WORDS.get(origin or allowed, str(allowed))
 
 
 def _call(path: str, function: Any) -> Any:

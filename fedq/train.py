@@ -33,6 +33,7 @@ from fedq.config import (
     plain,
 )
 from fedq.errors import FedqError
+from fedq.files import written_whole
 from fedq.simulation.sweep import objective
 from fedq.tracking.console import ConsoleProgress
 from fedq.tracking.metrics import MetricsFile
@@ -57,6 +58,8 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 def main() -> None:
     """Runs the command line: whole, or as one of the processes that torchrun starts."""
+    if (here := os.getcwd()) not in sys.path:  # as with -m: parts of one's own are found in the folder it is called in
+        sys.path.insert(0, here)
     if "RANK" not in os.environ:
         compose(job)
         return
@@ -267,7 +270,8 @@ def keep_configuration(cfg: DictConfig, folder: Path) -> None:
     parts = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, part in parts.items():
-        OmegaConf.save(part, folder / ".hydra" / f"{name}.yaml")
+        with written_whole(folder / ".hydra" / f"{name}.yaml") as file:
+            file.write(OmegaConf.to_yaml(part).encode())
 
 
 def serve(ranks: "Ranks") -> None:

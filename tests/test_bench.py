@@ -126,3 +126,22 @@ def test_a_folder_that_is_none_is_told_before_anything_is_measured(tmp_path, mon
     monkeypatch.setattr("fedq.bench.measure", None)
     with pytest.raises(SystemExit, match="^fedq: .*File exists"):
         main()
+
+
+def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv", ["bench", "ans:bits=4", "float32", "--sources", "sparse", "--clients", "1", "--out", str(tmp_path)]
+    )
+    monkeypatch.setitem(sys.modules, "fedq.encoding.coders._kernels", None)
+    main()
+    with (tmp_path / "bench.csv").open() as file:
+        assert [row["encoder"] for row in csv.DictReader(file)] == ["float32"]
+    left_out = 'ans:bits=4 is left out: this needs numba, for its compiled loops: pip install -e ".[coders]"'
+    assert left_out in capsys.readouterr().out
+
+
+def test_encoders_of_ones_own_are_measured(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    text = (ROOT / "conf" / "encoder" / "uniform.yaml").read_text()
+    (tmp_path / "encoder" / "mine.yaml").write_text(text.replace("bits: 8", "bits: 3"))
+    assert encoders(["mine:threshold=5"], tmp_path)["mine:threshold=5"].stages[0].bits == 3

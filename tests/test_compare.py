@@ -409,6 +409,20 @@ def test_the_tutorials_figure(
     assert imread(tmp_path / "figure.png").shape == (1200, 1650, 4)
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (["run.seed=3", "encoder=uint8", "dataset=writers", "dataset.path=x", "run.workers=1", "run.keep=2"], "uint8"),
+        (["dataset.alpha=0.1", "encoder=uint8"], "uint8,dataset.alpha=0.1"),
+        (["encoder=uint8", "encoder.bits=4"], "uint8,encoder.bits=4"),
+    ],
+)
+def test_the_frontiers_schemes_are_what_changes_a_result(given: list[str], name: str) -> None:
+    from experiments.frontier.figure import scheme
+
+    assert scheme(given) == name
+
+
 # ---- from end to end
 
 

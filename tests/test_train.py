@@ -398,6 +398,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_way_to_go_on(tmp_path, nu
         rest = running.stderr.read()
     assert running.returncode == 128 + number
     assert f"to go on, give the same command again with {folder}" in rest
+    assert "the run stops at the next client; once more, and it stops at once" in rest
     assert "Traceback" not in rest
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]

@@ -9,6 +9,7 @@ parameter, of the messages of all clients and rounds.
 
 import argparse
 import csv
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +27,9 @@ RESULTS = Path(__file__).with_name("results.csv")
 DATASETS = {"mnist5k": "mnist5k", "writers": "writers, drawn", "emnist_digits": "120 real writers"}
 NAMED = ("float32", "uint8", "drive", "eden_half", "powersgd", "stc", "bit_budget", "follow_loss", "frontier")
 CLAIMS = {"TFF's tutorial: 3.5 ×": 2 * 32 / 3.5, "Caldas 2018: 14 ×, 28 ×": 32 / 14 + 32 / 28}
-_SAME = ("dataset", "run.seed", "run.rounds", "run.evaluate_every", "run.workers")  # what makes no other scheme
+# what makes no other scheme
+_SAME = tuple(f"run.{key}=" for key in ("seed", "rounds", "evaluate_every", "checkpoint_every", "keep", "workers"))
+_SAME += ("dataset=", "dataset.path=")
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,14 @@ class Result:
         return self.down + self.up
 
 
+def scheme(overrides: list[str]) -> str:
+    """Returns the name of what a command's overrides make of the encoder, and of all else that changes a result."""
+    ordered = sorted(overrides, key=lambda override: (not override.startswith("encoder="), override))
+    return ",".join(o.removeprefix("encoder=") for o in ordered if not o.startswith(_SAME))
+
+
 def result(group: Group) -> Result:
     """Returns what a scheme's runs come to."""
-    overrides = yaml.safe_load((group[0].folder / ".hydra/overrides.yaml").read_text())
-    overrides.sort(key=lambda override: (not override.startswith("encoder="), override))
-    scheme = ",".join(o.removeprefix("encoder=") for o in overrides if not o.startswith(_SAME))
     accuracies = [100 * run.summary["final_test_accuracy"] for run in group]
     down, up = (fmean(32 / run.summary[f"{way}_ratio"] for run in group) for way in ("broadcast", "upload"))
     seconds = {  # without the first round, which loads
@@ -68,7 +74,7 @@ def result(group: Group) -> Result:
     return Result(
         group[0].choices["dataset"],
         group[0].summary["rounds"],
-        scheme,
+        scheme(yaml.safe_load((group[0].folder / ".hydra/overrides.yaml").read_text())),
         len(group),
         round(down, 4),
         round(up, 4),
@@ -76,7 +82,7 @@ def result(group: Group) -> Result:
         round(stdev(accuracies), 2) if len(group) > 1 else None,
         round(100 * seconds["encode"] / sum(seconds.values()), 1),
         round(100 * seconds["decode"] / sum(seconds.values()), 1),
-        str(group[0].summary["git_commit"])[:7],
+        re.sub(r"(?<=^.{7})[0-9a-f]+", "", str(group[0].summary["git_commit"])),
     )
 
 

@@ -116,6 +116,8 @@ class Encoder:
             x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1], params.get(len(self.stages), {}))
         else:
             x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1])
+        # a stage may cut infinity off at what its dtype holds, and all that is decoded is finite
+        x = finite(x) if self.stages else x
         return self._back(x.to(device), specs, sides, key, params, until)
 
     def finish(self, x: Tensor, spec: TensorSpec, key: Key, params: ByPlace) -> Tensor:
@@ -186,7 +188,7 @@ def described(part: Any) -> str:
         given = []
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if field.type in (float, "float"):  # 1 is 1.0
+            if value is not None and field.type in (float, "float", float | None, "float | None"):  # 1 is 1.0
                 value = float(value)
             try:
                 text = described(value)

@@ -77,10 +77,11 @@ class BitBudget(Pace):
 
 @dataclass(frozen=True)
 class FollowLoss(Pace):
-    """Halves the steps whenever training stalls (DAdaQuant, Hönig 2021, §3.1), for uploads.
+    """Halves the steps whenever training stalls (DAdaQuant, Hönig 2021, §3.4), for uploads.
 
-    It starts with steps `start` times as large and ends with them as they are. The clients' training losses are
-    averaged over the rounds, with `memory`, the weight of what was before; where that average is no lower than it was
+    It starts with steps `start` times as large and ends with them as they are. The median over a cohort of its clients'
+    training losses (there: their mean, weighted) is averaged over the rounds, with `memory`, the weight of what was
+    before; where that average is no lower than it was
     `patience` rounds ago the factor is halved, and as many rounds pass before it may be again.
 
     start: 1 to 2^20. memory: from 0 to below 1. patience: 1 to 10,000 rounds.
@@ -101,7 +102,7 @@ class FollowLoss(Pace):
 
     def initial_state(self, spec: TensorSpec) -> Tensors:
         """As Adaptive.initial_state: averages of the last rounds, the newest last."""
-        return {"factor": torch.tensor(self.start), "losses": torch.full((self.patience + 1,), math.inf)}
+        return {"factor": torch.tensor(float(self.start)), "losses": torch.full((self.patience + 1,), math.inf)}
 
     def followed(self, state: Tensors, reported: float) -> Tensors:
         """As Pace.followed."""

@@ -190,6 +190,8 @@ class StateDictEncoder:
         which gave the tensors, for a pace that follows it. Raises EncodeError, naming the tensor, for NaN and infinity,
         which are never sent, and for what a stage does not take.
         """
+        if self.pace and PACE not in (params or {}):
+            raise TypeError("an encoder with a pace must be given its params: params=")
         schema, payloads, params = schema_of(tensors), [], params or {}
         updates: dict[str, ByPlace] = {}
         chains = self.chains(schema)
@@ -201,7 +203,7 @@ class StateDictEncoder:
         if self.common_scale:
             factor = float(params[PACE][0]["factor"]) if self.pace else 1.0
             scale = [_common_scale({name: tensors[name] for name in staged}, factor, self._scale_spec(schema).dtype)]
-            tensors |= {name: _divided(tensors[name], scale[0]) for name in staged}
+            tensors |= {name: _divided(name, tensors[name], scale[0]) for name in staged}
         if joined := self._joined(schema):
             tensors |= {JOINT: torch.cat([tensors[name].reshape(-1) for name in joined])}
         for name, (_, encoder) in chains.items():
@@ -243,8 +245,8 @@ class StateDictEncoder:
 
         Without `params` the message is taken to bring them, attached. `partly` leaves those first stages undone that
         commute with the sum: the tensors, named as in `chains`, are for `finish` once they are added up over clients.
-        Raises MessageError, and nothing else, for bytes that `encode` with this schema, key and encoder does not make;
-        memory stays within the schema's.
+        Raises MessageError, and nothing else, for bytes that are not of this schema, key and encoder, or that decode to
+        NaN or infinity; memory stays within the schema's.
         """
         if partly and self.reference != "none":
             raise TypeError(f"a sum of differences from reference={self.reference!r} is not a sum of tensors")
@@ -331,12 +333,20 @@ class StateDictEncoder:
         """Returns the schema of residuals: of what goes through stages; empty without error feedback."""
         return {name: schema[name] for name in self._staged(schema)} if self.error_feedback else {}
 
+    def idle_rules(self, schema: Schema) -> list[str]:
+        """Returns the patterns of rules that give no tensor its encoder: mistyped, or behind others that fit."""
+        first = {next((p for p in self.rules if fnmatchcase(name, p)), None) for name in schema}
+        return [pattern for pattern in self.rules if pattern not in first]
+
     def _encoder_for(self, name: str, spec: TensorSpec) -> Encoder | None:
         """Returns the encoder of the tensor called `name`: a rule's, `self.encoder`, or None where it travels exact."""
-        for pattern, encoder in self.rules.items():
-            if fnmatchcase(name, pattern):
-                return encoder
-        return self.encoder if spec.dtype.is_floating_point and spec.numel > self.threshold else None
+        if rule := self._rule_for(name):
+            return rule
+        takes = spec.dtype.is_floating_point and spec.dtype.itemsize > 1  # no stage works in float8
+        return self.encoder if takes and spec.numel > self.threshold else None
+
+    def _rule_for(self, name: str) -> Encoder | None:
+        return next((encoder for pattern, encoder in self.rules.items() if fnmatchcase(name, pattern)), None)
 
     def _staged(self, schema: Schema) -> list[str]:
         """Returns the names of the floating tensors that go through stages: all others travel as they are."""
@@ -362,7 +372,8 @@ class StateDictEncoder:
 
     def _joined(self, schema: Schema) -> dict[str, TensorSpec]:
         """Returns the names of the tensors that are encoded as one vector, each with that vector's spec."""
-        names = [name for name, spec in schema.items() if self.joint and self._encoder_for(name, spec) is self.encoder]
+        chosen = {n: spec for n, spec in schema.items() if self.joint and not self._rule_for(n)}
+        names = [name for name, spec in chosen.items() if self._encoder_for(name, spec)]
         dtypes = {schema[name].dtype for name in names}
         if len(dtypes) > 1:
             raise EncodeError(f"tensors of different dtypes cannot be joined: {sorted(map(str, dtypes))}")
@@ -421,9 +432,12 @@ def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor
     return torch.tensor(max(value, torch.finfo(dtype).smallest_normal) if value else 1.0, dtype=dtype)
 
 
-def _divided(tensor: Tensor, scale: Tensor) -> Tensor:
+def _divided(name: str, tensor: Tensor, scale: Tensor) -> Tensor:
     work = torch.promote_types(tensor.dtype, scale.dtype)
-    return divided(tensor.to(work), float(scale)).to(tensor.dtype)
+    result = divided(tensor.to(work), float(scale)).to(tensor.dtype)
+    if result.dtype.itemsize == 2 and not is_finite(result):
+        raise EncodeError(f"tensor {name!r} is beyond {tensor.dtype} once divided by the common scale {float(scale):g}")
+    return result
 
 
 def _multiplied_(tensor: Tensor, scale: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class LocalTraining:
         loss_sum, correct, seen = 0.0, 0, 0
         orders = key.fold("shuffle")
         order = orders.fold("0").permutation(len(examples.y))[: self.max_examples]
-        chosen, before = np.sort(order), _drawn(device)
+        chosen, before = np.sort(order), drawn(device)
         for epoch in range(self.epochs):
             if epoch:
                 order = chosen[orders.fold(str(epoch)).permutation(len(chosen))]
@@ -107,11 +107,7 @@ class LocalTraining:
                 loss_sum += float(loss.detach()) * len(batch_y)
                 correct += int((logits.detach().argmax(1) == batch_y).sum())
                 seen += len(batch_y)
-        if not torch.equal(before, _drawn(device)):
-            raise FedqError(
-                "the model draws random numbers while it trains, as nn.Dropout does, from torch's generator, which all "
-                "threads share: no key governs them, and no run could be repeated; take such layers out"
-            )
+        check_nothing_drawn(before, device)
         return TrainingMetrics(loss_sum, correct, seen)
 
     def _step(
@@ -130,7 +126,17 @@ class LocalTraining:
             torch._foreach_add_([parameters[n] for n in gradients], [steps[n] for n in gradients], alpha=-self.lr)
 
 
-def _drawn(device: torch.device) -> Tensor:
+def check_nothing_drawn(before: Tensor, device: torch.device) -> None:
+    """Raises FedqError where torch's generator is not as `drawn` found it."""
+    if not torch.equal(before, drawn(device)):
+        raise FedqError(
+            "the model draws random numbers while it trains, as nn.Dropout does, or the dataset while it is read, from "
+            "torch's generator, which all threads share: no key governs them, and no run could be repeated; take such "
+            "layers out"
+        )
+
+
+def drawn(device: torch.device) -> Tensor:
     """Returns the state of torch's generator, which changes where something is drawn."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 

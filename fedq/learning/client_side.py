@@ -18,7 +18,7 @@ from fedq.encoding.spec import Tensors
 from fedq.encoding.state_dict import ByTensor, flatten, unflatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
-from fedq.learning.client import LocalTraining, Precision, update_of
+from fedq.learning.client import LocalTraining, Precision, check_nothing_drawn, drawn, update_of
 from fedq.learning.dropout import SubModels, Units
 from fedq.learning.evaluation import Map
 from fedq.learning.failures import ClientFailure
@@ -129,7 +129,9 @@ class ClientSide:
         _, params = _detached(brought)
         with timed(record.seconds, "train"):
             try:
+                before = drawn(self.device)
                 examples = client.load()
+                check_nothing_drawn(before, self.device)
                 if not len(examples.y):
                     raise ClientFailure("unable", "it has no examples")
                 project = partial(self._project, received, key, params) if self.client.structured else None

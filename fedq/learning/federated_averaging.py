@@ -38,12 +38,12 @@ class TooFewClients(FedqError):
     """Fewer clients than required sent an update that could be used; says how many and why the first did not.
 
     `state` is what to go on from: as before the round, but for the bits that were sent in vain, and with other keys.
-    `uploads` are the messages among them that clients sent.
+    `counts` are the cohort's metrics that add up over cohorts: failures, uploads, seconds.
     """
 
-    def __init__(self, text: str, state: ServerState, uploads: int) -> None:
+    def __init__(self, text: str, state: ServerState, counts: dict[str, float]) -> None:
         super().__init__(text)
-        self.state, self.uploads = state, uploads
+        self.state, self.counts = state, counts
 
 
 class FederatedAveraging:
@@ -65,7 +65,7 @@ class FederatedAveraging:
     are gone. dropout: clients train parts of the model. Each is then sent a message of its own, and both encoders see
     sub-models only; reports of the broadcasts' adaptive stages are combined as a cohort's, of those clients whose
     updates are used. FedqError is raised where the model does not tell its units, and for what looks back at tensors of
-    earlier rounds.
+    earlier rounds; as it is for a rule of an encoder that no tensor of the model follows.
     """
 
     def __init__(
@@ -106,6 +106,11 @@ class FederatedAveraging:
         # where all travels exact there is no difference to follow
         self._follows = broadcast.reference == "last" and broadcast.differs(self._schema)
         for way, encoder in (("broadcast", broadcast), ("upload", upload)):
+            if idle := encoder.idle_rules(self._schema):
+                raise FedqError(
+                    f"encoder.{way}.rules: no tensor follows {idle[0]!r}: it fits none, or one before it does; there: "
+                    f"{', '.join(self._schema)}"
+                )
             if encoder.error_feedback:
                 _check_feedback(way, encoder, self._schema, Key(seed).fold("check"))
 
@@ -167,7 +172,7 @@ class FederatedAveraging:
                 f"round {state.round}: {len(usable)} of {len(clients)} clients sent a usable update, "
                 f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}",
                 replace(sent, repeats=state.repeats + 1, holders=state.holders | caught_up),
-                _uploads(records),
+                _counts(records, seconds),
             )
 
         weights, optimizer = self._stepped(state, total, usable, up, seconds)
@@ -292,9 +297,15 @@ def _check_feedback(way: str, encoder: StateDictEncoder, schema: Schema, key: Ke
         )
 
 
-def _uploads(records: Sequence[Record]) -> int:
-    """Returns how many clients sent a message."""
-    return sum(record.bits > 0 for record in records)
+def _counts(records: Sequence[Record], seconds: dict[str, float]) -> dict[str, float]:
+    """Returns those metrics of a cohort that add up over cohorts; `uploads` are the messages that clients sent."""
+    failures = [record.failure for record in records if record.failure]
+    return {
+        "clients_failed": len(failures),
+        **{f"clients_failed/{kind}": failures.count(kind) for kind in FAILURES},
+        "uploads": sum(record.bits > 0 for record in records),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+    }
 
 
 def _metrics(
@@ -312,8 +323,5 @@ def _metrics(
         "cumulative_broadcasted_bits": after.broadcasted_bits,
         "cumulative_aggregated_bits": after.aggregated_bits,
         "clients": len(usable),
-        "clients_failed": len(records) - len(usable),
-        **{f"clients_failed/{kind}": sum(record.failure == kind for record in records) for kind in FAILURES},
-        "uploads": _uploads(records),
-        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        **_counts(records, seconds),
     }

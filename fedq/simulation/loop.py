@@ -1,6 +1,7 @@
 """The loop: a cohort, a round, an evaluation, again."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 
@@ -34,12 +35,12 @@ def rounds(
 
     The metrics are the process's, the wall time (`seconds`) and, on rounds that evaluate, the test set's. A round of
     which too few clients answer is repeated with another cohort up to `run.repeats` times in a row, then TooFewClients
-    is raised; the bits and uploads of all its cohorts are the round's. `clients` gives a round's; without it they are
-    the dataset's. `gather` is as for `FederatedAveraging.next`.
+    is raised; the bits, uploads, failures and seconds of all its cohorts are the round's. `clients` gives a round's;
+    without it they are the dataset's. `gather` is as for `FederatedAveraging.next`.
     """
     test = Examples(*(part.to(process.device) for part in dataset.test()))
     while state.round < run.rounds:
-        started, before, in_vain = perf_counter(), state, 0
+        started, before, in_vain = perf_counter(), state, Counter[str]()
         while state.round == before.round:
             numbers = cohort(run.seed, state.serial, dataset.num_clients, run.clients_per_round).tolist()
             chosen = clients(state.serial, numbers) if clients else [dataset.client(number) for number in numbers]
@@ -49,10 +50,11 @@ def rounds(
                 if error.state.repeats - before.repeats > run.repeats:
                     raise
                 log.warning("%s; the round is repeated with another cohort", error)
-                state, in_vain = error.state, in_vain + error.uploads
+                state = error.state
+                in_vain.update(error.counts)
         metrics["broadcast_bits"] = state.broadcasted_bits - before.broadcasted_bits
         metrics["aggregated_bits"] = state.aggregated_bits - before.aggregated_bits
-        metrics["uploads"] += in_vain
+        metrics |= {name: metrics[name] + count for name, count in in_vain.items()}
         metrics["repeats"] = state.repeats - before.repeats
         metrics["seconds/evaluate"] = 0.0
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:

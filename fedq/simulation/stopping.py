@@ -1,10 +1,13 @@
 """Stopping a run from outside, between two clients."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -58,4 +61,6 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, self._before[number])
-        self.request(Interrupted(number))
+        reason = Interrupted(number)
+        log.warning("%s: the run stops at the next client; once more, and it stops at once", reason)
+        self.request(reason)

@@ -20,7 +20,8 @@ class Workers:
 
     def __init__(self, count: int | None = None) -> None:
         """Starts `count` threads; None is one for every core this process may use, shared with ranks beside it."""
-        self.count = count or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.count = count or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pool = ThreadPoolExecutor(self.count, "worker", initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

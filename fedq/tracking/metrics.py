@@ -37,18 +37,23 @@ class MetricsFile:
     def restore(self, source: Path, rounds: int) -> list[Metrics]:
         """Makes the file hold the first `rounds` lines of `source`, itself or an earlier run's; returns their metrics.
 
-        Raises FedqError where `source` has fewer.
+        Raises FedqError where `source` has fewer, or lines that are no metrics.
         """
         lines = source.read_bytes().splitlines(keepends=True)[:rounds] if source.exists() else []
         if len(lines) < rounds:
             raise FedqError(f"{source} has {len(lines)} rounds, the checkpoint {rounds}; start afresh in a new folder")
+        known = []
+        for number, line in enumerate(lines, 1):
+            try:
+                known.append({name: math.nan if value is None else value for name, value in json.loads(line).items()})
+            except (ValueError, AttributeError) as error:
+                raise FedqError(f"{source} is damaged in line {number}; start afresh in a new folder") from error
         self._length = sum(map(len, lines))
         if not source.samefile(self._path):
             os.ftruncate(self._file, 0)
             os.write(self._file, b"".join(lines))
         os.ftruncate(self._file, self._length)
-        known = [json.loads(line) for line in lines]
-        return [{name: math.nan if value is None else value for name, value in metrics.items()} for metrics in known]
+        return known
 
     def sync(self) -> None:
         """Returns when all that was written is on the disk."""

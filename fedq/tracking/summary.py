@@ -56,10 +56,8 @@ class Summary:
         values["broadcasted_bits"] = int(metrics["cumulative_broadcasted_bits"])
         values["aggregated_bits"] = int(metrics["cumulative_aggregated_bits"])
         # what the same clients would have received and sent without an encoder
-        cohorts = 1 + metrics["repeats"]  # all of one size
-        values["uncompressed_broadcasted_bits"] += self._uncompressed_bits * int(
-            cohorts * (metrics["clients"] + metrics["clients_failed"])
-        )
+        clients = int(1 + metrics["repeats"]) * values["config"]["run"]["clients_per_round"]
+        values["uncompressed_broadcasted_bits"] += self._uncompressed_bits * clients
         values["uncompressed_aggregated_bits"] += self._uncompressed_bits * int(metrics["uploads"])
         values["broadcast_ratio"] = values["uncompressed_broadcasted_bits"] / values["broadcasted_bits"]
         values["upload_ratio"] = values["uncompressed_aggregated_bits"] / values["aggregated_bits"]
@@ -72,10 +70,11 @@ class Summary:
     ) -> None:
         """Writes summary.json, whole or not at all; its status is completed, failed or interrupted.
 
-        What did not come to `start` leaves that of another run in the folder as it is: then it `is_ours` no more.
+        What did not come to `start` leaves that of another run, which did, in the folder as it is: then it `is_ours`
+        no more.
         """
         path = self._folder / "summary.json"
-        self.is_ours = self.values["config"] is not None or not path.exists()
+        self.is_ours = self.values["config"] is not None or not _is_of_a_run(path)
         if not self.is_ours:
             return
         # SystemExit: a launcher that takes the job back into its queue
@@ -107,6 +106,16 @@ class Summary:
         Console(file=sys.stdout).print(table)
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Tells whether there is a summary of what came to `start`, or one that cannot be read."""
+    if not path.exists():
+        return False
+    try:
+        return json.loads(path.read_text())["config"] is not None
+    except (ValueError, LookupError, TypeError):
+        return True
+
+
 def _version() -> str | None:
     try:
         return version("fedq")
@@ -115,9 +124,14 @@ def _version() -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Returns the commit of the code that runs, if it stands in a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
+    """Returns the commit of the code that runs, if it is part of a git checkout; "-dirty" if that was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not installed somewhere inside another's checkout
+        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

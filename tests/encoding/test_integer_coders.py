@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -306,3 +307,21 @@ def test_any_bytes_are_refused_or_decoded(coder: Coder, levels: int | None) -> N
             continue
         assert back.shape == (n,)
         assert levels is None or n == 0 or 0 <= int(back.min()) <= int(back.max()) < levels
+
+
+@pytest.mark.parametrize("coder", [Elias(), Golomb()], ids=str)
+@pytest.mark.parametrize("tail", [b"", b"\xff" * 2**15], ids=["none", "ones at the end"])
+@pytest.mark.parametrize("fill", [b"\0", b"\1", b"\0" * 4095 + b"\xff", b"\xff"])
+def test_hostile_bytes_take_no_more_memory_than_some_times_themselves(coder: Coder, fill: bytes, tail: bytes) -> None:
+    n = 1 << 18
+    spec = TensorSpec.symbols((n,), 256)
+    most = 9 * n if isinstance(coder, Elias) else 5 * n + 1  # what is longer is not looked at
+    data = b"\1" + (fill * (most // len(fill)))[: most - 1 - len(tail)] + tail
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            coder.decode(data, spec)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(data)

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedq.encoding import CABAC, Encoder, EncodingStage, Key, SingularVectors, StepQuantization, TensorSpec
+from fedq.encoding import (
+    CABAC,
+    Encoder,
+    EncodingStage,
+    Key,
+    SingularVectors,
+    StateDictEncoder,
+    StepQuantization,
+    TensorSpec,
+    schema_of,
+)
 from fedq.encoding.stages.singular import _leading
 from fedq.encoding.testing import Bound, wave
 
@@ -273,6 +283,28 @@ def test_the_format_is_frozen() -> None:
         assert np.abs(vector * values[0] / 6.0 % 1 - 0.5).min() > 0.01
     payload = b"".join(bytes(part) for part in chain(6.0).encode(x, KEY, {})[0])
     assert (len(payload), hashlib.blake2b(payload, digest_size=8).hexdigest()) == GOLDEN
+
+
+@pytest.mark.parametrize("step", [2e4, 5e4, 1e5])
+def test_what_is_left_of_the_largest_float16_is_none(step: float) -> None:
+    """The residual of one element would be twice as large as float16 holds: nothing is taken off."""
+    x = torch.full((200, 300), 65504.0).half()
+    x[3, 4] = -65504
+    encoder = Encoder([SingularVectors(step), StepQuantization(step, relative=False)], CABAC())
+    chain = StateDictEncoder(rules={"x": encoder})
+    back, _ = chain.decode(chain.encode({"x": x}, KEY)[0], KEY, schema_of({"x": x}))
+    assert float((back["x"].float() - x.float()).abs().max()) <= 0.5 * step
+
+
+@pytest.mark.parametrize("weight", [3.0, 10.0, 50.0])
+def test_all_is_0_at_once_for_no_weight_where_it_would_not_be(weight: float) -> None:
+    """Where bits are dear, 2 can pay before 1 does: a larger element changes nothing beyond its row and column."""
+    for size in torch.linspace(0.5, 1 + weight, 40).tolist():
+        x = torch.full((40, 50), size)
+        stage = StepQuantization(1.0, relative=False, rate_weight=weight)
+        alone = stage.encode(x, KEY)[0]
+        x[0, 0] = 2 + weight
+        assert torch.equal(alone[1:, 1:], stage.encode(x, KEY)[0][1:, 1:]), size
 
 
 @pytest.mark.parametrize(("value", "symbol"), [(0.54, 0), (0.57, 0), (0.62, 1)])

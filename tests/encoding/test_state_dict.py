@@ -14,6 +14,8 @@ from fedq.encoding import (
     BROADCAST,
     CABAC,
     Best,
+    BitBudget,
+    ClipByValue,
     EncodeError,
     Encoder,
     EncodingStage,
@@ -21,18 +23,22 @@ from fedq.encoding import (
     Key,
     LearnedANS,
     MessageError,
+    PowerSGD,
+    RandomMask,
     Raw,
     ScaledSign,
     SingularVectors,
     StateDictEncoder,
     StepQuantization,
     TensorSpec,
+    TernGrad,
     TopK,
     TrellisQuantization,
     UniformQuantization,
     schema_of,
 )
 from fedq.encoding.message import OVERHEAD
+from fedq.encoding.state_dict import PACE
 from fedq.encoding.testing import raw_bytes, reframe, wave
 
 KEY = Key(1, 2, 3)
@@ -320,6 +326,12 @@ def test_joint_encodes_one_vector() -> None:
         assert torch.equal(decoded[name], tensors[name])
 
 
+def test_a_rule_with_the_same_encoder_is_a_rule() -> None:
+    x = {"a": wave(50), "b": wave(60), "c": wave(70)}
+    for own in (UINT8, dataclasses.replace(UINT8)):
+        assert list(StateDictEncoder(UINT8, 10, {"b": own}, joint=True).chains(schema_of(x))) == ["*", "b"]
+
+
 def test_joint_leaves_rules_alone_and_refuses_two_dtypes() -> None:
     tensors = {"a": wave(200), "b": wave(300), "c": wave(400)}
     encoder = StateDictEncoder(UINT8, 100, {"b": Encoder()}, joint=True)
@@ -596,6 +608,8 @@ def test_equal_encoders_read_each_other() -> None:
     assert chains[0] == chains[1] == chains[2]
     messages = {chain.encode(x, KEY)[0] for chain in chains}
     assert len(messages) == 1
+    clipped = [StateDictEncoder(Encoder([TernGrad(clip)], FixedWidth()), 0) for clip in (2, 2.0)]
+    assert clipped[0].encode(x, KEY) == clipped[1].encode(x, KEY)
     other = StateDictEncoder(Encoder([StepQuantization(2, relative=False)], CABAC()), 0)
     with pytest.raises(MessageError, match="schema"):
         other.decode(messages.pop(), KEY, schema_of(x))
@@ -604,11 +618,43 @@ def test_equal_encoders_read_each_other() -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_travels_exact(dtype: torch.dtype) -> None:
     x = {"x": torch.arange(-4, 5).float().to(dtype)}
-    back, _ = StateDictEncoder().decode(StateDictEncoder().encode(x, KEY)[0], KEY, schema_of(x))
+    encoder = StateDictEncoder(UINT8, threshold=0)
+    back, _ = encoder.decode(encoder.encode(x, KEY)[0], KEY, schema_of(x))
     assert back["x"].dtype == dtype
     assert back["x"].float().tolist() == list(range(-4, 5))
     with pytest.raises(EncodeError, match="'x' holds NaN"):
         StateDictEncoder().encode({"x": torch.tensor([1.0, math.nan]).to(dtype)}, KEY)
+    with pytest.raises(EncodeError, match="'x' cannot be encoded: UniformQuantization takes floating tensors of 16"):
+        StateDictEncoder(rules={"x": UINT8}).encode(x, KEY)
+
+
+def test_what_is_beyond_its_dtype_by_the_common_scale_is_named() -> None:
+    chain = StateDictEncoder(STEPS, threshold=0, common_scale=True, pace=BitBudget(16))
+    params = {PACE: {0: {"factor": torch.tensor(1e-6)}}}
+    with pytest.raises(EncodeError, match="'x' is beyond torch.float16 once divided by the common scale"):
+        chain.encode({"x": wave(100).half()}, KEY, params)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        Encoder([RandomMask(0.3)]),
+        Encoder([ClipByValue(1.0)]),
+        Encoder([PowerSGD(2)]),
+        Encoder([Negate()]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_infinity_on_the_wire_is_not_cut_off_but_refused(chain: Encoder, bad: float) -> None:
+    x = {"x": wave(20, 30)}
+    encoder = StateDictEncoder(chain, threshold=0, common_scale=True)
+    params = encoder.params(schema_of(x), encoder.initial_state(schema_of(x)))
+    message, _ = encoder.encode(x, KEY, params)
+    body = message[44:-4]
+    for damaged in (body[:-4] + struct.pack("<f", bad), body[:4] + struct.pack("<f", bad) + body[8:]):
+        with pytest.raises(MessageError, match="NaN or infinite"):
+            encoder.decode(reframe(message, damaged), KEY, schema_of(x), params)
 
 
 def test_tensors_of_two_dtypes_are_not_joined() -> None:

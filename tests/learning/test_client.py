@@ -1,11 +1,13 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedq.data import Examples
 from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning import evaluate
@@ -148,6 +150,16 @@ def test_a_model_that_draws_from_a_generator_of_all_threads_is_refused(client, l
     layer.eval()
     model.train = lambda mode=True: model  # as a model does whose layer draws nothing
     LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))
+
+
+def test_a_dataset_that_draws_from_a_generator_of_all_threads_is_refused(process, client):
+    def load():
+        x, y = client(0).load()
+        return Examples(x + 0.1 * torch.randn(x.shape), y)
+
+    averaging = process()
+    with pytest.raises(FedqError, match="or the dataset while it is read"):
+        averaging.next(averaging.initialize(), [replace(client(0), load=load)])
 
 
 def test_the_received_weights_are_not_changed(tiny, client):

@@ -1,4 +1,5 @@
 import copy
+import re
 import struct
 import zlib
 from dataclasses import dataclass, replace
@@ -392,3 +393,10 @@ def test_references_that_there_are_not_are_refused_at_once(process):
     for reference in ("initial", "last"):
         with pytest.raises(FedqError, match="upload.reference must be none"):
             process(upload=StateDictEncoder(STEPS, reference=reference))
+
+
+@pytest.mark.parametrize("rules", [{"dnse*": Encoder()}, {"*": Encoder(), "dense2.bias": Encoder()}], ids=str)
+def test_a_rule_that_no_tensor_follows_is_refused(process, rules):
+    """Else what is measured is not what was meant."""
+    with pytest.raises(FedqError, match=rf"encoder\.upload\.rules: no tensor follows '{re.escape([*rules][-1])}': it"):
+        process(upload=StateDictEncoder(rules=rules))

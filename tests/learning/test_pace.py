@@ -82,6 +82,17 @@ def test_a_stalling_loss_halves_the_steps():
     assert factors[-1] == 1.0
 
 
+@pytest.mark.parametrize(
+    "pace", [FollowLoss(start=8, patience=1), FollowLoss(start=2, memory=0), BitBudget(1)], ids=str
+)
+def test_a_number_without_a_point_gives_the_same_params_in_every_round(pace):
+    state = pace.initial_state(None)
+    declared = schema_of(state)
+    for loss in (2.0, 3.0, 4.0, 5.0):
+        state = pace.update_state(state, {pace.reports: torch.tensor([loss])})
+        assert schema_of(state) == declared
+
+
 def test_reports_that_cannot_be_are_not_believed():
     for pace in (BitBudget(1.0), FollowLoss()):
         state = pace.initial_state(None)
@@ -109,6 +120,8 @@ def test_a_pace_that_follows_the_loss_is_given_one():
     tensors = {"a": torch.ones(3)}
     with pytest.raises(TypeError, match="loss="):
         encoder.encode(tensors, Key(0), encoder.params(schema_of(tensors), encoder.initial_state(schema_of(tensors))))
+    with pytest.raises(TypeError, match="params="):
+        encoder.encode(tensors, Key(0), loss=1.0)
 
 
 def test_a_round_follows_both_paces_and_pays_for_them(process, client):

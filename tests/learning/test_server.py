@@ -1,8 +1,11 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from test_config import configured
 
+from fedq.config import build_server
 from fedq.learning.server import server_step, weighted
 
 OPTIMIZERS = [
@@ -69,3 +72,15 @@ def test_sums_of_narrow_tensors_do_not_overflow(dtype):
     for value in after.values():
         assert value.dtype == dtype
         assert float(value[0]) == pytest.approx(mean, rel=torch.finfo(dtype).eps)
+
+
+def test_adagrad_is_that_of_the_paper():
+    """Reddi 2021, algorithm 2, with β₁ = 0: v ← v + Δ², x ← x + η Δ / (√v + τ), where v begins at τ²."""
+    build = build_server(configured("server=adagrad"))
+    weights, state, x, v, tau = {"w": torch.tensor([1.0, 2.0])}, {}, np.array([1.0, 2.0]), 1e-6, 1e-3
+    for mean in ([1e-4, -2e-3], [5e-3, 0.0], [-1e-4, 1e-1]):
+        update = {"w": torch.tensor(mean)}
+        weights, state = server_step(build, state, weights, frozenset("w"), update, 1)
+        v = v + np.square(mean)
+        x = x + 0.03 * np.array(mean) / (np.sqrt(v) + tau)
+        np.testing.assert_allclose(weights["w"], x, rtol=1e-6)

@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections import Counter
 from dataclasses import fields, replace
@@ -143,10 +144,19 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
     for _, metrics in outcome:  # the bits of a cohort in vain are the round's too
         assert metrics["broadcast_bits"] == message * 8 * (metrics["repeats"] + 1)
     assert sum(metrics["aggregated_bits"] for _, metrics in outcome) == outcome[-1][0].aggregated_bits
+    # and so are those who failed in it, and its time
+    drops = [sum(faults.drawn(Key(3, s, int(n))) == "dropout" for n in cohort(3, s, 40, 8)) for s in range(40)]
+    ends = [-1, *serials]
+    expected = [sum(drops[before + 1 : last + 1]) for before, last in itertools.pairwise(ends)]
+    assert [metrics["clients_failed"] for _, metrics in outcome] == expected
+    assert [metrics["clients_failed/silent"] for _, metrics in outcome] == expected
+    for _, metrics in outcome:
+        parts = sum(metrics[f"seconds/{phase}"] for phase in ("train", "encode", "decode", "aggregate", "evaluate"))
+        assert 0.7 * metrics["seconds"] < parts <= metrics["seconds"]
     assert "repeated with another cohort" in caplog.text
     # the same clients without an encoder would have been sent as much, and sent as much
     summary = Summary(tmp_path)
-    summary.start({"run": {"seed": 3}}, message)
+    summary.start({"run": {"seed": 3, "clients_per_round": 8}}, message)
     for _, metrics in outcome:
         summary.write(metrics)
     assert summary.values["broadcast_ratio"] == summary.values["upload_ratio"] == 1.0

@@ -1,5 +1,7 @@
 """Sweeps as people give them: Optuna's search, jobs on Slurm (played by four small scripts), folders given again."""
 
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -180,3 +182,43 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
     assert [runs[name]["status"] for name in ("0", "1")] == ["completed"] * 2
     for flag in ("--requeue", "--signal=USR2@120", "--time=720", "--cpus-per-task=4"):
         assert f"#SBATCH {flag}\n" in (tmp_path / "submitted.sh").read_text()
+
+
+def test_a_summary_of_what_never_started_is_nobodys(tmp_path):
+    """So a sweep given again tells again of a job that is refused, and goes on."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match="refused"), Summary(tmp_path) as own:
+            raise ValueError("refused")
+        assert own.is_ours
+    with pytest.raises(ValueError, match="later"), Summary(tmp_path) as own:
+        own.start({"run": {"seed": 3}}, 1)
+        raise ValueError("later")
+    with pytest.raises(ValueError, match="other"), Summary(tmp_path) as own:
+        raise ValueError("other")
+    assert not own.is_ours
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "later"
+
+
+def test_the_commit_is_that_of_the_code_and_tells_of_changes(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=n", "-c", "user.email=e@x")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    code = tmp_path / "fedq" / "tracking" / "summary.py"
+    code.parent.mkdir(parents=True)
+    code.write_bytes(Path(inspect.getfile(Summary)).read_bytes())
+    found = importlib.util.spec_from_file_location("copied", code)
+    copied = importlib.util.module_from_spec(found)
+    found.loader.exec_module(copied)
+    assert copied._git_commit() is None  # no checkout
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project's")
+    assert copied._git_commit() is None  # installed below one
+    git("add", ".")
+    git("commit", "-q", "-m", "fedq")
+    head = git("rev-parse", "HEAD").strip()
+    assert copied._git_commit() == head
+    code.write_text(code.read_text() + "\n")
+    assert copied._git_commit() == f"{head}-dirty"

@@ -16,6 +16,7 @@ from fedq.encoding.coders.coder import Buffer
 from fedq.encoding.spec import TensorSpec
 
 _BLOCK = 1 << 14  # symbols worked on at a time: the working set stays in the cache
+_STRETCH = 64  # bytes whose ones are counted together
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # of each byte
 
 
@@ -74,16 +75,24 @@ class BitReader:
 
     def __init__(self, data: Buffer) -> None:
         self._bytes, self._position = np.frombuffer(data, np.uint8), 0
-        self._ones = np.cumsum(_ONES[self._bytes], dtype=np.int64)  # up to and with each byte
+        ones = np.zeros((-(-len(self._bytes) // _STRETCH), _STRETCH), np.uint8)
+        ones.reshape(-1)[: len(self._bytes)] = _ONES[self._bytes]
+        self._ones = ones.sum(1, dtype=np.int64).cumsum()  # up to and with each stretch
 
     def unary(self, n: int) -> np.ndarray:
         """Reads n counts (int64), at the start of a block."""
         first = self._position // 8
-        before = int(self._ones[first - 1]) if first else 0
-        last = int(np.searchsorted(self._ones, before + n))  # the byte of the n-th one
-        ends = np.flatnonzero(np.unpackbits(self._bytes[first : last + 1], bitorder="little").view(np.bool_))[:n]
-        if len(ends) < n:
-            raise ValueError(f"{n} numbers in unary are expected, there are {len(ends)}")
+        stretch = first // _STRETCH
+        before = int(self._ones[stretch - 1]) if stretch else 0
+        before += int(_ONES[self._bytes[stretch * _STRETCH : first]].sum(dtype=np.int64))
+        if (there := (int(self._ones[-1]) if len(self._ones) else 0) - before) < n:
+            raise ValueError(f"{n} numbers in unary are expected, there are {there}")
+        last = int(np.searchsorted(self._ones, before + n))  # where the n-th one is
+        part = self._bytes[first : (last + 1) * _STRETCH]
+        some = np.flatnonzero(part) if len(part) > n else slice(None)  # hostile ones may lie far apart
+        ends = np.flatnonzero(np.unpackbits(part[some], bitorder="little").view(np.bool_))[:n]
+        if isinstance(some, np.ndarray):
+            ends = 8 * some[ends // 8] + ends % 8
         self._position += int(ends[-1]) + 1
         return gaps(ends)
 

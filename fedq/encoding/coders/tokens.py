@@ -26,7 +26,7 @@ def kernels(module: str = "coders._kernels") -> Any:
     try:
         return importlib.import_module(f"fedq.encoding.{module}")
     except ImportError as error:
-        raise MissingPackage('the entropy coders need numba: pip install "fedq[coders]"') from error
+        raise MissingPackage('this needs numba, for its compiled loops: pip install -e ".[coders]"') from error
 
 
 def alphabet(spec: TensorSpec) -> int:

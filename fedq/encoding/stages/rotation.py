@@ -115,7 +115,7 @@ class Rotation(EncodingStage):
 
 @dataclass(frozen=True)
 class HadamardRotation(Rotation):
-    """The randomised Hadamard transform, in blocks of a power of two (Konečný 2016, §4; Suresh 2017, §3).
+    """The randomised Hadamard transform, in blocks of a power of two (Konečný 2016, §3; Suresh 2017, §3).
 
     A value v alone in a block of B becomes ±v/√B throughout, and whatever the block, each element is then nearly
     Gaussian, of variance ‖block‖²/B. With energy spread over blocks alike, uniform quantisation to k levels behind it

@@ -98,7 +98,10 @@ class SingularVectors(EncodingStage):
         for name, tensor in zip(("values", *names), (size, short, long), strict=True):
             side[name][:count] = tensor.cpu()
         left, right = self._factors(side, matrix)
-        return torch.addmm(matrix, left, right, alpha=-1).view(x.shape).to(x.dtype), side
+        rest = torch.addmm(matrix, left, right, alpha=-1).view(x.shape).to(x.dtype)
+        if x.dtype == torch.float16 and not bool(rest.isfinite().all()):
+            return x, {name: torch.zeros_like(tensor) for name, tensor in side.items()}
+        return rest, side
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""

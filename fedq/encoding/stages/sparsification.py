@@ -17,7 +17,7 @@ from fedq.keys import Key
 
 @dataclass(frozen=True)
 class RandomMask(EncodingStage):
-    """Keeps elements that the key chooses, so that it costs no bytes to tell which (Konečný 2016, §4).
+    """Keeps elements that the key chooses, so that it costs no bytes to tell which (Konečný 2016, §3).
 
     Takes a floating tensor of any shape; gives the k = fraction · n kept elements, rounded and at least one (shape
     (k,), same dtype, in order). The n elements fall into k cells of neighbours, whose sizes differ by at most one, and

@@ -96,7 +96,9 @@ class StepQuantization(EncodingStage):
             step = float(side["step"])
         if peak > _MOST * step:
             raise ValueError(f"{peak} is more than 2^30 steps of {step}")
-        if self.rounding == "nearest" and peak < (self.dead_zone + self.rate_weight / 2) * step:
+        # m > 0 costs a bit at least, and pays from m/2 + rate_weight/2m steps on: least for m = 1, or a larger one
+        first = self.dead_zone + self.rate_weight / 2 if self.rate_weight <= 2 else math.sqrt(self.rate_weight)
+        if self.rounding == "nearest" and peak < first * step:
             # all is 0: behind singular vectors, most tensors
             symbols, kept, excess = torch.zeros(x.shape, dtype=torch.int32, device=x.device), 0, 0.0
         elif self.rate_weight:

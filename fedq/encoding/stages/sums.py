@@ -14,9 +14,9 @@ LARGEST_BLOCK = 1 << 14
 
 
 def working_dtype(who: object, spec: TensorSpec) -> torch.dtype:
-    """Returns float64 for a float64 tensor, else float32. Raises ValueError for what is not floating."""
-    if not spec.dtype.is_floating_point:
-        raise ValueError(f"{type(who).__name__} takes floating tensors, not {spec.dtype}")
+    """Returns float64 for a float64 tensor, else float32. Raises ValueError for integers and float8."""
+    if not spec.dtype.is_floating_point or spec.dtype.itemsize == 1:
+        raise ValueError(f"{type(who).__name__} takes floating tensors of 16 to 64 bits, not {spec.dtype}")
     return torch.float64 if spec.dtype == torch.float64 else torch.float32
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.sums import working_dtype
 from fedq.keys import Key
 
 _ENCODED, _DECODED = 1 << 18, 1 << 20  # elements worked on at a time: the working set stays in the cache
@@ -23,7 +24,7 @@ class UniformQuantization(EncodingStage):
     Takes a floating tensor of any shape; gives symbols of the same shape (uint8 up to 8 bits, else int32) and the
     range as side values, in float64 for a float64 tensor, else float32.
 
-    rounding: "stochastic" rounds up with a probability equal to the fraction (Konečný 2016, §4; Suresh 2017, §2.2):
+    rounding: "stochastic" rounds up with a probability equal to the fraction (Konečný 2016, §3; Suresh 2017, §2.2):
         unbiased, squared error step²/6 at high rate. "nearest": step²/12 at high rate, biased. "dithered" adds a
         number that is uniform in (−½, ½) steps before it rounds, and the receiver, who draws the same from the key,
         subtracts it (Roberts 1962; Schuchman 1964): unbiased, the error is uniform and independent of the value,
@@ -76,14 +77,12 @@ class UniformQuantization(EncodingStage):
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The range's maximum, and its minimum where that is not −maximum: one for the tensor, or for each group."""
-        if not spec.dtype.is_floating_point:
-            raise ValueError(f"UniformQuantization takes floating tensors, not {spec.dtype}")
         shape: tuple[int, ...] = ()
         if self._has_channels(spec):
             shape = (spec.shape[self.axis or 0],)
         elif self.block is not None:
             shape = (-(-spec.numel // self.block),)
-        bound = TensorSpec(shape, torch.float64 if spec.dtype == torch.float64 else torch.float32)
+        bound = TensorSpec(shape, working_dtype(self, spec))
         if self._symmetric:
             return {} if self.limit is not None else {"maximum": bound}
         return {"minimum": bound, "maximum": bound}
