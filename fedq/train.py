@@ -216,8 +216,6 @@ def train(
         process, dataset, clients = assemble(cfg, stopping, stack, residuals)
         state = process.initialize()
         exact_message, _ = StateDictEncoder().encode(state.weights, Key(run.seed))
-        summary.start(config, 8 * len(exact_message))
-        keep_configuration(cfg, folder)
         # a run that goes on, with more rounds say, stays one run in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         log.info("run %s of %d rounds in %s", name, run.rounds, folder)
@@ -227,6 +225,9 @@ def train(
             log.info("going on after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
             shown = state.round if its_folder.samefile(folder) else 0
+        # nothing is left to refuse
+        summary.start(config, 8 * len(exact_message))
+        keep_configuration(cfg, folder)
         tensorboard = TensorBoard(folder, name, _hparams(cfg), shown if earlier else None)
         stack.enter_context(closing(tensorboard))
         for metrics in done:

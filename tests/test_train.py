@@ -123,6 +123,18 @@ def test_the_same_seed_gives_the_same_whatever_runs_it(tmp_path):
     assert metrics_of(tmp_path / "sweep/0") != metrics_of(tmp_path / "one")
 
 
+def test_a_damaged_line_of_metrics_is_named_and_all_stays_as_it_is(tmp_path):
+    command = (*SMALL, f"hydra.run.dir={tmp_path}/run")
+    fedq(tmp_path, *command, "run.rounds=1")
+    (tmp_path / "run/metrics.jsonl").write_text("[]\n")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".log"]
+    kept = {path: path.read_bytes() for path in files}
+    done = fedq(tmp_path, *command, "run.rounds=2", code=1)
+    assert "run/metrics.jsonl is damaged in line 1; start afresh in a new folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert kept == {path: path.read_bytes() for path in files}
+
+
 def test_a_sweep_has_a_folder_and_a_telling_name_for_each_job(tmp_path):
     fedq(tmp_path, "-m", *SMALL, "run.rounds=1", "encoder=uniform", "encoder.bits=2,4,8")
     folders = run_folders(tmp_path)
