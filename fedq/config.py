@@ -6,7 +6,6 @@ What has no `_target_`, the groups `run` and `encoder`, is described by the data
 """
 
 import inspect
-import json
 import math
 import pkgutil
 import re
@@ -321,9 +320,10 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
     for key, value in given.items():
         place = _origin(cfg, f"{path}.{key}")
         if key not in parameters:
-            if takes_any and not (open_ended and not _is_referred_to(cfg, key)):
+            if takes_any and (not open_ended or _has_a_use(cfg, path, key)):
                 continue
-            raise ConfigError(f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}")
+            others = ", and keys that a ${…} refers to" if open_ended else ""
+            raise ConfigError(f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}{others}")
         allowed = hints.get(key, Any)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{place}: {value} is not a finite number")
@@ -334,9 +334,33 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
             raise ConfigError(f"{place}: {value!r} is not allowed; it must be {_name(allowed)}{hint}")
 
 
-def _is_referred_to(cfg: DictConfig, key: str) -> bool:
-    """Tells whether an interpolation in the encoder's group, such as ${encoder.bits}, names `key`."""
-    return re.search(rf"\$\{{[\w.]*\b{re.escape(key)}\}}", json.dumps(plain(cfg, "encoder", resolve=False))) is not None
+def _has_a_use(cfg: DictConfig, path: str, key: str) -> bool:
+    """Tells whether an interpolation names the key of the encoder's node at `path`, or did before stages were replaced.
+
+    Not where another key of that name is in use there: it would be set in vain.
+    """
+    everywhere, here = (_referred_to(plain(cfg, place, resolve=False), place) for place in ("encoder", path))
+    if f"{path}.{key}" in everywhere or _origin(cfg, f"{path}.{key}") != f"{path}.{key}":
+        return True
+    names, names_here = ({name.rpartition(".")[2] for name in found} for found in (everywhere, here))
+    return key in names - names_here
+
+
+def _referred_to(node: Any, path: str, holder: str = "") -> set[str]:
+    """Returns the paths that interpolations, such as ${encoder.bits}, at or below the node at `path` name."""
+    if isinstance(node, dict):
+        return set().union(*(_referred_to(value, f"{path}.{key}", path) for key, value in node.items()))
+    if isinstance(node, list):
+        return set().union(*(_referred_to(value, f"{path}[{i}]", path) for i, value in enumerate(node)))
+    return {_target(holder, name) for name in re.findall(r"\$\{([\w.]+)\}", node)} if isinstance(node, str) else set()
+
+
+def _target(holder: str, name: str) -> str:
+    """Returns the path that the interpolation ${name} means in the node at `holder`."""
+    target = name.lstrip(".")
+    for _ in range(len(name) - len(target) - 1):  # each dot beyond the first is a step up
+        holder = re.sub(r"(\.\w+|\[[^\]]*\])$", "", holder)
+    return f"{holder}.{target}" if name.startswith(".") else target
 
 
 def _origin(cfg: DictConfig, path: str) -> str:
@@ -345,10 +369,7 @@ def _origin(cfg: DictConfig, path: str) -> str:
     written = plain(cfg, holder, resolve=False)[key]
     if not (isinstance(written, str) and re.fullmatch(r"\$\{[\w.]+\}", written)):
         return path
-    target = written[2:-1].lstrip(".")
-    for _ in range(len(written) - 4 - len(target)):  # each dot beyond the first is a step up
-        holder = re.sub(r"(\.\w+|\[[^\]]*\])$", "", holder)
-    return _origin(cfg, f"{holder}.{target}" if written[2] == "." else target)
+    return _origin(cfg, _target(holder, written[2:-1]))
 
 
 def _fits(value: Any, allowed: Any) -> bool:

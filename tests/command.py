@@ -13,9 +13,14 @@ from tempfile import TemporaryDirectory
 
 from fedq.train import main
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["command", "fedq.simulation.loop", "numba", "torch._dynamo", "torch.utils.tensorboard"]
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Where tests start processes: all share one server, and so what it imports."""
+
+PROCESSES.set_forkserver_preload(
+    [
+        *("command", "fedq.models", "fedq.simulation.loop", "fedq.simulation.ranks", "fedq.simulation.residuals"),
+        *("fedq.simulation.workers", "numba", "torch._dynamo", "torch.utils.tensorboard"),
+    ]
 )
 
 
@@ -23,7 +28,7 @@ def fedq(cwd: Path, *arguments: str, code: int = 0, timeout: float = 280) -> Com
     """Returns what the command with `arguments` printed; its exit code must be `code`."""
     with TemporaryDirectory() as folder:
         outputs = Path(folder) / "stdout", Path(folder) / "stderr"
-        process = _processes.Process(target=_command, args=(cwd, os.environ | {"COLUMNS": "100"}, arguments, outputs))
+        process = PROCESSES.Process(target=_command, args=(cwd, os.environ | {"COLUMNS": "100"}, arguments, outputs))
         process.start()
         process.join(timeout)
         if process.exitcode is None:

@@ -23,6 +23,17 @@ def options(group):
 GROUPS = ("dataset", "model", "encoder", "client", "server", "run", "run/faults", "run/guard", "run/dropout")
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("encoder=uint8", "encoder.upload.stages=[{_target_:fedq.encoding.ScaledSign}]"),
+        ("encoder=frontier", "encoder.upload.stages=[]", "encoder.upload.coder._target_=fedq.encoding.Raw"),
+    ],
+)
+def test_keys_that_replaced_stages_leave_behind_are_no_fault(overrides):
+    check(configured(*overrides))
+
+
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_option_composes_and_passes_the_check(group, option):
     check(configured(f"{group}={option}"))
@@ -35,6 +46,9 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("encoder.upload.bits=2.5", "encoder.upload.bits: 2.5 is not allowed; it must be an integer"),
         ("encoder.broadcast.rounding=up", "encoder.broadcast.rounding: 'up' is not allowed; it must be stochastic or nearest"),
         ("encoder.threshold=many", "encoder.threshold: 'many' is not allowed; it must be an integer"),
+        ("encoder=uniform_block +encoder.upload.bits=4", "encoder.upload.bits is not a key; allowed here: stages, coder, rules"),
+        ("encoder=frontier +encoder.step=8", "encoder.step is not a key; allowed here: threshold, broadcast, upload"),
+        ("encoder=top_k +encoder.upload.fraction=0.01", "encoder.upload.fraction is not a key; allowed here: stages, coder"),
         ("+encoder.broadcast.stages.0.bist=3", "encoder.broadcast.stages[0].bist is not a key; allowed here: bits, rounding"),
         ("encoder.broadcast.coder._target_=fedq.encoding.Nope", "encoder.broadcast.coder._target_: 'fedq.encoding.Nope' cannot be imported"),
         ("encoder.upload.rules=[{pattern:x,stages:[]}]", "encoder.upload.rules[0].coder is missing"),
@@ -69,7 +83,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(override, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        check(configured(override))
+        check(configured(*override.split()))
     assert "\n" not in str(error.value)
 
 

@@ -1,15 +1,15 @@
 """Runs that are killed, whole or in part, end as if nothing had happened. FEDQ_KILLS=200 kills as often."""
 
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from command import fedq
+from command import PROCESSES, fedq
 from test_train import SMALL, assert_same_run, metrics_of, run_folders
 
 KILLS = int(os.environ.get("FEDQ_KILLS", "10"))
@@ -45,12 +45,10 @@ SPILLING = ["encoder=sign", FEEDBACK, "run.residual_memory=1", "run.checkpoint_e
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, options):
     command = [*SMALL, "server=adam", "server.lr=0.01", *options]  # a server optimizer with state
     command += ["run.evaluate_every=1"]  # so that where a run was first meant to end leaves no trace
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedq.train", "fedq.learning", "torch.utils.tensorboard"])
 
-    def start(folder: str, rounds: int, *more: str) -> multiprocessing.Process:
+    def start(folder: str, rounds: int, *more: str) -> BaseProcess:
         arguments = [*command, f"run.rounds={rounds}", f"hydra.run.dir={tmp_path}/{folder}", *more]
-        process = context.Process(target=train, args=(tmp_path, arguments))
+        process = PROCESSES.Process(target=train, args=(tmp_path, arguments))
         process.start()
         return process
 

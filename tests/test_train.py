@@ -98,7 +98,10 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
     assert tutorial | {"train/loss", "test/accuracy"} <= set(curves.Tags()["scalars"])
     assert [e.value for e in curves.Scalars("loss")] == pytest.approx([line["train/loss"] for line in lines])
     assert [e.step for e in curves.Scalars("test/accuracy")] == [1, 2]
+    assert lines[0].keys() - {"round"} <= set(curves.Tags()["scalars"])
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(curves.summary_metadata)
+    told = curves.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert all(name in told for name in (b"encoder.bits", b"run.seed", b"client.lr", b"server.lr", b"uint8"))
 
     assert checkpoint.load(folder / "checkpoints" / "round_000003.pt")[0].round == 3
     assert "round 2" in (folder / "train.log").read_text()
@@ -266,6 +269,34 @@ def test_every_option_of_a_group_trains(tmp_path, group, part):
     small = tuple(o for o in SMALL if not o.startswith(("run.", "model", "dataset")))
     fedq(tmp_path, "-m", *WRITERS, *small, f"{group}={','.join(names)}", *others)
     assert_all_trained(tmp_path, len(names))
+
+
+def test_what_guards_a_round_does_so_from_the_command_line(tmp_path):
+    command = (*SMALL, "run.rounds=4", "run.clients_per_round=6")
+    faults = ("run/faults=some", "run.faults.dropout=0.5", "run.min_clients=3", "run.repeats=30")
+    changes = {
+        "plain": (),
+        "guard": ("run/guard=clip", "run.guard.multiple=0.5"),
+        "bf16": ("run.precision=bf16",),
+        "faults": faults,
+    }
+    for name, own in changes.items():
+        fedq(tmp_path, *command, *own, f"hydra.run.dir={tmp_path}/{name}")
+    for name in ("guard", "bf16", "faults"):
+        assert not weights_equal(tmp_path / name, tmp_path / "plain"), name
+    lines = metrics_of(tmp_path / "faults")
+    assert all(line["clients"] >= 3 for line in lines)
+    assert sum(line["repeats"] for line in lines) > 0
+    assert sum(line["clients_failed/silent"] for line in lines) > 0
+
+
+def test_the_frontier_sends_a_hundred_times_fewer_bytes(tmp_path):
+    """In its first rounds, in which there is most to tell; 475 and 261 times in 60."""
+    small = ("run.rounds=3", "run.clients_per_round=3", "run.evaluate_every=3", "run.test_batch_size=500")
+    fedq(tmp_path, "encoder=frontier", "dataset.clients=400", *small, f"hydra.run.dir={tmp_path}/run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["broadcast_ratio"] > 100
+    assert summary["upload_ratio"] > 100
 
 
 def test_every_dataset_trains(tmp_path):

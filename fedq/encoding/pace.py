@@ -20,7 +20,7 @@ class Pace(Adaptive):
     """
 
     reports: str
-    """What is reported: "bits", those of the message for each of its parameters, or "loss", that of local training."""
+    """What is reported: "bits", of payloads for each parameter, or "loss", that of local training."""
 
     def params(self, state: Tensors) -> Tensors:
         """As Adaptive.params: the factor."""
@@ -43,7 +43,7 @@ class Pace(Adaptive):
 
 @dataclass(frozen=True)
 class BitBudget(Pace):
-    """Has messages take `bits` a parameter, whatever the model and however it changes over the rounds.
+    """Has the tensors of messages take `bits` a parameter, whatever the model and however it changes over the rounds.
 
     The steps of all tensors grow and shrink together, which is where the squared error is least for the bits that they
     take in all ("equal slope", Shoham and Gersho 1988). How the bits depend on the factor is learnt: as its power,
@@ -80,9 +80,9 @@ class FollowLoss(Pace):
     """Halves the steps whenever training stalls (DAdaQuant, Hönig 2021, §3.4), for uploads.
 
     It starts with steps `start` times as large and ends with them as they are. The median over a cohort of its clients'
-    training losses (there: their mean, weighted) is averaged over the rounds, with `memory`, the weight of what was
-    before; where that average is no lower than it was
-    `patience` rounds ago the factor is halved, and as many rounds pass before it may be again.
+    training losses (there: the weighted mean of those before it) is averaged over the rounds, with `memory`, the weight
+    of what was before; where that average is no lower than it was `patience` rounds ago the factor is halved, and as
+    many rounds pass before it may be again.
 
     start: 1 to 2^20. memory: from 0 to below 1. patience: 1 to 10,000 rounds.
     """

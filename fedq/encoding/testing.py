@@ -258,8 +258,8 @@ def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
 def check_length(encoder: Encoder, bound: Bound | None) -> None:
     """A message is its frame, and for each tensor single side values of at most 16 bytes and the coded symbols.
 
-    Streams of side values, such as a mask or a range for each channel, come on top of the 16 bytes, as do the four
-    bytes of length of each stream whose size depends on its values.
+    Streams of side values, such as a mask or a range for each channel, come on top of the 16 bytes, as does the length
+    of each stream whose size depends on its values.
     """
     for name, x in _taken(encoder).items():
         spec, single, total, fixed = TensorSpec.of(x), 0, 0, True

@@ -20,7 +20,7 @@ def norm(update: Mapping[str, Tensor]) -> float:
 
 @dataclass(frozen=True)
 class NormGuard:
-    """Clips or drops updates whose norm is more than `multiple` times a quantile of earlier rounds' norms.
+    """Clips (Sun 2019) or drops updates whose norm is more than `multiple` times a quantile of earlier rounds' norms.
 
     The limit follows the rounds, as in adaptive clipping (Andrew 2021, §2), which moves its estimate by how many
     clients were below it, for want of their norms. This server decodes every update: it takes the `quantile` of the

@@ -92,7 +92,7 @@ def server_step(
     """Returns the next weights and optimizer state, from the weighted sum of updates and the sum of their weights.
 
     That is one number, or a tensor each that broadcasts, where coordinates are not all of the same clients.
-    The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 2). Other floating
+    The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 1). Other floating
     tensors (batch norm's running statistics) take the mean as it is; integers and booleans the mean to the nearest
     integer, in exact arithmetic. Works in place: `total` is used up.
     """

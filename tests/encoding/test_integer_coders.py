@@ -325,3 +325,15 @@ def test_hostile_bytes_take_no_more_memory_than_some_times_themselves(coder: Cod
     finally:
         tracemalloc.stop()
     assert peak < 4 * len(data)
+
+
+def test_zero_runs_longer_than_their_tensor_are_refused_at_once() -> None:
+    data = b"\0" * 4_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="bytes before runs are expected"):
+            ZeroRuns().decode(memoryview(data), TensorSpec.symbols((400,), 3))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**16

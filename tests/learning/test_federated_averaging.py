@@ -400,3 +400,14 @@ def test_a_rule_that_no_tensor_follows_is_refused(process, rules):
     """Else what is measured is not what was meant."""
     with pytest.raises(FedqError, match=rf"encoder\.upload\.rules: no tensor follows '{re.escape([*rules][-1])}': it"):
         process(upload=StateDictEncoder(rules=rules))
+
+
+def test_a_clients_weight_is_what_it_trains_on(process, client):
+    """With `max_examples` that is less than it has."""
+    averaging = process(client=LocalTraining(lr=0.1, max_examples=10))
+    state = averaging.initialize()
+    few, many = client(0, 10), client(1, 50)
+    alone = [averaging.next(state, [one])[0].weights for one in (few, many)]
+    both = averaging.next(state, [few, many])[0].weights
+    for name, value in both.items():
+        torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)

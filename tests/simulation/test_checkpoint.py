@@ -40,6 +40,29 @@ def test_a_checkpoint_holds_all_there_is(tmp_path):
     assert states_equal(last, states[4])
 
 
+def test_no_field_of_a_state_is_left_out(tmp_path):
+    tensors = {"w": torch.arange(3.0)}
+    values = {
+        "weights": tensors,
+        "optimizer": {"a": 1},
+        "broadcast": {"w": {0: tensors}},
+        "upload": {"w": {1: tensors}},
+    }
+    values |= {
+        "residual": {"w": torch.ones(3)},
+        "received": {"w": torch.zeros(3)},
+        "lengths": (5, 6),
+        "holders": {7: 8},
+    }
+    names = [field.name for field in dataclasses.fields(ServerState)]
+    numbers = {name: 10 + i for i, name in enumerate(names) if name not in values}
+    state = ServerState(**values, **numbers)
+    loaded, _ = checkpoint.load(checkpoint.save(state, CONFIG, tmp_path, 1))
+    for name in names:
+        found, kept = getattr(loaded, name), getattr(state, name)
+        assert repr(found) == repr(kept) != repr(getattr(ServerState(0, {}, {}, {}, {}), name)), name
+
+
 def test_what_the_encoders_have_learnt_is_in_a_checkpoint(tmp_path):
     def learning() -> FederatedAveraging:
         chain = StateDictEncoder(Encoder([PowerSGD(2)]), 1000)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from noise import RUN, Noise, make_process
 
+from fedq.learning.aggregation import one_thread
 from fedq.simulation.loop import cohort, rounds
 from fedq.simulation.workers import Workers
 
@@ -47,8 +48,15 @@ def test_workers_keep_the_order_and_run_side_by_side():
         meet.wait()
         return item * item, torch.get_num_threads()
 
-    with Workers(3) as workers:
-        assert list(workers.map(task, range(9))) == [(i * i, 1) for i in range(9)]
+    torch.set_num_threads(2)  # what a process has where no test asked for one
+    try:
+        with Workers(3) as workers:
+            assert list(workers.map(task, range(9))) == [(i * i, 1) for i in range(9)]
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_workers_do_not_run_ahead_of_who_takes_the_results():

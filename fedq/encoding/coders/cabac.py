@@ -1,4 +1,4 @@
-"""Context-adaptive binary arithmetic coding.
+"""Context-adaptive binary arithmetic coding (Marpe 2003), of networks as in DeepCABAC (Wiedemann 2019).
 
 A matrix is coded row by row. What a symbol's magnitude may be is told by the mean magnitudes so far of its column and
 of its row, over that of all: the product is one of 64 classes, two an octave, and each has probabilities of its own

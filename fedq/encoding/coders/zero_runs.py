@@ -12,7 +12,7 @@ from fedq.encoding.spec import TensorSpec
 
 @dataclass(frozen=True)
 class ZeroRuns(Coder):
-    """3LC's quartic and zero-run encoding (Lim 2019), for up to 243 levels.
+    """3LC's base-3⁵ ("quartic") and zero-run encoding (Lim 2019), for up to 243 levels.
 
     As many symbols as fit are the digits of one byte below 243: five of three levels (1.6 bits each), first digit
     most significant. The byte of nothing but zeros is left out of runs: a run of 2, 3 … such bytes is one byte from
@@ -60,6 +60,9 @@ class ZeroRuns(Coder):
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
         """As Coder.decode."""
         levels, digits, zero, base = self._layout(spec)
+        groups = -(-spec.numel // digits)
+        if len(data) > groups:
+            raise ValueError(f"{groups} bytes before runs are expected, there are {len(data)}")
         empty = zero * (base - 1) // (levels - 1)
         packed = np.frombuffer(data, np.uint8)
         runs = packed >= base
@@ -67,7 +70,6 @@ class ZeroRuns(Coder):
         if bool((zeros[1:] & zeros[:-1] & (packed[:-1] < 255)).any()):
             raise ValueError("a run of zeros is split")
         counts = np.where(runs, packed.astype(np.int64) - (base - 2), 1)
-        groups = -(-spec.numel // digits)
         if int(counts.sum()) != groups:
             raise ValueError(f"{groups} bytes before runs are expected, there are {counts.sum()}")
         table = np.arange(base)[:, None] // levels ** np.arange(digits - 1, -1, -1) % levels

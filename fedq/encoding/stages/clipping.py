@@ -59,7 +59,7 @@ class ClipByNorm(Clip):
 
 @dataclass(frozen=True)
 class QuantileStage(AdaptiveEncodingStage):
-    """What the adaptive stages share: an estimate of a quantile of the clients' sizes (Andrew 2019, §2).
+    """What the adaptive stages share: an estimate of a quantile of the clients' sizes (Andrew 2021, §2).
 
     A client reports one byte: whether its size is at most the estimate C. Where that holds for a share b of a cohort,
     the next round has C · exp(−rate · (b − quantile)), so that C moves to the quantile and stays about there. Each
@@ -117,7 +117,7 @@ class QuantileStage(AdaptiveEncodingStage):
 
 @dataclass(frozen=True)
 class AdaptiveQuantileClip(QuantileStage):
-    """Clips at an estimate of a quantile of the clients' norms (Andrew 2019), here without its noise.
+    """Clips at an estimate of a quantile of the clients' norms (Andrew 2021), here without its noise.
 
     by: "norm" scales x down to that norm; "value" takes the quantile of the largest magnitudes, and cuts each element
     off there. For the other arguments see QuantileStage.

@@ -20,11 +20,12 @@ class KashinRepresentation(EncodingStage):
     """Writes a tensor in a frame of more vectors than dimensions, with coefficients that are all small.
 
     Takes a floating tensor of n elements; gives N numbers (N,) in float32, float64 for float64: `redundancy` · n,
-    rounded up to whole blocks, and so much more travels. The elements are dealt out to the blocks in turn, as many
-    to each; a block's frame is a random choice of the Hadamard matrix's columns, with random signs. The coefficients
-    are clipped at ‖block‖ / √(delta · B); what is then left is written in the frame and clipped at `eta` times that,
-    and so on; the last of the `iterations` is not clipped, so that the inverse is exact but for rounding, as a
-    rotation's (Lyubarskii & Vershynin 2010; Caldas 2018; the defaults are those of TensorFlow Federated).
+    rounded up to whole blocks, and so much more travels. The elements are dealt out to the blocks in turn, as many to
+    each; a block's frame is a random choice of the Hadamard matrix's columns, with random signs. The coefficients are
+    clipped at ‖block‖ / √(delta · B); what is then left is written in the frame and clipped at `eta` times that, and so
+    on; the last of the `iterations` is not clipped, so that the inverse is exact but for rounding, as a rotation's
+    (Lyubarskii & Vershynin 2010; Caldas 2018; the first defaults are TensorFlow Model Optimization's, whose delta
+    counts the dimensions before the redundancy).
 
     Of B coefficients none is beyond K·‖block‖/√B, with K ≤ 1/((1 − eta)·√delta) after many iterations in theory. In
     blocks of 1024 of Gaussian values, K is 2.8 on average at redundancy 4/3 (2.4 at 2), where the rotation alone has

@@ -102,13 +102,14 @@ class PowerSGD(AdaptiveEncodingStage):
 
 @dataclass(frozen=True)
 class RandomSubspace(EncodingStage):
-    """Sends a matrix's projection on a random subspace of `rank` dimensions (Konečný 2016, §2 and §3).
+    """Sends a matrix's projection on a random subspace of `rank` dimensions (after Konečný 2016, §2).
 
     Takes a floating tensor of any shape and sees it as a matrix, as PowerSGD does. The key deals the rows, or the
     columns where these are more, evenly among `rank` groups, with a random sign each; of each group the mean is sent:
     rank × shorter side values, in float64 for a float64 tensor, else in float32. The groups' signed indicators are
     orthogonal, so this is a projection, as with any other random basis, but takes one pass whatever the rank. All
-    clients of a round share the groups. Vectors, and matrices that this would not make smaller, pass as they are.
+    clients of a round share the groups (there, each has its own). Vectors, and matrices that this would not make
+    smaller, pass as they are.
 
     With n rows, `scale` multiplies what is decoded by each group's size: unbiased, with a squared error of
     (n / rank − 1)·|x|² on average. Without, it is (1 − rank / n)·|x|², and what lies in the subspace comes back as it

@@ -26,8 +26,8 @@ class SingularVectors(EncodingStage):
 
     Takes a floating tensor of any shape, as a matrix of its first axis by all others; gives what is left of it, in the
     same shape. A client's update of a dense layer is a sum of few outer products, one for each of its examples, and
-    what many rounds add up to has few directions too: k of them are k · (rows + columns) numbers instead of
-    rows · columns. They are found by one randomised subspace iteration (Halko 2011, algorithm 4.4). How many are sent,
+    what many rounds add up to has few directions too: k of them are k · (rows + columns) numbers instead of rows ·
+    columns. They are found by a power iteration from random signs (after Halko 2011, algorithm 4.3). How many are sent,
     up to `rank`, is chosen so that the bits of all, with those of what is left, are fewest: for a normal variable of
     variance v and a squared error d both count as log₂(1 + v / d) / 2, with d = step² / 12. So more are sent the
     smaller the step. The longer of each pair of vectors, times its singular value, is rounded to multiples of `step`,

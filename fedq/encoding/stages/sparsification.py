@@ -110,7 +110,7 @@ class _Masked(EncodingStage):
 
 @dataclass(frozen=True)
 class TopK(_Masked):
-    """Keeps the elements of largest magnitude (Aji and Heafield 2017); the others come back as 0.
+    """Keeps the elements of largest magnitude (Aji and Heafield 2017; Lin 2018); the others come back as 0.
 
     Takes a floating tensor of any shape; gives the k = fraction · n largest, rounded and at least one (shape (k,), same
     dtype, in order), and a mask as a side value. Of equal magnitudes the first in order are kept. No other k elements
@@ -146,7 +146,7 @@ class TopK(_Masked):
 
 @dataclass(frozen=True)
 class Threshold(_Masked):
-    """Keeps the elements whose magnitude is above a threshold (Strom 2015); the others come back as 0.
+    """Keeps the elements of a magnitude above a threshold (after Strom 2015); the others come back as 0.
 
     Takes a floating tensor of any shape; gives the kept elements (shape (k,) with k from 0 to n, same dtype, in order)
     and a mask as a side value. No error is above the threshold. Biased: use it with error feedback.

@@ -25,12 +25,12 @@ class TrellisQuantization(EncodingStage):
     """Rounds to the values of two quantisers, of which one is in use: which one, follows from the symbols before.
 
     Takes a floating tensor of any shape; gives integers from 0 on (int32 of the same shape, no levels), for an entropy
-    coder: ANS, or CABAC(signed=False). Trellis-coded quantisation with an entropy coder (Fischer & Wang 1992, Marcellin
-    1994), the idea of dependent quantisation in VVC and ISO/IEC 15938-17. For the symbols 0, 1, 2, 3, …, one quantiser
-    has the values ¼, −¾, 1¼, −1¾, … in steps, the other their negatives. So no symbol needs a sign, 0 is near 0 in
-    both, and both have the same law: a coder need not know of them. A machine of `states` states, moved on by each
-    symbol and put back every 1,024, tells which is in use. Of all sequences the one with the least error and bits is
-    sent (Viterbi 1967).
+    coder: ANS, or CABAC(signed=False). Trellis-coded quantisation (Marcellin & Fischer 1990) with an entropy coder
+    (Fischer & Wang 1992, Marcellin 1994), the idea of dependent quantisation in VVC and ISO/IEC 15938-17. For the
+    symbols 0, 1, 2, 3, …, one quantiser has the values ¼, −¾, 1¼, −1¾, … in steps, the other their negatives. So no
+    symbol needs a sign, 0 is near 0 in both, and both have the same law: a coder need not know of them. A machine of
+    `states` states, moved on by each symbol and put back every 1,024, tells which is in use. Of all sequences the one
+    with the least error and bits is sent (Viterbi 1967).
 
     step: in units of the tensor's root mean square if `relative` (then the product is a side value), else in its own.
         It makes about as many bits as the same step of StepQuantization.
