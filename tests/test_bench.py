@@ -12,7 +12,8 @@ import torch
 from matplotlib.image import imread
 
 from fedq.bench import SHAPE, encoders, main, measure, real_updates, synthetic
-from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
+from fedq.encoding import Encoder, FixedWidth, Key, Raw, TensorSpec, UniformQuantization
+from fedq.encoding.message import Reader
 
 ROOT = Path(__file__).parents[1]
 N = SHAPE[0] * SHAPE[1]
@@ -49,6 +50,18 @@ def test_errors_are_those_of_the_formula(rounding, share):
     assert result.nmse_of_mean == pytest.approx(result.nmse / (8 if rounding == "stochastic" else 1), rel=0.05)
     assert result.bits == 8 * (8 + math.ceil(63_001 * 6 / 8)) / 63_001
     assert (result.encoder, result.source, result.table_bits) == ("mine", "grid", 0)
+
+
+def test_the_error_is_that_of_the_bytes_counted():
+    encoder = Encoder([UniformQuantization(2)], FixedWidth())
+    x, errors = uniform(1), []
+    for client in range(3):
+        key = Key(0, 1, client)
+        parts, _ = encoder.encode(x, key, {})
+        back = encoder.decode(Reader(memoryview(b"".join(parts))), TensorSpec.of(x), key, {}, torch.device("cpu"))
+        errors.append(float((x - back).double().square().sum() / x.double().square().sum()))
+    assert len(set(errors)) == 3
+    assert measure("", encoder, "", uniform, clients=3).nmse == pytest.approx(sum(errors) / 3, rel=1e-6)
 
 
 def test_a_table_is_told_apart():
