@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,24 +22,31 @@ from fedq.encoding import (
     CABAC,
     QSGD,
     Cast,
+    ClipByValue,
     Elias,
     Encoder,
     FixedWidth,
+    FollowLoss,
     Golomb,
     Huffman,
     Key,
     NaturalCompression,
+    OneBitTwoMeans,
     RandomMask,
     RandomSubspace,
+    ScaledSign,
     StateDictEncoder,
     StepQuantization,
     TernGrad,
+    ThreeLevel,
+    Threshold,
     TopK,
     TrellisQuantization,
     UniformQuantization,
     ZeroRuns,
     schema_of,
 )
+from fedq.encoding.state_dict import flatten
 from fedq.encoding.testing import raw_bytes
 
 FOLDER = Path(__file__).parent / "golden"
@@ -78,6 +86,17 @@ ENCODERS = {
         Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True
     ),
     "huffman": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], Huffman()), 100),
+    # sums of sixteenths are exact
+    "scaled_sign": StateDictEncoder(Encoder([ScaledSign()], FixedWidth()), 100),
+    "two_means": StateDictEncoder(Encoder([OneBitTwoMeans()], FixedWidth()), 100),
+    "threshold": StateDictEncoder(Encoder([Threshold(2.0, relative=False)]), 100),
+    "clipped": StateDictEncoder(Encoder([ClipByValue(1.5)]), 100),
+    "three_level": StateDictEncoder(Encoder([ThreeLevel(1.5)], ZeroRuns()), 100),
+    "joint": StateDictEncoder(Encoder([TopK(0.1)]), 100, {"[dhc]*": Encoder()}, joint=True),
+    "reference": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, reference="initial"),
+    "attached": StateDictEncoder(
+        Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True, pace=FollowLoss(8.0)
+    ),
 }
 
 
@@ -101,22 +120,36 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def arguments(name: str, given: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `encode` and `decode` are given beside tensors, key and schema."""
+    encoder, schema = ENCODERS[name], schema_of(given)
+    if name == "reference":
+        both = {"reference": {key: torch.ones_like(value) for key, value in given.items()}}
+        return both, both
+    if name == "attached":
+        params = encoder.params(schema, encoder.initial_state(schema))
+        more = {"attached": flatten(params), "report": True, "loss": 1.5}
+        return {"params": params} | more, {"attached": schema_of(flatten(params)) | encoder.update_spec(schema)}
+    return {}, {}
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_golden(name: str) -> None:
     encoder, given = ENCODERS[name], tensors()
-    message, _ = encoder.encode(given, KEY)
+    sending, receiving = arguments(name, given)
+    message, _ = encoder.encode(given, KEY, **sending)
     binary, values = FOLDER / f"{name}.bin", FOLDER / f"{name}.json"
     if os.environ.get("FEDQ_WRITE_GOLDEN"):
         FOLDER.mkdir(exist_ok=True)
         binary.write_bytes(message)
-        decoded, _ = encoder.decode(message, KEY, schema_of(given))
+        decoded, _ = encoder.decode(message, KEY, schema_of(given), **receiving)
         lists = {key: value.flatten().tolist() for key, value in decoded.items()}
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in lists.items()]
         values.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     golden = binary.read_bytes()
     assert len(golden) < 4096
     assert message == golden
-    decoded, _ = encoder.decode(golden, KEY, schema_of(given))
+    decoded, _ = encoder.decode(golden, KEY, schema_of(given), **receiving)
     stored = json.loads(values.read_text())
     assert list(decoded) == list(stored)
     for key, tensor in given.items():
