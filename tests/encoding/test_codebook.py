@@ -281,7 +281,7 @@ def test_threads_do_not_matter(normal: Tensor) -> None:
 def test_refusals() -> None:
     half, one = TensorSpec((100,), torch.float16), torch.tensor(1.0)
     for stage in (LloydMax(), KMeans(), Logarithmic(), NormalFloat(), ProductQuantization()):
-        with pytest.raises(ValueError, match=r"takes floating tensors, not torch\.int64"):
+        with pytest.raises(ValueError, match=r"takes floating tensors of 16 to 64 bits, not torch\.int64"):
             stage.side_spec(TensorSpec((5,), torch.int64))
     for bad in (torch.tensor(-1e-9), torch.tensor(70_000.0)):
         with pytest.raises(ValueError, match="scale"):

@@ -127,7 +127,7 @@ def test_extremes_and_threads() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"takes floating tensors, not torch\.int64"):
+    with pytest.raises(ValueError, match=r"takes floating tensors of 16 to 64 bits, not torch\.int64"):
         Eden().side_spec(TensorSpec((5,), torch.int64))
     for bad in (-1e-9, 70_000.0):
         with pytest.raises(ValueError, match="scale"):

@@ -179,7 +179,7 @@ def test_threads_and_refusals() -> None:
     finally:
         torch.set_num_threads(threads)
     for stage in (TernGrad(), ThreeLevel(), QSGD(), NaturalCompression()):
-        with pytest.raises(ValueError, match=r"takes floating tensors, not torch\.int64"):
+        with pytest.raises(ValueError, match=r"takes floating tensors of 16 to 64 bits, not torch\.int64"):
             stage.side_spec(TensorSpec((5,), torch.int64))
     half = TensorSpec((700,), torch.float16)
     for bad in (-1e-9, 70_000.0):

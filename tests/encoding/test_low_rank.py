@@ -287,5 +287,5 @@ def test_refusals(stage: type[PowerSGD] | type[RandomSubspace]) -> None:
     for rank in (0, -3):
         with pytest.raises(ValueError, match=f"rank must be 1 or more, not {rank}"):
             stage(rank)
-    with pytest.raises(ValueError, match=f"{stage.__name__} takes floating tensors, not torch.int64"):
+    with pytest.raises(ValueError, match=f"{stage.__name__} takes floating tensors of 16 to 64 bits, not torch.int64"):
         stage().side_spec(TensorSpec((50, 50), torch.int64))

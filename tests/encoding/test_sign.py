@@ -98,5 +98,5 @@ def test_refusals() -> None:
             with pytest.raises(ValueError, match="scale"):
                 OneBitTwoMeans().encoded_spec(half, side)
     for stage in (ScaledSign(), OneBitTwoMeans()):
-        with pytest.raises(ValueError, match=r"takes floating tensors, not torch\.int64"):
+        with pytest.raises(ValueError, match=r"takes floating tensors of 16 to 64 bits, not torch\.int64"):
             stage.side_spec(TensorSpec((5,), torch.int64))
