@@ -297,6 +297,8 @@ def test_the_frontier_sends_a_hundred_times_fewer_bytes(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["broadcast_ratio"] > 100
     assert summary["upload_ratio"] > 100
+    # at first nothing differs from the weights that follow from the seed
+    assert metrics_of(tmp_path / "run")[0]["broadcast_bits"] < 3 * 8 * 150
 
 
 def test_every_dataset_trains(tmp_path):
