@@ -3,9 +3,9 @@
 python -m fedq.bench                                  all of conf/encoder, its upload chains, on every source
 python -m fedq.bench eden qsgd:levels=2 --sources normal,update
 
-The rate is that of one tensor's payload, tables and side values included: 8 × bytes / elements. The distortion is the
-normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE), of one client and of the mean of several that send the same
-tensor with keys of their own: unbiased schemes gain by the mean, biased ones do not.
+The rate is that of a message of one tensor without its frame, tables and side values included: 8 × bytes / elements.
+The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE), of one client and of the mean of several
+that send the same tensor with keys of their own: unbiased schemes gain by the mean, biased ones do not.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import csv
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -28,8 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fedq.config import build, build_encoder, build_run, explain
-from fedq.encoding import AdaptiveCoder, Encoder, Key, StateDictEncoder, TensorSpec
-from fedq.encoding.message import Reader
+from fedq.encoding import AdaptiveCoder, Key, StateDictEncoder, TensorSpec, schema_of
+from fedq.encoding.message import OVERHEAD
+from fedq.encoding.state_dict import ByTensor
 from fedq.errors import FedqError
 from fedq.train import CONF
 
@@ -101,38 +102,46 @@ def real_updates(rounds: int) -> Draw:
     return draw
 
 
-def measure(name: str, encoder: Encoder, source: str, draw: Draw, clients: int) -> Result:
-    """Sends one tensor from `clients` clients and returns what it cost and what arrived.
+def measure(name: str, encoder: StateDictEncoder, source: str, draw: Draw, clients: int) -> Result:
+    """Sends one tensor from `clients` clients, however small it is, and returns what it cost and what arrived.
 
-    What is adaptive has seen one round of other tensors of the source before.
+    What is adaptive has seen one round of another tensor of the source before; a pace eight, to reach its budget.
     """
-    chain, spec = StateDictEncoder(rules={"x": encoder}), TensorSpec.of(draw(0))
-    schema, state = {"x": spec}, chain.initial_state({"x": spec})
-    if state:
-        params = chain.params(schema, state)
-        key = Key(0, 0, 0)
-        message, _ = chain.encode({"x": draw(0)}, key, params, report=True)
-        _, reports = chain.decode(message, key, schema, params, chain.update_spec(schema))
-        state = chain.update_state(schema, state, chain.report(schema, reports))
-    own = chain.params(schema, state).get("x", {})
-    x, mean, size, table = draw(1), torch.zeros(spec.shape, dtype=torch.float64), 0, 0
-    errors, encode, decode = [], [], []
+    direction = replace(encoder, threshold=0, rules={}, reference="none", error_feedback=False)
+    schema = {"x": TensorSpec.of(draw(0))}
+    state = direction.initial_state(schema)
+    for warming in range((8 if direction.pace else 1) if state else 0):
+        params, key = direction.params(schema, state), Key(0, 0, warming)
+        message, _ = direction.encode({"x": draw(0)}, key, params, report=True, loss=1.0)
+        _, reports = direction.decode(message, key, schema, params, direction.update_spec(schema))
+        state = direction.update_state(schema, state, direction.report(schema, reports))
+    params, x = direction.params(schema, state), draw(1)
+    mean, size, errors, encode, decode = torch.zeros(x.shape, dtype=torch.float64), 0, [], [], []
     for client in range(clients):
         key = Key(0, 1, client)
         started = perf_counter()
-        parts, _ = encoder.encode(x, key, own)
+        message, _ = direction.encode({"x": x}, key, params, loss=1.0)
         encode.append(perf_counter() - started)
-        payload = b"".join(parts)
         started = perf_counter()
-        received = encoder.decode(Reader(memoryview(payload)), spec, key, own, torch.device("cpu"))
+        received, _ = direction.decode(message, key, schema, params)
         decode.append(perf_counter() - started)
-        size += len(payload)
-        table += 0 if isinstance(encoder.coder, AdaptiveCoder) else encoder.coder.model_size(memoryview(parts[-1]))
-        errors.append(_nmse(x, received))
-        mean += received / clients
-    rate = 8 / (spec.numel * clients)
+        size += len(message) - OVERHEAD
+        errors.append(_nmse(x, received["x"]))
+        mean += received["x"] / clients
+    rate = 8 / (x.numel() * clients)
     milliseconds = [1000 * min(times) for times in (encode, decode)]
-    return Result(name, source, size * rate, table * rate, sum(errors) / clients, _nmse(x, mean), *milliseconds)
+    table = 8 / x.numel() * _table(direction, x, params)
+    return Result(name, source, size * rate, table, sum(errors) / clients, _nmse(x, mean), *milliseconds)
+
+
+def _table(direction: StateDictEncoder, x: Tensor, params: ByTensor) -> int:
+    """Returns how many bytes the coder's table takes in a message of `x`."""
+    ((name, (_, chain)),) = direction.chains(schema_of({"x": x})).items()
+    if isinstance(chain.coder, AdaptiveCoder):
+        return 0
+    scaled = x / x.square().mean().sqrt() if direction.common_scale else x
+    parts, _ = chain.encode(scaled, Key(0, 1, 0).fold(name), params.get(name, {}))
+    return chain.coder.model_size(memoryview(parts[-1]))
 
 
 def _nmse(x: Tensor, received: Tensor) -> float:
@@ -140,14 +149,14 @@ def _nmse(x: Tensor, received: Tensor) -> float:
     return float((wide - received.double()).square().sum() / wide.square().sum())
 
 
-def encoders(choices: list[str], own: Path | None = None) -> dict[str, Encoder]:
-    """Returns the upload chains of the encoders asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
+def encoders(choices: list[str], own: Path | None = None) -> dict[str, StateDictEncoder]:
+    """Returns the uploads' encoders of the encoders asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
 
     All but those that only set another's knobs, as uint8 does uniform's.
     `own` is a folder like conf/ with more of them. One with a knob `bits` that is not set gives a chain for each of
     BITS that it takes. Raises FedqError.
     """
-    chains: dict[str, Encoder] = {}
+    chains: dict[str, StateDictEncoder] = {}
     search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
     files = sorted((CONF / "encoder").glob("*.yaml"))
     every = [path.stem for path in files if "defaults" not in OmegaConf.load(path)]
@@ -157,12 +166,12 @@ def encoders(choices: list[str], own: Path | None = None) -> dict[str, Encoder]:
             overrides = [f"encoder.{override}" for override in given.split(",") if override]
             cfg = compose("config", [*search, f"encoder={name}", *overrides])
             if given or "bits" not in cfg.encoder:
-                chains[choice] = build_encoder(cfg, "upload").encoder
+                chains[choice] = build_encoder(cfg, "upload")
                 continue
             for bits in BITS:
                 OmegaConf.update(cfg, "encoder.bits", bits)
                 with suppress(FedqError):  # too few or too many for this one
-                    chains[f"{name}:bits={bits}"] = build_encoder(cfg, "upload").encoder
+                    chains[f"{name}:bits={bits}"] = build_encoder(cfg, "upload")
     return chains
 
 

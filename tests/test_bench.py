@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 
 from fedq.bench import SHAPE, encoders, main, measure, real_updates, synthetic
-from fedq.encoding import Encoder, FixedWidth, Key, Raw, TensorSpec, UniformQuantization
+from fedq.encoding import Encoder, FixedWidth, Key, Raw, StateDictEncoder, TensorSpec, UniformQuantization
 from fedq.encoding.message import Reader
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +41,13 @@ def uniform(i):
     return torch.linspace(0, 1, 63_001).roll(i)
 
 
+def sent_by(stage):
+    return StateDictEncoder(Encoder([stage], FixedWidth()))
+
+
 @pytest.mark.parametrize(("rounding", "share"), [("nearest", 12), ("stochastic", 6)])
 def test_errors_are_those_of_the_formula(rounding, share):
-    result = measure("mine", Encoder([UniformQuantization(6, rounding)], FixedWidth()), "grid", uniform, clients=8)
+    result = measure("mine", sent_by(UniformQuantization(6, rounding)), "grid", uniform, clients=8)
     power = float(uniform(1).double().square().mean())
     assert result.nmse == pytest.approx(1 / 63**2 / share / power, rel=0.02)
     # the clients' errors are independent where the rounding is random, and the same where it is not
@@ -57,11 +61,14 @@ def test_the_error_is_that_of_the_bytes_counted():
     x, errors = uniform(1), []
     for client in range(3):
         key = Key(0, 1, client)
+        key = key.fold("x")
         parts, _ = encoder.encode(x, key, {})
         back = encoder.decode(Reader(memoryview(b"".join(parts))), TensorSpec.of(x), key, {}, torch.device("cpu"))
         errors.append(float((x - back).double().square().sum() / x.double().square().sum()))
     assert len(set(errors)) == 3
-    assert measure("", encoder, "", uniform, clients=3).nmse == pytest.approx(sum(errors) / 3, rel=1e-6)
+    assert measure("", StateDictEncoder(encoder), "", uniform, clients=3).nmse == pytest.approx(
+        sum(errors) / 3, rel=1e-6
+    )
 
 
 def test_a_table_is_told_apart():
@@ -69,8 +76,26 @@ def test_a_table_is_told_apart():
         def model_size(self, data):
             return len(data) // 4
 
-    result = measure("mine", Encoder([], WithTable()), "grid", uniform, clients=1)
+    result = measure("mine", StateDictEncoder(Encoder([], WithTable())), "grid", uniform, clients=1)
     assert (result.bits, result.table_bits, result.nmse) == (32, pytest.approx(8, rel=1e-4), 0)
+
+
+def low_rank(scale):
+    def draw(i):
+        numbers = Key(i).fold("low rank").generator()
+        factors = numbers.standard_normal((256, 4)), numbers.standard_normal((4, 256))
+        return scale * torch.from_numpy((factors[0] @ factors[1] / 2).astype(np.float32))
+
+    return draw
+
+
+def test_what_is_measured_is_the_encoder_and_not_its_chain_alone():
+    (frontier,) = encoders(["frontier:threshold=1"]).values()
+    large, small = (measure("frontier", frontier, "", low_rank(scale), clients=1) for scale in (1, 2**-9))
+    assert large.nmse == pytest.approx(small.nmse, rel=1e-3)  # steps are relative to the message's scale
+    assert large.nmse < 0.1
+    (budget,) = encoders(["bit_budget:bits=0.5"]).values()
+    assert measure("bit_budget", budget, "", synthetic("normal"), clients=1).bits == pytest.approx(0.5, rel=0.1)
 
 
 def test_every_option_is_there_with_its_bits():
@@ -78,10 +103,10 @@ def test_every_option_is_there_with_its_bits():
     names = {path.stem for path in Path(ROOT, "conf", "encoder").glob("*.yaml")}
     # these have another's chains
     assert {label.partition(":")[0] for label in chains} == names - {"uint8", "bit_budget", "follow_loss"}
-    assert chains["uniform:bits=3"] == Encoder([UniformQuantization(3)], FixedWidth())
-    assert chains["float32"] == Encoder()
+    assert chains["uniform:bits=3"] == sent_by(UniformQuantization(3))
+    assert chains["float32"].encoder == Encoder()
     (label,) = chosen = encoders(["uniform:upload.bits=5,upload.rounding=nearest"])
-    assert chosen[label].stages == (UniformQuantization(5, "nearest"),)
+    assert chosen[label].encoder.stages == (UniformQuantization(5, "nearest"),)
 
 
 def test_updates_are_clients_of_a_trained_model():
@@ -157,4 +182,4 @@ def test_encoders_of_ones_own_are_measured(tmp_path):
     (tmp_path / "encoder").mkdir()
     text = (ROOT / "conf" / "encoder" / "uniform.yaml").read_text()
     (tmp_path / "encoder" / "mine.yaml").write_text(text.replace("bits: 8", "bits: 3"))
-    assert encoders(["mine:threshold=5"], tmp_path)["mine:threshold=5"].stages[0].bits == 3
+    assert encoders(["mine:threshold=5"], tmp_path)["mine:threshold=5"].encoder.stages[0].bits == 3
