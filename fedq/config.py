@@ -216,8 +216,11 @@ _NEUTRAL = tuple(
 )
 """The keys that may differ between a run and its continuation: they change no round's outcome."""
 
-_AHEAD = ("run.min_clients", "run.repeats")
-"""Those that change no outcome of the rounds that were done, as each had enough clients, but of those to come."""
+_AHEAD = ("run.min_clients", "run.repeats", "dataset.path")
+"""Those that change no outcome of the rounds that were done, as each had enough clients, but of those to come.
+
+A dataset's folder may be moved.
+"""
 
 
 _IMPLIED: dict[str, Any] = {
@@ -290,8 +293,10 @@ def _check_targets(cfg: DictConfig, path: str) -> None:
         if "_target_" in node:
             try:
                 target = pkgutil.resolve_name(node["_target_"])
-            except (ImportError, AttributeError, ValueError) as error:
+            except (ImportError, AttributeError, ValueError, TypeError) as error:
                 raise ConfigError(f"{path}._target_: {node['_target_']!r} cannot be imported: {error}") from error
+            if not callable(target):
+                raise ConfigError(f"{path}._target_: {node['_target_']!r} is no class or function")
             _check_arguments(cfg, path, target)
         children = [(f"{path}.{key}", value) for key, value in node.items()]
     else:
@@ -410,8 +415,8 @@ def _call(path: str, function: Any) -> Any:
     """Calls a constructor; what it refuses becomes a ConfigError that names the group."""
     try:
         return function()
-    except (HydraException, TypeError, ValueError, LookupError) as error:
+    except (HydraException, TypeError, ValueError, LookupError, OverflowError) as error:
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-        if isinstance(cause, TypeError | ValueError | LookupError):
+        if isinstance(cause, TypeError | ValueError | LookupError | OverflowError):
             raise ConfigError(f"{path}: {cause}") from error
         raise cause from error

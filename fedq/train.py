@@ -34,6 +34,7 @@ from fedq.config import (
 )
 from fedq.errors import FedqError
 from fedq.files import written_whole
+from fedq.simulation.stopping import Interrupted, Stopping
 from fedq.simulation.sweep import objective
 from fedq.tracking.console import ConsoleProgress
 from fedq.tracking.metrics import MetricsFile
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from fedq.simulation.loop import Clients
     from fedq.simulation.ranks import Ranks
     from fedq.simulation.residuals import Residuals
-    from fedq.simulation.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,6 @@ def main() -> None:
 def rank() -> None:
     """Runs the command line as one of the processes that torchrun starts."""
     from fedq.simulation.ranks import Ranks, launched_at
-    from fedq.simulation.stopping import Stopping
 
     try:
         with Ranks(Stopping()) as ranks:
@@ -116,8 +115,6 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
 
     A job that fails says so, and does not end the sweep it may be part of.
     """
-    from fedq.simulation.stopping import Interrupted, Stopping
-
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         if earlier := finished(cfg, folder):
@@ -154,7 +151,7 @@ def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | Non
 
     It is in `folder` or, of a search, which may draw the same choice again, in the folder of another job.
     """
-    run = plain(cfg, "run")
+    run = plain(cfg, "run") or {}  # nothing is checked yet
     resume = str(run.get("resume"))
     if resume == "never" or (resume != "auto" and Path(resume).resolve().is_relative_to(folder.resolve())):
         return None
@@ -176,7 +173,7 @@ def train(
     folder: Path,
     metrics_file: MetricsFile,
     summary: Summary,
-    stopping: "Stopping",
+    stopping: Stopping,
     ranks: "Ranks | None" = None,
 ) -> None:
     """Trains as a composed configuration says; all that comes of it goes to the run's `folder`.
@@ -185,7 +182,7 @@ def train(
     """
     check(cfg)
     # torch takes seconds to load: a typo in `run` is told before
-    from fedq.encoding import Key, StateDictEncoder
+    from fedq.encoding import Key, StateDictEncoder, schema_of
     from fedq.simulation import checkpoint
     from fedq.simulation.loop import rounds
     from fedq.simulation.residuals import Residuals
@@ -221,6 +218,8 @@ def train(
         log.info("run %s of %d rounds in %s", name, run.rounds, folder)
         done, shown = [], 0
         if earlier:
+            if schema_of(earlier[0].weights) != schema_of(state.weights):
+                raise ConfigError(f"{earlier[1]}: its checkpoint is of another model: this one has other tensors")
             state, its_folder = earlier
             log.info("going on after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
@@ -229,7 +228,7 @@ def train(
         summary.start(config, 8 * len(exact_message))
         keep_configuration(cfg, folder)
         tensorboard = TensorBoard(folder, name, _hparams(cfg), shown if earlier else None)
-        stack.enter_context(closing(tensorboard))
+        stack.enter_context(tensorboard)
         for metrics in done:
             summary.write(metrics)
         for metrics in done[shown:]:
@@ -277,9 +276,10 @@ def keep_configuration(cfg: DictConfig, folder: Path) -> None:
 
 def serve(ranks: "Ranks") -> None:
     """Does this process's part of what rank 0 runs."""
+    from fedq.simulation.ranks import RankLost
     from fedq.simulation.residuals import Residuals
 
-    refused: ConfigError | None = None
+    refused: FedqError | None = None
     with ExitStack() as stack:
         for order, message in ranks.listen():
             if "job" in order:
@@ -290,7 +290,9 @@ def serve(ranks: "Ranks") -> None:
                     residuals = Residuals.joined(its_folder, mark, build_run(cfg).seed)
                 try:
                     (process, _, clients), refused = assemble(cfg, ranks.stopping, stack, residuals), None
-                except ConfigError as error:  # if rank 0 finds the same, it says so and goes on to a sweep's next job
+                except RankLost:
+                    raise
+                except FedqError as error:  # if rank 0 finds the same, it says so and goes on to a sweep's next job
                     refused = error
             elif refused:
                 raise refused
@@ -299,7 +301,7 @@ def serve(ranks: "Ranks") -> None:
 
 
 def assemble(
-    cfg: DictConfig, stopping: "Stopping", stack: ExitStack, residuals: "Residuals | None" = None
+    cfg: DictConfig, stopping: Stopping, stack: ExitStack, residuals: "Residuals | None" = None
 ) -> tuple["FederatedAveraging", "FederatedDataset", "Clients"]:
     """Returns what a checked configuration describes; `stack` ends its threads, `residuals` are the clients'.
 

@@ -59,6 +59,9 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("server.lr=high", "server.lr: 'high' is not allowed; it must be a number"),
         ("+dataset.paht=x", "dataset.paht is not a key; allowed here: clients, alpha, background, seed"),
         ("dataset._target_=no.such.Class", "dataset._target_: 'no.such.Class' cannot be imported"),
+        ("dataset._target_=fedq.data.emnist", "dataset._target_: 'fedq.data.emnist' is no class or function"),
+        ("encoder.upload.coder._target_=8", "encoder.upload.coder._target_: 8 cannot be imported"),
+        ("~run", "run: None is not allowed; it must be keys and values"),
         ("run.rounds=1.5", "run.rounds: 1.5 is not allowed; it must be an integer"),
         ("run.rounds=0", "run: rounds must be 1 or more, not 0"),
         ("run.seed=-1", "run: seed must be from 0"),
@@ -94,6 +97,7 @@ def test_what_is_wrong_is_told_in_one_line(override, message):
         ("client.batch_size=0", "client", "client: batch_size must be 1 or more, not 0"),
         ("client.momentum=1", "client", "client: momentum must be from 0 to below 1, not 1"),
         ("dataset.alpha=-1", "dataset", "dataset: alpha must be"),
+        ("dataset.clients=100000000000000000000", "dataset", "dataset: "),
     ],
 )
 def test_what_a_constructor_refuses_names_the_group(override, group, message):

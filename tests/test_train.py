@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import sleep
@@ -328,12 +328,25 @@ def test_curves_that_begin_again_are_forgotten(tmp_path):
     """A run that ended before its second checkpoint goes on from round 0, into the same folder."""
     for going_on, losses in ((None, [3.0, 2.0]), (0, [1.0])):
         board = TensorBoard(tmp_path, "run", {}, going_on)
-        for number, loss in enumerate(losses):
-            board.write({"round": number, "train/loss": loss})
-        board.close()
+        with board:
+            for number, loss in enumerate(losses):
+                board.write({"round": number, "train/loss": loss})
         sleep(1.1)  # a file's name has the second
     curve = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in curve] == [(0, 1.0)]
+
+
+def test_only_a_run_that_ended_well_is_called_a_success(tmp_path):
+    for name in ("well", "badly"):
+        with suppress(OSError), TensorBoard(tmp_path, name, {"client.lr": 0.1}) as board:
+            board.write({"round": 0, "train/loss": 1.0})
+            if name == "badly":
+                raise OSError("the disk is gone")
+    ended = [
+        "_hparams_/session_end_info" in EventAccumulator(str(tmp_path / name)).Reload().summary_metadata
+        for name in ("well", "badly")
+    ]
+    assert ended == [True, False]
 
 
 def test_help_names_the_groups_and_three_commands(tmp_path):
@@ -529,7 +542,9 @@ def test_a_sweep_tells_of_jobs_in_folders_of_any_depth(tmp_path):
 
 
 def test_a_job_that_is_refused_does_not_end_a_sweep_of_ranks(tmp_path):
-    command = ("-m", *SMALL, "run.clients_per_round=1000,3", f"hydra.sweep.dir={tmp_path}/sweep")
+    # what a class refuses, then what does not go together, then a run
+    structured = ("client=structured,sgd", "run.clients_per_round=1000,3", "client.lr=0.1")
+    command = ("-m", *SMALL, *structured, f"hydra.sweep.dir={tmp_path}/sweep")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fedq.train", *command],
         cwd=tmp_path,
@@ -539,5 +554,6 @@ def test_a_job_that_is_refused_does_not_end_a_sweep_of_ranks(tmp_path):
     )
     assert done.returncode != 0
     assert done.stderr.count("run.clients_per_round: 1000 is more than") >= 1
-    summary = json.loads((tmp_path / "sweep" / "1" / "summary.json").read_text())
-    assert summary["status"] == "completed"
+    assert done.stderr.count("client.structured: the upload of") >= 1
+    summaries = [json.loads((tmp_path / "sweep" / str(job) / "summary.json").read_text()) for job in range(4)]
+    assert [summary["status"] for summary in summaries] == ["failed", "failed", "failed", "completed"]

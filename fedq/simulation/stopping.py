@@ -5,11 +5,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from fedq.learning.evaluation import Map
 
 log = logging.getLogger(__name__)
-
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,7 +39,7 @@ class Stopping:
         if self._reason:
             raise self._reason
 
-    def map(self, map: Map) -> Map:
+    def map(self, map: "Map") -> "Map":
         """Returns `map` with a check before each result."""
 
         def stoppable(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -36,7 +36,11 @@ class TensorBoard:
             if tag in TUTORIAL:
                 self._writer.add_scalar(TUTORIAL[tag], value, step)
 
-    def close(self) -> None:
-        """Marks the run as ended and closes the file."""
-        self._writer._get_file_writer().add_summary(self._end)
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Marks the run as ended in success, if it did, and closes the file; TensorBoard never takes back an end."""
+        if kind is None:
+            self._writer._get_file_writer().add_summary(self._end)
         self._writer.close()
