@@ -5,7 +5,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 
@@ -58,7 +58,13 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
                 raise zipfile.BadZipFile(f"{damaged} fails its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
-        return ServerState(**content), config
+        state = ServerState(**content)
+        if not isinstance(config, dict):
+            raise TypeError("config is of another type")
+        for field in fields(state):
+            if not isinstance(getattr(state, field.name), get_origin(field.type) or field.type):  # type: ignore[arg-type]
+                raise TypeError(f"{field.name} is of another type")
+        return state, config
     except (AttributeError, LookupError, TypeError) as error:  # a file of torch's, but of other things
         raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
     except Exception as error:  # whatever zipfile and torch raise for bytes that are none of theirs

@@ -56,7 +56,7 @@ def test_no_field_of_a_state_is_left_out(tmp_path):
     }
     names = [field.name for field in dataclasses.fields(ServerState)]
     numbers = {name: 10 + i for i, name in enumerate(names) if name not in values}
-    state = ServerState(**values, **numbers)
+    state = ServerState(**values, **numbers | {"norm": 0.5})
     loaded, _ = checkpoint.load(checkpoint.save(state, CONFIG, tmp_path, 1))
     for name in names:
         found, kept = getattr(loaded, name), getattr(state, name)
@@ -112,6 +112,22 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: .*[Ww]eights.only"):
         checkpoint.load(tmp_path / "round_000001.pt")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"round": "3"}, {"optimizer": 5}, {"weights": [1]}, {"holders": []}, {"norm": None}, {"config": 7}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_of_another_type_is_not_a_checkpoint(change, tmp_path):
+    whole = {field.name: getattr(some_states()[0], field.name) for field in dataclasses.fields(ServerState)} | {
+        "config": CONFIG
+    }
+    torch.save(whole, tmp_path / "round_000001.pt")
+    assert checkpoint.load(tmp_path / "round_000001.pt")[1] == CONFIG
+    torch.save(whole | change, tmp_path / "round_000001.pt")
+    with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: it is not one of this program's"):
+        checkpoint.load(tmp_path / "round_000001.pt")
 
 
 def some_states() -> list[ServerState]:
