@@ -78,7 +78,7 @@ def send(encoder: StateDictEncoder, tensors: dict[str, Tensor], device: str) -> 
     message, reports = encoder.encode(on(device, tensors), KEY, params, report=True)
     assert {report.device.type for report in flatten(reports).values()} <= {"cpu"}
     partly, _ = encoder.decode(message, KEY, schema, params, encoder.update_spec(schema), device, partly=True)
-    decoded = encoder.finish(partly, KEY, schema, params, device)
+    decoded = encoder.finish(partly, KEY, schema, params)
     assert {tensor.device.type for tensor in (partly | decoded).values()} == {device}
     assert schema_of(decoded) == schema
     return message, decoded

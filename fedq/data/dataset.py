@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class Examples(NamedTuple):
-    """Images and their labels.
+    """What a model takes, and the classes that it is to tell.
 
-    x: float32, shape (N, 1, 28, 28), values in [0, 1]. y: int64, shape (N,), the class of each image.
+    x: shape (N, …), of any dtype that the model takes; images are float32, (N, 1, 28, 28), values in [0, 1]. y: int64,
+    shape (N,), the class of each.
     """
 
     x: Tensor
@@ -21,7 +22,8 @@ class Examples(NamedTuple):
 class Client:
     """One client: its number in the population, and how to read its examples when it is sampled.
 
-    The number names the client's random draws. `load` may be called from any worker thread. `examples`, the number of
+    The number names the client's random draws. `load` may be called from any worker thread; it
+    gives the same each time, and what OSError and FedqError it raises ends the run. `examples`, the number of
     its examples, is for sharing out the work; 0 where that is not known without reading.
     """
 

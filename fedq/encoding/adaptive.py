@@ -45,7 +45,7 @@ class Adaptive(ABC):
 
     @abstractmethod
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
-        """Returns the next round's state. Not called in a round that has no reports."""
+        """Returns the next round's state, after each that is done; without reports `aggregated` is empty."""
 
     def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
         """Returns what `encode` reports, in this order."""

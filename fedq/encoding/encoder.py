@@ -89,10 +89,11 @@ class Encoder:
         """
         specs: list[TensorSpec] = []
         for stage in self.stages:
-            if not stage.commutes_with_sum:
+            # only then can the stage be asked what it makes of it
+            if not (stage.commutes_with_sum and spec.dtype.is_floating_point and spec.dtype.itemsize >= 4):
                 break
             encoded = stage.encoded_spec(spec, {})
-            if not (encoded.dtype.is_floating_point and 4 <= spec.dtype.itemsize <= encoded.dtype.itemsize):
+            if not (encoded.dtype.is_floating_point and encoded.dtype.itemsize >= spec.dtype.itemsize):
                 break
             specs.append(spec)
             spec = encoded

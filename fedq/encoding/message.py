@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from fedq.errors import FedqError
 from fedq.keys import Key
 
-VERSION = 3
+VERSION = 4
 OVERHEAD = 48
 """Bytes of a message that are not body."""
 
@@ -73,7 +73,7 @@ def unpack(message: bytes, fingerprint: bytes, key: Key) -> "Reader":
     if found != fingerprint:
         raise MessageError(
             f"the message has schema {found.hex()}, expected {fingerprint.hex()}: "
-            "the two sides differ in model, encoder or version"
+            "the two sides differ in model, encoder, reference or version"
         )
     if (seed, round_, client) != (key.seed, key.round, key.client):
         raise MessageError(

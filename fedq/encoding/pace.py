@@ -111,5 +111,6 @@ class FollowLoss(Pace):
         average = reported if math.isinf(newest) else self.memory * newest + (1 - self.memory) * reported
         losses: Tensor = torch.cat((before[1:], torch.tensor([average])))
         if average >= float(losses[0]) and factor > 1:
-            return {"factor": torch.tensor(max(1.0, factor / 2)), "losses": torch.full_like(losses, math.inf)}
+            losses[:-1] = math.inf
+            return {"factor": torch.tensor(max(1.0, factor / 2)), "losses": losses}
         return {"factor": state["factor"], "losses": losses}

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,6 +37,7 @@ PACE = "*pace"
 """The name under which the state of a direction's pace stands among those of tensors."""
 
 _SCALAR = TensorSpec((), torch.float32)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class EncodeError(FedqError, ValueError):
@@ -66,6 +68,11 @@ def unflatten(flat: Tensors) -> ByTensor:
         name, stage, key = path.rsplit("/", 2)
         result.setdefault(name, {}).setdefault(int(stage), {})[key] = value
     return result
+
+
+def compensated(tensors: Tensors, residual: Tensors) -> dict[str, Tensor]:
+    """Returns the tensors to encode: with the residual of the message before, which is empty before the first."""
+    return {name: value + residual[name] if name in residual else value for name, value in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -190,14 +197,15 @@ class StateDictEncoder:
         which gave the tensors, for a pace that follows it. Raises EncodeError, naming the tensor, for NaN and infinity,
         which are never sent, and for what a stage does not take.
         """
-        if self.pace and PACE not in (params or {}):
-            raise TypeError("an encoder with a pace must be given its params: params=")
-        schema, payloads, params = schema_of(tensors), [], params or {}
+        schema, payloads = schema_of(tensors), []
+        if self._adaptive(schema) and (params is None or (self.pace and PACE not in params)):
+            raise TypeError("an encoder that follows the rounds must be given its params: params=")
+        params = params or {}
         updates: dict[str, ByPlace] = {}
         chains = self.chains(schema)
         tensors = {name: _finite(name, tensor.detach()) for name, tensor in tensors.items()}
-        staged = self._staged(schema)
-        for name, other in self._references(reference, schema).items():
+        staged, references = self._staged(schema), self._references(reference, schema)
+        for name, other in references.items():
             tensors[name] = _finite(name, tensors[name] - other)
         scale = []
         if self.common_scale:
@@ -228,7 +236,7 @@ class StateDictEncoder:
         exact = Encoder()
         parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
         parts += [part for tensor in scale for part in exact.encode(tensor, key, {})[0]]
-        return frame.pack(parts + payloads, self._fingerprint(schema, schema_of(front)), key), updates
+        return frame.pack(parts + payloads, self._fingerprint(schema, schema_of(front), references), key), updates
 
     def decode(
         self,
@@ -250,7 +258,8 @@ class StateDictEncoder:
         """
         if partly and self.reference != "none":
             raise TypeError(f"a sum of differences from reference={self.reference!r} is not a sum of tensors")
-        reader = frame.unpack(message, self._fingerprint(schema, attached or {}), key)
+        references = self._references(reference, schema)
+        reader = frame.unpack(message, self._fingerprint(schema, attached or {}, references), key)
         front, tensors, what = {}, {}, ""
         try:
             for name, spec in (attached or {}).items():
@@ -277,7 +286,7 @@ class StateDictEncoder:
             reader.close()
             if not partly:
                 tensors = self._split(tensors, schema)
-                for name, other in self._references(reference, schema).items():
+                for name, other in references.items():
                     what = f"tensor {name!r}"
                     tensors[name] = cut_off(tensors[name] + other, other.dtype)
         except ValueError as error:
@@ -295,14 +304,7 @@ class StateDictEncoder:
         )
         return summed_first or bool(self._joined(schema)) or self.reference != "none"
 
-    def finish(
-        self,
-        total: Tensors,
-        key: Key,
-        schema: Schema,
-        params: ByTensor | None = None,
-        device: torch.device | str = "cpu",
-    ) -> dict[str, Tensor]:
+    def finish(self, total: Tensors, key: Key, schema: Schema, params: ByTensor | None = None) -> dict[str, Tensor]:
         """Returns the state_dict of `schema` from a sum, weighted or not, of what `decode` gives `partly`.
 
         `key` is the round's, with any client. What has no stage left to decode is handed through, in whatever dtype it
@@ -312,7 +314,7 @@ class StateDictEncoder:
         tensors, name = {}, ""
         try:
             for name, (spec, encoder) in self.chains(schema).items():
-                own_params, tensor = (params or {}).get(name, {}), total[name].to(device)
+                own_params, tensor = (params or {}).get(name, {}), total[name]
                 if self.common_scale:
                     tensors[name] = finite(tensor)
                 else:
@@ -320,10 +322,6 @@ class StateDictEncoder:
         except ValueError as error:
             raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
         return self._split(tensors, schema)
-
-    def compensated(self, tensors: Tensors, residual: Tensors) -> dict[str, Tensor]:
-        """Returns the tensors to encode: with the residual of the message before, which is empty before the first."""
-        return {name: value + residual[name] if name in residual else value for name, value in tensors.items()}
 
     def residual(self, tensors: Tensors, decoded: Tensors) -> dict[str, Tensor]:
         """Returns what the message of `tensors` did not tell; empty without error feedback."""
@@ -364,11 +362,10 @@ class StateDictEncoder:
             return {}
         if reference is None:
             raise TypeError(f"a state_dict must be given for reference={self.reference!r}")
-        others = {name: reference.get(name) for name in self._staged(schema)}
-        found = {name: other for name, other in others.items() if other is not None}
-        if any(name not in found or TensorSpec.of(found[name]) != schema[name] for name in others):
+        staged = self._staged(schema)
+        if any(name not in reference or TensorSpec.of(reference[name]) != schema[name] for name in staged):
             raise TypeError(f"the reference={self.reference!r} has other names, shapes or dtypes than the state_dict")
-        return found
+        return {name: reference[name] for name in staged}
 
     def _joined(self, schema: Schema) -> dict[str, TensorSpec]:
         """Returns the names of the tensors that are encoded as one vector, each with that vector's spec."""
@@ -402,15 +399,21 @@ class StateDictEncoder:
             for update, value in part.update_spec(specs.get(name, _SCALAR)).items()
         }
 
-    def _fingerprint(self, schema: Schema, attached: Schema) -> bytes:
-        """Hashes all that both sides must agree on before they can read each other's messages."""
+    def _fingerprint(self, schema: Schema, attached: Schema, references: Tensors) -> bytes:
+        """Hashes all that both sides must agree on before they can read each other's messages.
+
+        Of the tensors that differences are from, that is the sum of their elements' bits, as integers.
+        """
         both = tuple(schema.items()), tuple(attached.items())
         if both not in self._fingerprints:  # to describe them takes longer than to encode a small message
             agreed: list[Any] = [list(schema.items()), list(self.chains(schema).items()), list(attached.items())]
             if self.reference != "none" or self.common_scale:
                 agreed += [self.reference, self.common_scale]
             self._fingerprints[both] = hashlib.blake2b(described(agreed).encode(), digest_size=8).digest()
-        return self._fingerprints[both]
+        if not references:
+            return self._fingerprints[both]
+        sums = [int(other.view(_INTEGERS[other.dtype.itemsize]).sum()) for other in references.values()]
+        return hashlib.blake2b(self._fingerprints[both] + struct.pack(f"<{len(sums)}q", *sums), digest_size=8).digest()
 
 
 def _is_staged(spec: TensorSpec, encoder: Encoder) -> bool:

@@ -1,8 +1,9 @@
 """What a client does: local training."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class LocalTraining:
         loss_sum, correct, seen = 0.0, 0, 0
         orders = key.fold("shuffle")
         order = orders.fold("0").permutation(len(examples.y))[: self.max_examples]
-        chosen, before = np.sort(order), drawn(device)
+        chosen, before = np.sort(order), generators(device)
         for epoch in range(self.epochs):
             if epoch:
                 order = chosen[orders.fold(str(epoch)).permutation(len(chosen))]
@@ -93,7 +94,7 @@ class LocalTraining:
                 model.zero_grad()
                 # bfloat16 has float32's range: no gradient vanishes, and none needs scaling
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = model(batch_x).to(batch_x.dtype)
+                    logits = wide(model(batch_x))
                 loss = F.cross_entropy(logits, batch_y)
                 torch.autograd.backward(loss)
                 gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -126,19 +127,33 @@ class LocalTraining:
             torch._foreach_add_([parameters[n] for n in gradients], [steps[n] for n in gradients], alpha=-self.lr)
 
 
-def check_nothing_drawn(before: Tensor, device: torch.device) -> None:
-    """Raises FedqError where torch's generator is not as `drawn` found it."""
-    if not torch.equal(before, drawn(device)):
+def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None:
+    """Raises FedqError where a generator that all threads share is not as `generators` found it."""
+    after = generators(device)
+    if drawn := [name for name in before if before[name] != after[name]]:
         raise FedqError(
             "the model draws random numbers while it trains, as nn.Dropout does, or the dataset while it is read, from "
-            "torch's generator, which all threads share: no key governs them, and no run could be repeated; take such "
-            "layers out"
+            f"{drawn[0]}'s generator, which all threads share: no key governs them, and no run could be repeated; take "
+            "such layers out, and seed what a dataset draws with"
         )
 
 
-def drawn(device: torch.device) -> Tensor:
-    """Returns the state of torch's generator, which changes where something is drawn."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def generators(device: torch.device) -> dict[str, Any]:
+    """Returns the states of the generators that all threads share, which change where something is drawn."""
+    of_numpy: Any = np.random.get_state(legacy=False)
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": (of_numpy["state"]["key"].tobytes(), of_numpy["state"]["pos"], of_numpy["has_gauss"]),
+        "Python": random.getstate(),
+    }
+    if device.type == "cuda":
+        states["torch.cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return states
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Returns logits in float32, in which a loss is taken, float64 as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def channels_last(model: nn.Module) -> nn.Module:

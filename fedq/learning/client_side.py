@@ -11,14 +11,14 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from fedq.data import Client
+from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, schema_of
 from fedq.encoding.encoder import is_finite
 from fedq.encoding.spec import Tensors
-from fedq.encoding.state_dict import ByTensor, flatten, unflatten
+from fedq.encoding.state_dict import ByTensor, compensated, flatten, unflatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
-from fedq.learning.client import LocalTraining, Precision, check_nothing_drawn, drawn, update_of
+from fedq.learning.client import LocalTraining, Precision, check_nothing_drawn, generators, update_of
 from fedq.learning.dropout import SubModels, Units
 from fedq.learning.evaluation import Map
 from fedq.learning.failures import ClientFailure
@@ -63,7 +63,7 @@ class ClientSide:
         self._client_model = self.parts.model(self.model) if self.parts else self.model
         # messages to and from clients are of their model; parts are cut, sent and decoded where a client runs
         self.whole, self.schema = schema_of(weights), schema_of(self._client_model.state_dict())
-        self.teller = EXACT if self.parts else self.broadcast
+        self.to_all = EXACT if self.parts else self.broadcast
         down, up = (e.params(self.schema, e.initial_state(self.schema)) for e in (self.broadcast, self.upload))
         self._attached = schema_of(attached(down, up))
         self._reports = self.upload.update_spec(self.schema)
@@ -83,7 +83,7 @@ class ClientSide:
         with timed(share.seconds, "decode"):
             # All clients decode the same bytes to the same weights and only read them: once is enough.
             last = EXACT.decode(task.base, key, self.whole, device=self.device)[0] if task.base else self.initial
-            received, brought = self.teller.decode(
+            received, brought = self.to_all.decode(
                 task.message, key, self.whole, attached=self._attached, device=self.device, reference=last
             )
             share.received = received
@@ -129,8 +129,8 @@ class ClientSide:
         _, params = _detached(brought)
         with timed(record.seconds, "train"):
             try:
-                before = drawn(self.device)
-                examples = client.load()
+                before = generators(self.device)
+                examples = _loaded(client)
                 check_nothing_drawn(before, self.device)
                 if not len(examples.y):
                     raise ClientFailure("unable", "it has no examples")
@@ -144,7 +144,7 @@ class ClientSide:
         with timed(record.seconds, "encode"):
             if self._residuals:
                 residual = self.residuals.load(client.number, task.round, self._residuals)
-                update = self.upload.compensated(update, {n: r.to(self.device) for n, r in residual.items()})
+                update = compensated(update, {n: r.to(self.device) for n, r in residual.items()})
             loss = training.loss / max(1, training.seen)
             message, _ = self.upload.encode(update, key, params, report=True, loss=loss)
         record.bits, record.training = 8 * len(message), training
@@ -166,6 +166,9 @@ class ClientSide:
                 record.norm = norm(decoded)
                 scale = self.guard.scale(record.norm, task.norm)
             update = weighted(decoded, received, weight, scale)
+            for name, value in update.items():
+                if not is_finite(value):
+                    raise MessageError(f"tensor {name!r} times {weight} examples is beyond {value.dtype}")
             if self.parts:
                 update = self.parts.whole(update, units)
             return Contribution(weight, update, self.upload.report(self.schema, reports), down_reports)
@@ -263,6 +266,14 @@ def _detached(brought: Tensors) -> tuple[ByTensor, ByTensor]:
     """The inverse of `attached`."""
     up = {path.removeprefix(_UPLOAD): value for path, value in brought.items() if path.startswith(_UPLOAD)}
     return unflatten({path: value for path, value in brought.items() if not path.startswith(_UPLOAD)}), unflatten(up)
+
+
+def _loaded(client: Client) -> Examples:
+    """Returns a client's examples. Raises FedqError where a file cannot be read: that is no client's fault."""
+    try:
+        return client.load()
+    except OSError as error:
+        raise FedqError(f"the dataset's client {client.number} cannot be read: {error}") from error
 
 
 def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:

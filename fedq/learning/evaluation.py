@@ -9,7 +9,7 @@ from torch import nn
 
 from fedq.data import Examples
 from fedq.errors import FedqError
-from fedq.learning.client import Precision
+from fedq.learning.client import Precision, wide
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and gives the results in order: Python's `map`, or a pool's."""
@@ -26,7 +26,7 @@ def evaluate(
     def batch(start: int) -> tuple[float, int]:
         x, y = (part[start : start + batch_size].to(device) for part in examples)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(x).to(x.dtype)
+            logits = wide(model(x))
             return float(F.cross_entropy(logits, y, reduction="sum")), int((logits.argmax(1) == y).sum())
 
     if not len(examples.y):

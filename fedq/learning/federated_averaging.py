@@ -3,18 +3,18 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from glob import escape
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, ZeroOutliers
+from fedq.encoding import EncodeError, Encoder, Key, MessageError, StateDictEncoder, ZeroOutliers, schema_of
 from fedq.encoding.encoder import is_finite
 from fedq.encoding.spec import Tensors
-from fedq.encoding.state_dict import ByTensor, Schema, flatten
+from fedq.encoding.state_dict import ByTensor, Schema, compensated, flatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
 from fedq.learning.client import LocalTraining, Precision, channels_last
@@ -88,15 +88,17 @@ class FederatedAveraging:
     ) -> None:
         broadcast, upload = broadcast or StateDictEncoder(), upload or StateDictEncoder()
         _check(client, broadcast, upload, dropout)
-        self.broadcast, self.upload, self.server, self.min_clients = broadcast, upload, server, min_clients
+        self.server, self.min_clients = server, min_clients
         self.seed, self.device = seed, torch.device(device)
         # Modules draw their first weights from torch's global generator: lend it the run's, then put it back.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(Key(seed).fold("model").integer())
+            torch.default_generator.manual_seed(Key(seed).fold("model").integer())
             self._model = channels_last(model().to(self.device))
         _check_model(self._model)
         # what is frozen gets no gradient: weight decay on the server must not move it
         self._parameters = frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)
+        self.broadcast = broadcast = _fitted("broadcast", broadcast, self._model)
+        self.upload = upload = _fitted("upload", upload, self._model)
         parts = SubModels(self._model, dropout) if dropout else None
         residuals = InMemory() if residuals is None else residuals
         self.client_side = ClientSide(
@@ -106,11 +108,6 @@ class FederatedAveraging:
         # where all travels exact there is no difference to follow
         self._follows = broadcast.reference == "last" and broadcast.differs(self._schema)
         for way, encoder in (("broadcast", broadcast), ("upload", upload)):
-            if idle := encoder.idle_rules(self._schema):
-                raise FedqError(
-                    f"encoder.{way}.rules: no tensor follows {idle[0]!r}: it fits none, or one before it does; there: "
-                    f"{', '.join(self._schema)}"
-                )
             if encoder.error_feedback:
                 _check_feedback(way, encoder, self._schema, Key(seed).fold("check"))
 
@@ -138,6 +135,8 @@ class FederatedAveraging:
         whatever the number of workers. Raises TooFewClients, and Diverged where the weights cannot be sent.
         """
         clients = list(clients)
+        if len({client.number for client in clients}) < len(clients):
+            raise FedqError("two clients of a cohort have the same number, and so would draw the same")
         # a checkpoint's are on the CPU
         weights, residual, received = (
             {name: value.to(self.device) for name, value in tensors.items()}
@@ -147,7 +146,7 @@ class FederatedAveraging:
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "encode"):
             up = self.upload.params(self._schema, state.upload)
-            told = self.broadcast.compensated(state.weights, state.residual)
+            told = compensated(state.weights, state.residual)
             task, reported = self._task(state, told, up)
 
         share, total, records = self._gathered(task, clients, gather, seconds)
@@ -205,7 +204,7 @@ class FederatedAveraging:
         if self._follows:
             base, _ = EXACT.encode(reference, key)
         try:
-            message, reported = self.client_side.teller.encode(told, key, down, attached(down, up), reference=reference)
+            message, reported = self.client_side.to_all.encode(told, key, down, attached(down, up), reference=reference)
         except EncodeError as error:
             if all(map(is_finite, state.weights.values())):  # the encoder does not take such tensors
                 raise
@@ -233,7 +232,7 @@ class FederatedAveraging:
             try:
                 # those of parts are decoded where a client runs
                 finisher = EXACT if parts else self.upload
-                update = finisher.finish(total.update, key, self.client_side.whole, up, self.device)
+                update = finisher.finish(total.update, key, self.client_side.whole, up)
             except MessageError as error:  # a sum may overflow
                 raise Diverged(f"round {state.round}: {error}: training diverged, try lower rates") from error
         with timed(seconds, "aggregate"):
@@ -264,6 +263,23 @@ def _check(
         )
 
 
+def _fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictEncoder:
+    """Returns `encoder` with small floating buffers exact whatever its threshold, but where a rule is for them.
+
+    Batch norm's running variances are no weights: with a step that suits those they would be rounded to below 0.
+    Raises FedqError for a rule that no tensor follows.
+    """
+    schema, largest = schema_of(model.state_dict()), StateDictEncoder().threshold
+    if idle := encoder.idle_rules(schema):
+        raise FedqError(
+            f"encoder.{way}.rules: no tensor follows {idle[0]!r}: it fits none, or one before it does; there: "
+            f"{', '.join(schema)}"
+        )
+    buffers = {name: schema[name] for name, _ in model.named_buffers() if name in schema}
+    exact = [name for name, spec in buffers.items() if spec.dtype.is_floating_point and spec.numel <= largest]
+    return replace(encoder, rules={**encoder.rules, **{escape(name): Encoder() for name in exact}})
+
+
 def _check_model(model: nn.Module) -> None:
     """Raises FedqError where two names stand for the same memory: each would be sent and changed by itself."""
     places: dict[int, str] = {}
@@ -282,7 +298,7 @@ def _check_feedback(way: str, encoder: StateDictEncoder, schema: Schema, key: Ke
             raise FedqError(
                 f"encoder.{way}.error_feedback must be false with ZeroOutliers: what is left out would be in the next"
             )
-    draw, names = np.random.Generator(key.bit_generator()), encoder.residual_schema(schema)
+    draw, names = key.generator(), encoder.residual_schema(schema)
     zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
     told = {name: torch.from_numpy(draw.standard_normal(schema[name].shape)).to(schema[name].dtype) for name in names}
     params = encoder.params(schema, encoder.initial_state(schema))

@@ -51,7 +51,7 @@ from fedq.encoding.testing import raw_bytes
 
 FOLDER = Path(__file__).parent / "golden"
 KEY = Key(seed=20_161_018, round=3, client=1_000)
-LARGE = ["0e37a11f1c9bcee3", "27334756909d2409", "47ff81940388792a", "518e1b6b13b7c6ec"]
+LARGE = ["1e6d8a883df0fef3", "1390f0f0f60a315b", "8f9d4dac7b5c404f", "63698d78c2d6ded7"]
 
 ENCODERS = {
     "float32": StateDictEncoder(),

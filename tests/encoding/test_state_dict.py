@@ -256,21 +256,36 @@ def message_of() -> bytes:
 
 @pytest.mark.parametrize("other", OTHER_SCHEMAS)
 def test_another_schema_is_refused(other: str) -> None:
-    with pytest.raises(MessageError, match="differ in model, encoder or version"):
+    with pytest.raises(MessageError, match="differ in model, encoder, reference or version"):
         QUANTISED.decode(message_of(), KEY, OTHER_SCHEMAS[other])
 
 
 @pytest.mark.parametrize("other", OTHER_ENCODERS)
 def test_another_encoder_is_refused(other: str) -> None:
-    with pytest.raises(MessageError, match="differ in model, encoder or version"):
+    with pytest.raises(MessageError, match="differ in model, encoder, reference or version"):
         OTHER_ENCODERS[other].decode(message_of(), KEY, AGREED)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_another_reference_is_refused(dtype: torch.dtype) -> None:
+    """Of what differences are from: one bit off in one element, or another round's."""
+    tensors = {"a": wave(20).to(dtype), "b": wave(2, 3).to(dtype)}
+    encoder = dataclasses.replace(QUANTISED, reference="initial")
+    theirs = {name: 0.5 * tensor for name, tensor in tensors.items()}
+    message, _ = encoder.encode(tensors, KEY, reference=theirs)
+    encoder.decode(message, KEY, schema_of(tensors), reference={name: value.clone() for name, value in theirs.items()})
+    flipped = theirs["a"].clone()
+    flipped.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[3] ^= 1
+    for other in (theirs | {"a": flipped}, {name: torch.zeros_like(value) for name, value in theirs.items()}):
+        with pytest.raises(MessageError, match="differ in model, encoder, reference or version"):
+            encoder.decode(message, KEY, schema_of(tensors), reference=other)
+
+
 def test_all_fingerprints_differ() -> None:
-    prints = [QUANTISED._fingerprint(AGREED, {})]
-    prints += [QUANTISED._fingerprint(schema, {}) for schema in OTHER_SCHEMAS.values()]
-    prints += [encoder._fingerprint(AGREED, {}) for encoder in OTHER_ENCODERS.values()]
-    prints += [QUANTISED._fingerprint(AGREED, {"c": AGREED["a"]})]
+    prints = [QUANTISED._fingerprint(AGREED, {}, {})]
+    prints += [QUANTISED._fingerprint(schema, {}, {}) for schema in OTHER_SCHEMAS.values()]
+    prints += [encoder._fingerprint(AGREED, {}, {}) for encoder in OTHER_ENCODERS.values()]
+    prints += [QUANTISED._fingerprint(AGREED, {"c": AGREED["a"]}, {})]
     assert len(set(prints)) == len(prints)
 
 
@@ -300,7 +315,7 @@ def test_each_tensor_has_random_numbers_of_its_own() -> None:
 def test_the_header_is_as_documented() -> None:
     message = message_of()
     fields = struct.unpack_from("<4sHH8sQIQQ", message)
-    assert fields == (b"FEDQ", 3, 0, QUANTISED._fingerprint(AGREED, {}), 1, 2, 3, len(message) - 48)
+    assert fields == (b"FEDQ", 4, 0, QUANTISED._fingerprint(AGREED, {}, {}), 1, 2, 3, len(message) - 48)
 
 
 def test_the_decoded_are_on_the_device_asked_for() -> None:
@@ -356,7 +371,7 @@ def test_the_fingerprint_tells_what_differs_and_nothing_else() -> None:
 
     def fingerprint(*stages: EncodingStage, **more: Any) -> bytes:
         schema = {"x": TensorSpec((20_000,), torch.float32)}
-        return StateDictEncoder(Encoder(stages, FixedWidth()), **more)._fingerprint(schema, {})
+        return StateDictEncoder(Encoder(stages, FixedWidth()), **more)._fingerprint(schema, {}, {})
 
     equal = (UniformQuantization(), UniformQuantization(8), UniformQuantizationOfTomorrow())
     same = {fingerprint(stage) for stage in equal}

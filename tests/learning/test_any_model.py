@@ -1,12 +1,15 @@
 """Models of others: tied, frozen and integer parameters, hidden buffers, five axes, layers that refuse a batch."""
 
 import logging
+import math
 from functools import partial
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
+from fedq.config import build_encoder
 from fedq.data import Client, Examples
 from fedq.encoding import Cast, EncodeError, Encoder, StateDictEncoder
 from fedq.errors import FedqError
@@ -16,6 +19,7 @@ from fedq.learning.evaluation import evaluate
 from fedq.learning.federated_averaging import Diverged
 from fedq.models import FedAvgCNN
 from fedq.simulation.workers import Workers
+from fedq.train import CONF
 
 
 class Dense(nn.Module):
@@ -107,10 +111,14 @@ def test_five_axes_train(process):
     assert not torch.equal(after.weights["filters.weight"], start.weights["filters.weight"])
 
 
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
 class Normalised(Dense):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, change=lambda model: None):
+        super().__init__(change)
         self.norm = nn.BatchNorm1d(10)
+        self.units = {"first": (*self.units["first"], *((f"norm.{name}", 0) for name in NORM))}
 
     def forward(self, x):
         return self.last(self.norm(self.first(x.flatten(1))))
@@ -138,6 +146,21 @@ def test_a_client_whose_training_fails_is_left_out(process, client, caplog):
     assert "in unreadable" in caplog.text  # the traceback, for whoever asks for it
 
 
+def test_a_file_that_cannot_be_read_ends_the_round(process, client):
+    def unreadable():
+        raise OSError(5, "Input/output error")
+
+    averaging = process()
+    with pytest.raises(FedqError, match="client 3 cannot be read: .*Input/output error"):
+        averaging.next(averaging.initialize(), [client(0), Client(3, unreadable)])
+
+
+def test_clients_of_one_number_are_refused(process, client):
+    averaging = process()
+    with pytest.raises(FedqError, match="two clients of a cohort have the same number"):
+        averaging.next(averaging.initialize(), [client(0), client(1), client(0)])
+
+
 def test_a_chain_for_an_integer_is_not_called_divergence(process, client):
     averaging = process(model=Normalised, broadcast=StateDictEncoder(rules={"norm*": Encoder([Cast("float16")])}))
     with pytest.raises(
@@ -150,3 +173,67 @@ def test_a_chain_for_an_integer_is_not_called_divergence(process, client):
 def test_no_examples_to_evaluate_on_is_an_error():
     with pytest.raises(FedqError, match="test set is empty"):
         evaluate(Dense(), Examples(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.int64)))
+
+
+class Letters(nn.Module):
+    """Takes symbols, not pictures: int64, as an embedding does."""
+
+    def __init__(self):
+        super().__init__()
+        self.letters, self.out = nn.Embedding(26, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.out(self.letters(x).mean(1))
+
+
+class Bytes(Dense):
+    """Scales its pixels itself."""
+
+    def forward(self, x):
+        return super().forward(x.float() / 255)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "dtype", "layer"),
+    [(Letters, (8, 5), torch.int64, "letters.weight"), (Bytes, (8, 1, 28, 28), torch.uint8, "first.weight")],
+    ids=["letters", "bytes"],
+)
+def test_what_a_model_takes_need_not_be_floating(process, model, shape, dtype, layer):
+    x = torch.randint(26, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    examples = Examples(x, torch.arange(8))
+    averaging = process(model=model)
+    start = averaging.initialize()
+    after, metrics = averaging.next(start, [Client(0, lambda: examples)])
+    assert metrics["clients"] == 1
+    assert not torch.equal(after.weights[layer], start.weights[layer])
+    network = model().eval()
+    network.load_state_dict(after.weights)
+    expected = float(nn.functional.cross_entropy(network(x), examples.y).detach())
+    assert averaging.evaluate(after, examples)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["frontier", "bit_budget", "follow_loss"])
+@pytest.mark.parametrize("dropout", [None, FederatedDropout(0.5)], ids=["whole", "parts"])
+def test_batch_norms_variances_are_not_rounded(process, client, name, dropout):
+    """As weights they would be, to below 0 where they are small, and the loss would be no number."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"encoder={name}"])
+    chains = {direction: build_encoder(cfg, direction) for direction in ("broadcast", "upload")}
+
+    def small(model):
+        nn.init.normal_(model.first.weight, std=1e-3)
+
+    averaging = process(model=partial(Normalised, small), dropout=dropout, **chains)
+    state = averaging.initialize()
+    for _ in range(3):
+        state, _ = averaging.next(state, [client(0, 20), client(1, 40)])
+    assert float(state.weights["norm.running_var"].min()) > 0
+    assert math.isfinite(averaging.evaluate(state, client(2, 40).load())["loss"])
+
+
+def test_a_rule_may_be_for_a_buffer(process, client):
+    rule = {"norm.running_*": Encoder([Cast("float16")])}
+    averaging = process(model=Normalised, upload=StateDictEncoder(rules=rule))
+    chains = averaging.upload.chains(averaging.client_side.schema)
+    assert chains["norm.running_var"][1] == rule["norm.running_*"]
+    assert chains["norm.num_batches_tracked"][1] == Encoder()

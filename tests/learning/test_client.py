@@ -1,7 +1,9 @@
+import random
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,13 +154,17 @@ def test_a_model_that_draws_from_a_generator_of_all_threads_is_refused(client, l
     LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))
 
 
-def test_a_dataset_that_draws_from_a_generator_of_all_threads_is_refused(process, client):
+@pytest.mark.parametrize(
+    ("whose", "noise"),
+    [("torch", lambda: torch.randn(())), ("numpy", np.random.standard_normal), ("Python", random.random)],
+)
+def test_a_dataset_that_draws_from_a_generator_of_all_threads_is_refused(process, client, whose, noise):
     def load():
         x, y = client(0).load()
-        return Examples(x + 0.1 * torch.randn(x.shape), y)
+        return Examples(x + 0.1 * noise(), y)
 
     averaging = process()
-    with pytest.raises(FedqError, match="or the dataset while it is read"):
+    with pytest.raises(FedqError, match=f"or the dataset while it is read, from {whose}'s generator"):
         averaging.next(averaging.initialize(), [replace(client(0), load=load)])
 
 

@@ -238,6 +238,24 @@ def test_a_damaged_message_is_counted_and_left_out(process, client, monkeypatch)
     assert (metrics["clients_failed"], metrics["uploads"]) == (1, 2)  # its bytes were sent
 
 
+def test_an_update_beyond_float32_is_its_clients_and_not_the_runs(process, client, monkeypatch, caplog):
+    """3e38 is a number, but times the client's 30 examples it is none."""
+    averaging = process()
+    encode = StateDictEncoder.encode
+
+    def huge(self, tensors, key, *args, **kwargs):
+        if key.client == 1:
+            tensors = {**tensors, "small.bias": torch.full((10,), 3e38)}
+        return encode(self, tensors, key, *args, **kwargs)
+
+    clean, _ = averaging.next(averaging.initialize(), [client(0)])
+    monkeypatch.setattr(StateDictEncoder, "encode", huge)
+    state, metrics = averaging.next(averaging.initialize(), [client(0), client(1)])
+    assert same(state.weights, clean.weights)
+    assert (metrics["clients_failed/refused"], metrics["uploads"]) == (1, 2)
+    assert "client 1 is left out: tensor 'small.bias' times 30 examples is beyond torch.float32" in caplog.text
+
+
 def test_too_few_clients_are_an_error_that_says_why(process, client):
     averaging = process(min_clients=2)
     with pytest.raises(

@@ -77,8 +77,14 @@ def test_a_stalling_loss_halves_the_steps():
     # by hand: the averages are lowest at number 6, and number 8 is the first that is above the one three before
     first = next(i for i in range(3, len(losses)) if averages[i] >= averages[i - 3])
     assert factors[: first + 1] == [8.0] * first + [4.0]
-    # the average starts anew with each halving: three rounds later it can be no lower than itself
-    assert factors[first + 1 :][:4] == [4.0] * 3 + [2.0]
+    # it goes on through a halving, as the averages here do, and three rounds later is held against the one there
+    assert averages[first + 3] >= averages[first]
+    assert factors[first + 1 :][:3] == [4.0] * 2 + [2.0]
+    stalled = next(state for state in [pace.initial_state(None)] if math.isinf(float(state["losses"][-1])))
+    for loss in (1.0, 1.0, 1.0, 1.0, 5.0):
+        stalled = pace.update_state(stalled, {"loss": torch.tensor([loss])})
+    assert float(stalled["factor"]) == 4.0
+    assert float(stalled["losses"][-1]) == 3.0  # half of 1 and half of 5
     assert factors[-1] == 1.0
 
 
