@@ -35,9 +35,9 @@ if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for
 
 IGNORED = (
     *("run.seed", "run.workers", "run.checkpoint_every", "run.keep", "run.resume"),
-    *("run.accuracy_floor", "run.residual_memory"),
+    *("run.accuracy_floor", "run.residual_memory", "dataset.path"),
 )
-"""Keys that do not make another experiment: the seed, and what changes no result (the simulation promise)."""
+"""Keys that do not make another experiment: the seed, where files lie, what changes no result (simulation promise)."""
 NEVER = "–"
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -205,8 +205,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.choices)
     columns = [name for name in names if len({run.choices.get(name) for run in runs}) > 1]
     for key in dict.fromkeys(key for run in runs for key in run.config):
-        # the path is always on the command line: it tells something only of runs with the same choices
-        given = key != "dataset.path" and any(key in run.given for run in runs)
+        given = any(key in run.given for run in runs)
         if any(differ(some, key) for some in ([runs] if given else alike.values())):
             columns.append(key)
     return columns or ["encoder"]

@@ -163,10 +163,20 @@ def test_a_knob_is_shown_if_it_was_set_or_varies_and_what_refers_to_it_is_not(tm
     assert [value(read_run(folder), "encoder.bits") for folder in (a, b, c)] == ["–", "4", "2"]
 
 
+def test_runs_on_data_that_was_moved_are_one_group(tmp_path: Path) -> None:
+    for seed, path in enumerate(["/old", "/old", "/new"]):
+        write_run(tmp_path / str(seed), ["dataset=emnist_digits", f"dataset.path={path}", f"run.seed={seed}"])
+    write_run(tmp_path / "3", ["dataset=emnist_digits", "dataset.path=/new", "run.seed=3", "client.lr=0.2"])
+    groups = group_by_seed(read_runs([tmp_path]))
+    assert [[run.summary["seed"] for run in group] for group in groups] == [[0, 1, 2], [3]]
+    assert differences([group[0] for group in groups]) == ["client.lr"]
+
+
 def test_values_are_shown_as_a_command_line_would_write_them(tmp_path: Path) -> None:
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", ["client.betas=[0.5,0.9]", "dataset.path=/x"])
-    assert columns_of(a, b) == ["dataset.path", "client.betas"]
-    assert [value(read_run(a), column) for column in ("dataset.path", "client.betas")] == ["null", "[0.9, 0.99]"]
+    a = write_run(tmp_path / "a", ["client.momentum=null"])
+    b = write_run(tmp_path / "b", ["client.momentum=0.9", "client.betas=[0.5,0.9]"])
+    assert columns_of(a, b) == ["client.betas", "client.momentum"]
+    assert [value(read_run(a), column) for column in ("client.betas", "client.momentum")] == ["[0.9, 0.99]", "null"]
 
 
 def test_where_a_datasets_files_lie_does_not_tell_apart_what_the_choice_does(tmp_path: Path) -> None:
