@@ -433,6 +433,73 @@ def test_the_frontiers_schemes_are_what_changes_a_result(given: list[str], name:
     assert scheme(given) == name
 
 
+def frontier_run(folder: Path, overrides: Sequence[str], commit: str, **numbers: Any) -> Path:
+    write_run(folder, overrides, git_commit=commit, **numbers)
+    OmegaConf.save(OmegaConf.create(list(overrides)), folder / ".hydra/overrides.yaml")
+    for number, share in enumerate((0.5, 0.25, 0.25)):
+        spent = {"train": 1 - share, "encode": share, "decode": 0.0, "aggregate": 0.0}
+        metric(number, **{f"seconds_of_{phase}": seconds for phase, seconds in spent.items()})(folder)
+    return folder
+
+
+def call_frontier(monkeypatch: pytest.MonkeyPatch, results: Path, *arguments: object) -> list[str]:
+    from experiments.frontier import figure
+
+    monkeypatch.setattr(figure, "RESULTS", results)
+    monkeypatch.setattr(sys, "argv", ["figure", *map(str, arguments), "--output", str(results.with_suffix(".png"))])
+    figure.main()
+    return results.read_text().splitlines()[1:]
+
+
+REAL = ("dataset=emnist_digits", "encoder=uint8")
+NO_RESULTS = "dataset,rounds,scheme,runs,down,up,accuracy,spread,encode,decode,commit\n"
+
+
+def test_the_frontiers_rows_lose_no_seed_and_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(6):
+        where = f"dataset.path={'/old' if seed < 3 else '/new'}"
+        often = ["run.evaluate_every=3"] if seed == 5 else []
+        given = [*REAL, f"run.seed={seed}", where, *often]
+        frontier_run(tmp_path / f"runs/{seed}", given, f"{seed // 4}" * 40, accuracies=(0.5, None, 0.9 + seed / 100))
+    (results := tmp_path / "results.csv").write_text(NO_RESULTS)
+    (row,) = call_frontier(monkeypatch, results, tmp_path / "runs")
+    assert row == "emnist_digits,3,uint8,6,9.1429,4.4138,92.5,1.87,25.0,0.0,0000000+1111111"
+    assert call_frontier(monkeypatch, results) == [row]
+
+
+def test_the_frontiers_rows_take_no_seed_twice_and_no_unlike_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = frontier_run(tmp_path / "a", REAL, "0" * 40)
+    b = frontier_run(tmp_path / "b", [*REAL, "run.evaluate_every=3"], "0" * 40)
+    monkeypatch.setitem(ENCODERS["uint8"], "threshold", 0)  # as of a commit with other defaults
+    c = frontier_run(tmp_path / "c", [*REAL, "run.seed=1"], "1" * 40)
+    (results := tmp_path / "results.csv").write_text(NO_RESULTS)
+    for other, why in ((b, " with the same seed, 0"), (c, ", but differ in encoder.threshold")):
+        with pytest.raises(SystemExit) as error:
+            call_frontier(monkeypatch, results, a, other)
+        pair = f"{a} and {other} would stand in one row (uint8 on emnist_digits)"
+        assert error.value.code == f"fedq: {pair}{why}: give one of them"
+    assert results.read_text() == NO_RESULTS
+
+
+def test_the_frontiers_rows_lose_runs_only_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1, 2):
+        frontier_run(tmp_path / f"runs/{seed}", [*REAL, f"run.seed={seed}"], "0" * 40)
+    old = NO_RESULTS + "emnist_digits,3,uint8,5,9.1,4.4,81.0,0.1,,,1111111\n"
+    (results := tmp_path / "results.csv").write_text(old)
+    with pytest.raises(SystemExit) as error:
+        call_frontier(monkeypatch, results, tmp_path / "runs")
+    said = "uint8 on emnist_digits after 3 rounds has 5 runs in results.csv, not 3: give all seeds, or --fewer"
+    assert error.value.code == f"fedq: {said}"
+    assert results.read_text() == old
+    (row,) = call_frontier(monkeypatch, results, tmp_path / "runs", "--fewer")
+    assert row == "emnist_digits,3,uint8,3,9.1429,4.4138,80.0,0.0,25.0,0.0,0000000"
+    assert call_frontier(monkeypatch, results, tmp_path / "runs") == [row]
+
+
 # ---- from end to end
 
 

@@ -3,14 +3,15 @@
 python -m experiments.frontier.figure [RUN…] --output FIGURE.png > TABLE.md
 
 RUN… are sweeps' folders, or any above. Their runs go into results.csv beside this file, the seeds of one scheme on one
-dataset in a row, in place of an earlier row of the same. Picture and table are of all rows. Bits are those of a
-parameter, of the messages of all clients and rounds.
+dataset in a row, in place of an earlier row of the same, unless that has more runs. Picture and table are of all rows.
+Bits are those of a parameter, of the messages of all clients and rounds.
 """
 
 import argparse
 import csv
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,16 +21,17 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedq.compare import Group, group_by_seed, read_runs
+from fedq.compare import IGNORED, Group, Run, read_runs
 from fedq.errors import FedqError
 
 RESULTS = Path(__file__).with_name("results.csv")
 DATASETS = {"mnist5k": "mnist5k", "writers": "writers, drawn", "emnist_digits": "120 real writers"}
 NAMED = ("float32", "uint8", "drive", "eden_half", "powersgd", "stc", "bit_budget", "follow_loss", "frontier")
 CLAIMS = {"TFF's tutorial: 3.5 ×": 2 * 32 / 3.5, "Caldas 2018: 14 ×, 28 ×": 32 / 14 + 32 / 28}
-# what makes no other scheme
-_SAME = tuple(f"run.{key}=" for key in ("seed", "rounds", "evaluate_every", "checkpoint_every", "keep", "workers"))
-_SAME += ("dataset=", "dataset.path=")
+# what makes no other scheme: with the dataset and the rounds it is a row's key
+_SAME = tuple(f"{key}=" for key in (*IGNORED, "run.evaluate_every", "run.rounds", "dataset"))
+
+Key = tuple[str, int, str]  # dataset, rounds, scheme
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Result:
     spread: float | None
     encode: float | None
     decode: float | None
-    commit: str
+    commit: str  # all that ran them, with + between
+
+    @property
+    def key(self) -> Key:
+        """What results.csv has in one row at most."""
+        return self.dataset, self.rounds, self.scheme
 
     @property
     def both(self) -> float:
@@ -63,18 +70,37 @@ def scheme(overrides: list[str]) -> str:
     return ",".join(o.removeprefix("encoder=") for o in ordered if not o.startswith(_SAME))
 
 
-def result(group: Group) -> Result:
-    """Returns what a scheme's runs come to."""
+def by_row(runs: Iterable[Run]) -> dict[Key, list[Run]]:
+    """Returns the runs of each row.
+
+    How often they were tested may differ. Raises FedqError if a row would have a seed twice, or unlike configurations.
+    """
+    found: dict[Key, list[Run]] = {}
+    for run in runs:
+        name = scheme(yaml.safe_load((run.folder / ".hydra/overrides.yaml").read_text()))
+        row = found.setdefault((run.choices["dataset"], run.summary["rounds"], name), [])
+        for other in row:
+            pair = f"{other.folder} and {run.folder} would stand in one row ({name} on {run.choices['dataset']})"
+            if run.summary["seed"] == other.summary["seed"]:
+                raise FedqError(f"{pair} with the same seed, {run.summary['seed']}: give one of them")
+            unlike = [key for key in run.config if other.config.get(key, run.config[key]) != run.config[key]]
+            if set(unlike) - {"run.evaluate_every"}:
+                raise FedqError(f"{pair}, but differ in {', '.join(unlike)}: give one of them")
+        row.append(run)
+    return found
+
+
+def result(key: Key, group: Group) -> Result:
+    """Returns what the runs of a row come to."""
     accuracies = [100 * run.summary["final_test_accuracy"] for run in group]
     down, up = (fmean(32 / run.summary[f"{way}_ratio"] for run in group) for way in ("broadcast", "upload"))
     seconds = {  # without the first round, which loads
         phase: sum(line[f"seconds/{phase}"] for run in group for line in run.metrics[1:])
         for phase in ("train", "encode", "decode", "aggregate")
     }
+    commits = (re.sub(r"(?<=^.{7})[0-9a-f]+", "", str(run.summary["git_commit"])) for run in group)
     return Result(
-        group[0].choices["dataset"],
-        group[0].summary["rounds"],
-        scheme(yaml.safe_load((group[0].folder / ".hydra/overrides.yaml").read_text())),
+        *key,
         len(group),
         round(down, 4),
         round(up, 4),
@@ -82,7 +108,7 @@ def result(group: Group) -> Result:
         round(stdev(accuracies), 2) if len(group) > 1 else None,
         round(100 * seconds["encode"] / sum(seconds.values()), 1),
         round(100 * seconds["decode"] / sum(seconds.values()), 1),
-        re.sub(r"(?<=^.{7})[0-9a-f]+", "", str(group[0].summary["git_commit"])),
+        "+".join(dict.fromkeys(commits)),
     )
 
 
@@ -95,6 +121,20 @@ def load() -> list[Result]:
         {name: read.get(name, float)(text) if text else None for name, text in row.items()} for row in texts
     ]
     return [Result(**row) for row in rows]
+
+
+def add(results: Mapping[Key, Result], new: Iterable[Result], fewer: bool = False) -> dict[Key, Result]:
+    """Returns the results with new ones in place of those of the same key.
+
+    Raises FedqError if a new one has fewer runs than what it would replace, unless `fewer`.
+    """
+    added = dict(results)
+    for one in new:
+        if (old := results.get(one.key)) and one.runs < old.runs and not fewer:
+            row = f"{one.scheme} on {one.dataset} after {one.rounds} rounds"
+            raise FedqError(f"{row} has {old.runs} runs in {RESULTS.name}, not {one.runs}: give all seeds, or --fewer")
+        added[one.key] = one
+    return added
 
 
 def save(results: list[Result]) -> None:
@@ -169,13 +209,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="sweeps' folders, or any above, to add")
     parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png", help="the picture")
+    parser.add_argument("--fewer", action="store_true", help="let a row be replaced by one of fewer runs")
     args = parser.parse_args()
-    results = {(one.dataset, one.rounds, one.scheme): one for one in load()}
+    results = {one.key: one for one in load()}
     try:
-        new = [result(group) for group in group_by_seed(read_runs(args.runs))] if args.runs else []
+        new = by_row(read_runs(args.runs)) if args.runs else {}
+        results = add(results, (result(key, group) for key, group in new.items()), args.fewer)
     except FedqError as error:
         sys.exit(f"fedq: {error}")
-    results |= {(one.dataset, one.rounds, one.scheme): one for one in new}
     ordered = sorted(results.values(), key=lambda one: (list(DATASETS).index(one.dataset), one.rounds, -one.both))
     save(ordered)
     draw(ordered, args.output)
