@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from fedq.config import CHANGES_NOTHING, flat
 from fedq.errors import FedqError
 from fedq.tracking.units import human_bytes
 
@@ -33,11 +34,8 @@ if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-IGNORED = (
-    *("run.seed", "run.workers", "run.checkpoint_every", "run.keep", "run.resume"),
-    *("run.accuracy_floor", "run.residual_memory", "dataset.path"),
-)
-"""Keys that do not make another experiment: the seed, where files lie, what changes no result (simulation promise)."""
+IGNORED = ("run.seed", "dataset.path", *CHANGES_NOTHING)
+"""Keys that do not make another experiment: the seed, where files lie, and what changes no result."""
 NEVER = "–"
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -106,22 +104,10 @@ def _read(path: Path, parse: Callable[[str], Any], missing: str = "damaged") -> 
 def _configs(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a configuration flattened: resolved, with None for IGNORED, and as written."""
     cfg = OmegaConf.create(text)
-    written = dict(_flat(OmegaConf.to_container(cfg)))
+    written = dict(flat(OmegaConf.to_container(cfg)))
     for key in set(IGNORED) & set(written):
         OmegaConf.update(cfg, key, None)
-    return dict(_flat(OmegaConf.to_container(cfg, resolve=True))), written
-
-
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields path and value of every leaf; a list of plain values is one leaf."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list) and any(isinstance(value, dict | list) for value in node):
-        for i, value in enumerate(node):
-            yield from _flat(value, f"{path}[{i}]")
-    else:
-        yield path, node
+    return dict(flat(OmegaConf.to_container(cfg, resolve=True))), written
 
 
 def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:

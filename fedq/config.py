@@ -11,7 +11,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -207,13 +207,12 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     return _call("encoder", lambda: StateDictEncoder(main, threshold, rules, **options))
 
 
-_NEUTRAL = tuple(
-    f"run.{name}"
-    for name in (
-        *("rounds", "evaluate_every", "checkpoint_every", "keep", "resume"),
-        *("workers", "accuracy_floor", "residual_memory"),
-    )
+CHANGES_NOTHING = tuple(
+    f"run.{name}" for name in ("checkpoint_every", "keep", "resume", "workers", "accuracy_floor", "residual_memory")
 )
+"""The keys that change no result (the simulation promise)."""
+
+_NEUTRAL = (*CHANGES_NOTHING, "run.rounds", "run.evaluate_every")
 """The keys that may differ between a run and its continuation: they change no round's outcome."""
 
 _AHEAD = ("run.min_clients", "run.repeats", "dataset.path")
@@ -237,7 +236,7 @@ def differences(there: Node, here: Node, going_on: bool = True) -> list[str]:
     going_on: whether this one has rounds left to do.
     """
     neutral = _NEUTRAL + _AHEAD if going_on else _NEUTRAL
-    a, b = (_IMPLIED | _leaves(config, "") for config in (there, here))
+    a, b = (_IMPLIED | dict(flat(config)) for config in (there, here))
     return [
         f"{key} was {a.get(key, 'absent')}, not {b.get(key, 'absent')}"
         for key in sorted(a.keys() | b.keys())
@@ -245,10 +244,16 @@ def differences(there: Node, here: Node, going_on: bool = True) -> list[str]:
     ]
 
 
-def _leaves(node: Any, path: str) -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {path: node}
-    return {key: leaf for name in node for key, leaf in _leaves(node[name], f"{path}.{name}".lstrip(".")).items()}
+def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields path and value of every leaf of a plain configuration; a list of plain values is one leaf."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list) and any(isinstance(value, dict | list) for value in node):
+        for i, value in enumerate(node):
+            yield from flat(value, f"{path}[{i}]")
+    else:
+        yield path, node
 
 
 def explain(error: Exception) -> str:
