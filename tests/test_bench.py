@@ -12,7 +12,17 @@ import torch
 from matplotlib.image import imread
 
 from fedq.bench import SHAPE, encoders, main, measure, real_updates, synthetic
-from fedq.encoding import Encoder, FixedWidth, Key, Raw, StateDictEncoder, TensorSpec, UniformQuantization
+from fedq.encoding import (
+    CABAC,
+    Encoder,
+    FixedWidth,
+    Key,
+    Raw,
+    StateDictEncoder,
+    StepQuantization,
+    TensorSpec,
+    UniformQuantization,
+)
 from fedq.encoding.message import Reader
 
 ROOT = Path(__file__).parents[1]
@@ -109,15 +119,30 @@ def test_every_option_is_there_with_its_bits():
     assert chosen[label].encoder.stages == (UniformQuantization(5, "nearest"),)
 
 
-def test_updates_are_clients_of_a_trained_model():
-    draw = real_updates(1)
-    first, second = draw(0), draw(1)
+@pytest.fixture(scope="module")
+def updates():
+    return real_updates(1)
+
+
+def test_updates_are_clients_of_a_trained_model(updates):
+    first, second = updates(0), updates(1)
     assert first.shape == (512, 3136)
-    assert torch.equal(first, draw(0))
+    assert torch.equal(first, updates(0))
     assert not torch.equal(first, second)
     assert 0 < float(first.abs().mean()) < 0.01
     # whole rows have not learnt anything: what a scheme may gain from
     assert float((first == 0).all(1).double().mean()) > 0.02
+
+
+def test_contexts_save_a_third_of_a_real_updates_bits(updates):
+    """Of the same symbols, by real bytes, against their zeroth-order entropy: rows and columns differ in scale."""
+    x = updates(0)
+    for steps in (1.0, 2.0, 4.0):  # −14, −9 and −4 dB
+        symbols, side = StepQuantization(steps).encode(x, Key(0))
+        spec = StepQuantization(steps).encoded_spec(TensorSpec.of(x), side)
+        counts = np.unique(symbols.numpy(), return_counts=True)[1]
+        entropy = -float((counts * np.log2(counts / x.numel())).sum())
+        assert 8 * memoryview(CABAC().encode(symbols, spec)).nbytes < 0.65 * entropy
 
 
 def test_the_command_writes_what_it_prints(tmp_path):
