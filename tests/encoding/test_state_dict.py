@@ -20,6 +20,7 @@ from fedq.encoding import (
     Encoder,
     EncodingStage,
     FixedWidth,
+    HadamardRotation,
     Key,
     LearnedANS,
     MessageError,
@@ -279,6 +280,15 @@ def test_another_reference_is_refused(dtype: torch.dtype) -> None:
     for other in (theirs | {"a": flipped}, {name: torch.zeros_like(value) for name, value in theirs.items()}):
         with pytest.raises(MessageError, match="differ in model, encoder, reference or version"):
             encoder.decode(message, KEY, schema_of(tensors), reference=other)
+
+
+def test_a_chain_for_floats_is_no_riddle_where_it_meets_integers() -> None:
+    """What could be summed first is asked of every chain; that it takes no integers is told where it is to encode."""
+    tensors = {"count": torch.tensor([3]), "a": wave(20)}
+    encoder = StateDictEncoder(rules={"*": Encoder([HadamardRotation()], Raw())})
+    assert encoder.decodes_in_parts(schema_of(tensors))
+    with pytest.raises(EncodeError, match="tensor 'count' cannot be encoded: HadamardRotation takes floating"):
+        encoder.encode(tensors, KEY)
 
 
 def test_all_fingerprints_differ() -> None:

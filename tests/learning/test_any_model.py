@@ -13,7 +13,7 @@ from fedq.config import build_encoder
 from fedq.data import Client, Examples
 from fedq.encoding import Cast, EncodeError, Encoder, StateDictEncoder
 from fedq.errors import FedqError
-from fedq.learning import FederatedDropout
+from fedq.learning import FederatedDropout, LocalTraining
 from fedq.learning.client import channels_last
 from fedq.learning.evaluation import evaluate
 from fedq.learning.federated_averaging import Diverged
@@ -223,11 +223,12 @@ def test_batch_norms_variances_are_not_rounded(process, client, name, dropout):
     def small(model):
         nn.init.normal_(model.first.weight, std=1e-3)
 
-    averaging = process(model=partial(Normalised, small), dropout=dropout, **chains)
+    many_steps = LocalTraining(lr=0.5, epochs=2, batch_size=2)
+    averaging = process(model=partial(Normalised, small), client=many_steps, dropout=dropout, **chains)
     state = averaging.initialize()
-    for _ in range(3):
+    for _ in range(4):
         state, _ = averaging.next(state, [client(0, 20), client(1, 40)])
-    assert float(state.weights["norm.running_var"].min()) > 0
+        assert float(state.weights["norm.running_var"].min()) > 0
     assert math.isfinite(averaging.evaluate(state, client(2, 40).load())["loss"])
 
 
