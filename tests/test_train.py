@@ -349,6 +349,16 @@ def test_only_a_run_that_ended_well_is_called_a_success(tmp_path):
     assert ended == [True, False]
 
 
+def test_a_checkpoint_of_a_model_that_has_changed_is_told_of(tmp_path):
+    fedq(tmp_path, *SMALL, "hydra.run.dir=run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    content = torch.load(newest, weights_only=True)
+    content["weights"]["dense1.bias"] = content["weights"]["dense1.bias"][:-1].clone()
+    torch.save(content, newest)
+    done = fedq(tmp_path, *SMALL, "run.rounds=4", "hydra.run.dir=run", code=1)
+    assert "its checkpoint is of another model: this one has other tensors" in done.stderr
+
+
 def test_help_names_the_groups_and_three_commands(tmp_path):
     text = fedq(tmp_path, "--help").stdout
     for word in (

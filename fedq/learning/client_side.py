@@ -160,6 +160,7 @@ class ClientSide:
                 message, key, self.schema, params, self._reports, self.device, partly=not self.parts
             )
         with timed(record.seconds, "aggregate"):
+            # as its number, how many examples a client has is known beforehand: it might tell any in a message
             record.weight = weight = min(len(examples.y), self.client.max_examples or len(examples.y))
             scale = 1.0
             if self.guard:
