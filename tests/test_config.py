@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fedq.config import ConfigError, build, build_encoder, build_run, build_server, check
-from fedq.encoding import Encoder, FixedWidth, Raw, UniformQuantization
+from fedq.encoding import Encoder, FixedWidth, Golomb, Raw, ScaledSign, StateDictEncoder, UniformQuantization
 from fedq.train import CONF
 
 
@@ -138,6 +138,24 @@ def test_bits_set_both_directions_or_one():
     for direction in ("broadcast", "upload"):
         assert build_encoder(configured("encoder=uint8"), direction) == build_encoder(same, direction)
     assert build_encoder(configured("encoder=float32"), "upload").encoder == Encoder([], Raw())
+
+
+@pytest.mark.parametrize(
+    ("broadcast", "chain"),
+    [
+        ("", Encoder([UniformQuantization(8)], FixedWidth())),
+        ("broadcast: {stages: [], coder: {_target_: fedq.encoding.Raw}}", Encoder([], Raw())),
+        ("broadcast: {coder: {_target_: fedq.encoding.Golomb}}", Encoder([UniformQuantization(8)], Golomb())),
+    ],
+)
+def test_an_authors_file_broadcasts_8_bits_unless_it_says_otherwise(tmp_path, broadcast, chain):
+    upload = "upload: {stages: [{_target_: fedq.encoding.ScaledSign}], coder: {_target_: fedq.encoding.FixedWidth}}"
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "mine.yaml").write_text(f"threshold: 7\n{broadcast}\n{upload}\n")
+    cfg = configured(f"hydra.searchpath=[file://{tmp_path}]", "encoder=mine")
+    check(cfg)
+    assert build_encoder(cfg, "broadcast") == StateDictEncoder(chain, 7)
+    assert build_encoder(cfg, "upload") == StateDictEncoder(Encoder([ScaledSign()], FixedWidth()), 7)
 
 
 def test_rules_and_threshold_reach_the_encoder():
