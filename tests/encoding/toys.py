@@ -13,9 +13,6 @@ from fedq.encoding import AdaptiveEncodingStage, Coder, EncodingStage, Key, Raw,
 class Zlib(Coder):
     """A coder whose length depends on the values. Never makes more than the spec tells it to."""
 
-    def size(self, spec: TensorSpec) -> None:
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         return zlib.compress(Raw().encode(symbols, spec))
 

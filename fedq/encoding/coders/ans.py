@@ -68,10 +68,6 @@ class ANS(Coder):
         if self.model not in ("empirical", "normal", "laplace", "student", "adaptive"):
             raise ValueError(f"model must be empirical, normal, laplace, student or adaptive, not {self.model!r}")
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         if not spec.numel:

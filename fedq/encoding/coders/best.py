@@ -28,10 +28,6 @@ class Best(Coder):
             if not isinstance(coder, Coder):
                 raise TypeError(f"{coder!r} is not a coder, or one that learns")
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         coded = [memoryview(coder.encode(symbols, spec)) for coder in self.coders]

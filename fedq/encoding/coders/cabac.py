@@ -52,10 +52,6 @@ class CABAC(Coder):
 
     signed: bool = True
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         if not spec.numel:

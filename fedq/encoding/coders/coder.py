@@ -13,9 +13,9 @@ Buffer = bytes | memoryview
 class Coder(ABC):
     """Turns the last stage's tensor into bytes, exactly. Make it a frozen dataclass, as a stage."""
 
-    @abstractmethod
     def size(self, spec: TensorSpec) -> int | None:
-        """Returns how many bytes a tensor of `spec` takes, or None where that depends on its values."""
+        """Returns how many bytes a tensor of `spec` takes, or None, as here, where that depends on its values."""
+        return None
 
     @abstractmethod
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:

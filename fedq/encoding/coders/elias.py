@@ -27,10 +27,6 @@ class Elias(Coder):
         if self.code not in ("gamma", "delta"):
             raise ValueError(f"code must be gamma or delta, not {self.code!r}")
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size: depends on the values."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode. Raises ValueError for a symbol out of range."""
         return write(to_natural(symbols, spec), self._code)

@@ -26,10 +26,6 @@ class Golomb(Coder):
     2 on, and 0.11 from 1 on; below, one bit a symbol is the least.
     """
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size: depends on the values."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode. Raises ValueError for a symbol out of range."""
         values = to_natural(symbols, spec)
@@ -51,10 +47,6 @@ class SparseMask(Coder):
     are more than half, the gaps are those between zeros. Random masks take at most 3 % more than their entropy; up to
     4.4 % where 36 to 40 % are ones (or zeros): there m = 1 is the best divisor, which makes the code the bitmap.
     """
-
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size: depends on the values."""
-        return None
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode. Raises ValueError for a symbol out of range."""

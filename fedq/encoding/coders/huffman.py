@@ -32,10 +32,6 @@ class Huffman(Coder):
     below 2 bits a symbol ANS is the one to take.
     """
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         if not spec.numel:

@@ -29,10 +29,6 @@ class ZeroRuns(Coder):
         if self.zero is not None and self.zero < 0:
             raise ValueError(f"zero must be a symbol from 0, not {self.zero}")
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size: depends on the values."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode. Raises ValueError for a symbol out of range."""
         levels, digits, zero, base = self._layout(spec)

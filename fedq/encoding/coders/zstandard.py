@@ -37,10 +37,6 @@ class Zstandard(Coder):
         if not 1 <= self.level <= 22:
             raise ValueError(f"level must be from 1 to 22, not {self.level}")
 
-    def size(self, spec: TensorSpec) -> None:
-        """As Coder.size."""
-        return None
-
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         _check(symbols, spec)
