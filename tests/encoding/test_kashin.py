@@ -154,4 +154,4 @@ def test_shared_or_each_its_own_and_refusals() -> None:
             with pytest.raises(ValueError, match=f"{name} must be"):
                 KashinRepresentation(**{name: value})
     with pytest.raises(ValueError, match="floating"):
-        KashinRepresentation().side_spec(TensorSpec((3,), torch.int64))
+        KashinRepresentation().encoded_spec(TensorSpec((3,), torch.int64), {})

@@ -288,4 +288,4 @@ def test_refusals(stage: type[PowerSGD] | type[RandomSubspace]) -> None:
         with pytest.raises(ValueError, match=f"rank must be 1 or more, not {rank}"):
             stage(rank)
     with pytest.raises(ValueError, match=f"{stage.__name__} takes floating tensors of 16 to 64 bits, not torch.int64"):
-        stage().side_spec(TensorSpec((50, 50), torch.int64))
+        stage().encoded_spec(TensorSpec((50, 50), torch.int64), {})

@@ -209,6 +209,6 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="repeats must be"):
             stage(repeats=0)
         with pytest.raises(ValueError, match="floating"):
-            stage().side_spec(TensorSpec((3,), torch.int64))
+            stage().encoded_spec(TensorSpec((3,), torch.int64), {})
     with pytest.raises(ValueError, match="block must be"):
         CosineRotation(0)

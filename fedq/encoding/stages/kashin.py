@@ -62,11 +62,6 @@ class KashinRepresentation(EncodingStage):
         """True where all clients have the same frame."""
         return self.shared
 
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """None."""
-        working_dtype(self, spec)
-        return {}
-
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """The coefficients, in a row."""
         blocks, size, _ = self._blocks(spec.numel)

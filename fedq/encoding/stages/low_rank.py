@@ -38,11 +38,6 @@ class PowerSGD(AdaptiveEncodingStage):
     def __post_init__(self) -> None:
         _check_rank(self.rank)
 
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """None."""
-        working_dtype(self, spec)
-        return {}
-
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """Both factors as one vector; or as it is."""
         rows, columns = _matrix(self, self.rank, spec, sum)
@@ -70,8 +65,8 @@ class PowerSGD(AdaptiveEncodingStage):
 
     def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
         """As AdaptiveEncodingStage.encode."""
-        spec, basis = TensorSpec.of(x), params["basis"]
-        rows, columns = _matrix(self, self.rank, spec, sum)
+        spec = TensorSpec.of(x)
+        (rows, columns), basis = _matrix(self, self.rank, spec, sum), params["basis"]
         if not rows:
             return x, {}, {"basis": basis}
         work = working_dtype(self, spec)
@@ -128,11 +123,6 @@ class RandomSubspace(EncodingStage):
     def unbiased(self) -> bool:
         """True with `scale`."""
         return self.scale
-
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """None."""
-        working_dtype(self, spec)
-        return {}
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """The groups' means as a matrix; or as it is."""

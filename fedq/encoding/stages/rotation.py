@@ -51,11 +51,6 @@ class Rotation(EncodingStage):
         """True where all clients rotate alike."""
         return self.shared
 
-    def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """None."""
-        working_dtype(self, spec)
-        return {}
-
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """As many numbers, in a row."""
         return TensorSpec((spec.numel,), working_dtype(self, spec))
