@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.rotation import decoded, finite, hadamard_, random_signs
+from fedq.encoding.stages.rotation import decoded, hadamard_, random_signs
 from fedq.encoding.stages.sums import LARGEST_BLOCK, divided, working_dtype
 from fedq.keys import Key
 
@@ -88,7 +88,7 @@ class KashinRepresentation(EncodingStage):
                 hadamard_(left.masked_fill_(others, 0))
                 level *= self.eta
             part += left
-        return finite(y.view(-1)), {}
+        return y.view(-1), {}
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""

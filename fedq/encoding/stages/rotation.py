@@ -26,7 +26,7 @@ class Rotation(EncodingStage):
     Takes a floating tensor of n elements; gives n numbers (n,) in float32, float64 for float64. Blocks have `block`
     elements, fewer in a small tensor. Where they do not fill it, one more overlaps the last of them, with fresh
     signs: each step is orthogonal, hence the whole. The inverse is exact but for rounding, an error of a few
-    eps · ‖x‖₂. Refuses an x whose norm is beyond the dtype that it gives.
+    eps · ‖x‖₂. An Encoder refuses an x whose norm is beyond the dtype that this gives.
 
     block: the most elements in a block. repeats: rounds; between two, each block is dealt out to all others, so that
     a value spreads over block^repeats elements. shared: the same rotation for all clients of a round: they may be
@@ -70,7 +70,7 @@ class Rotation(EncodingStage):
                 source = flat[start:stop] if not i and stop <= full else window
                 torch.mul(source, signs[sign : sign + stop - start], out=window)
                 self._rotate(window.view(-1, size))
-        return finite(y), {}
+        return y, {}
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
@@ -201,13 +201,6 @@ def random_signs(n: int, key: Key, device: torch.device) -> Tensor:
     """Returns n signs of 1 and −1 (int8, shape (n,)): one bit of the key's stream each, least significant first."""
     bits = np.unpackbits(key.bits(-(-n // 8), 8), count=n, bitorder="little").view(np.int8)
     return torch.from_numpy(1 - 2 * bits).to(device)
-
-
-def finite(y: Tensor) -> Tensor:
-    """Returns `y`. Raises ValueError where it overflowed."""
-    if not is_finite(y):
-        raise ValueError(f"its norm is beyond {y.dtype}")
-    return y
 
 
 def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) -> Tensor:
