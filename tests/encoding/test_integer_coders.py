@@ -141,6 +141,14 @@ def test_every_integer_comes_back(coder: Coder) -> None:
         coder.encode(torch.zeros(3), TensorSpec((3,), torch.float32))
 
 
+@pytest.mark.parametrize("coder", [Golomb(), Elias("gamma"), Elias("delta")], ids=str)
+def test_a_boolean_is_0_or_1(coder: Coder) -> None:
+    coded(coder, np.array([True, False, True]))
+    data = bytes(coder.encode(torch.tensor([2, 0, 7], dtype=torch.uint8), TensorSpec((3,), torch.uint8)))
+    with pytest.raises(ValueError, match="a symbol is not from 0 to 1"):
+        decoded(coder, data, 3, torch.bool)
+
+
 def test_elias_is_gamma_or_delta() -> None:
     with pytest.raises(ValueError, match="code must be gamma or delta, not 'omega'"):
         Elias("omega")
@@ -183,7 +191,7 @@ def test_masks_of_any_kind() -> None:
     bits = "".join(golomb_by_hand([9, 19, 29], 19))
     assert data[5:] == bytes(int(bits[i : i + 8][::-1], 2) for i in range(0, len(bits), 8))
     for bad in (2, 256, -1):
-        with pytest.raises(ValueError, match="not 0 or 1"):
+        with pytest.raises(ValueError, match="not from 0 to 1"):
             SparseMask().encode(torch.tensor([0, bad]), TensorSpec((2,), torch.int64, 2))
     with pytest.raises(ValueError, match="2 levels"):
         SparseMask().encode(torch.zeros(3, dtype=torch.uint8), TensorSpec((3,), torch.uint8, 3))

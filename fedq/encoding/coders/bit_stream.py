@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Buffer
+from fedq.encoding.coders.coder import Buffer, checked, limits
 from fedq.encoding.spec import TensorSpec
 
 _BLOCK = 1 << 14  # symbols worked on at a time: the working set stays in the cache
+_MOST = (1 << 32) - 1  # the largest symbol
 _STRETCH = 64  # bytes whose ones are counted together
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # of each byte
 
@@ -132,10 +133,8 @@ def to_natural(symbols: Tensor, spec: TensorSpec) -> np.ndarray:
     They are the symbols themselves; without levels, those of signed dtypes are 0, −1, 1, −2, 2 … in that order. Raises
     ValueError for a symbol out of range.
     """
-    low, high = _range(spec)
-    values = symbols.reshape(-1).cpu().numpy()
-    if len(values) and not low <= int(values.min()) <= int(values.max()) <= high:
-        raise ValueError(f"a symbol is not from {low} to {high}")
+    low, high = limits(spec, _MOST)
+    values = checked(symbols, low, high)
     if low == 0:
         return values.astype(np.uint32)
     signed = values.astype(np.int32)
@@ -144,19 +143,9 @@ def to_natural(symbols: Tensor, spec: TensorSpec) -> np.ndarray:
 
 def from_natural(values: np.ndarray, spec: TensorSpec) -> Tensor:
     """The inverse of `to_natural`; raises ValueError for what it never gives."""
-    low, high = _range(spec)
+    low, high = limits(spec, _MOST)
     if int(values.max(initial=0)) > high - low:
         raise ValueError(f"a symbol is not from {low} to {high}")
     if low < 0:
         values = (values >> 1).view(np.int32) ^ -(values & 1).view(np.int32)
     return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
-
-
-def _range(spec: TensorSpec) -> tuple[int, int]:
-    """Returns the least and the largest symbol: 32 bits at most."""
-    if spec.dtype.is_floating_point or spec.dtype.is_complex or (spec.levels or 0) > 1 << 32:
-        raise ValueError(f"codes of integers take up to 2^32 levels, not {spec.levels} of {spec.dtype}")
-    if spec.levels is not None:
-        return 0, spec.levels - 1
-    bits = min(8 * spec.dtype.itemsize, 32)
-    return (-1 << (bits - 1), (1 << (bits - 1)) - 1) if spec.dtype.is_signed else (0, (1 << bits) - 1)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders import tokens as shared
-from fedq.encoding.coders.coder import Buffer, Coder
+from fedq.encoding.coders.coder import Buffer, Coder, checked, limits
 from fedq.encoding.spec import TensorSpec
 
 _KERNELS = "coders._cabac_kernels"
@@ -56,7 +56,7 @@ class CABAC(Coder):
         """As Coder.encode."""
         if not spec.numel:
             return b""
-        values = shared.checked(symbols, spec).astype(np.int32, copy=False)
+        values = checked(symbols, *limits(spec)).astype(np.int32, copy=False)
         if not self.signed and int(values.min()) < 0:
             raise ValueError("a symbol is below 0, and signed is False")
         matrix = values.reshape(spec.matrix)
@@ -68,11 +68,11 @@ class CABAC(Coder):
         if len(data) % 2:
             raise ValueError(f"{len(data)} bytes are not words of 16 bits")
         words = np.frombuffer(data, "<u2").astype(np.uint16, copy=False)
-        centre, limits = self._centre(spec), shared.limits(spec)
+        centre = self._centre(spec)
         values = np.full(spec.matrix, centre, np.int32) if centre else np.zeros(spec.matrix, np.int32)
-        if not shared.kernels(_KERNELS).cabac_decode(words, centre, self.signed, *limits, values):
+        if not shared.kernels(_KERNELS).cabac_decode(words, centre, self.signed, *limits(spec), values):
             raise ValueError("the words do not end as the symbols do")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 
     def _centre(self, spec: TensorSpec) -> int:
-        return shared.limits(spec)[1] // 2 if spec.levels and self.signed else 0
+        return limits(spec)[1] // 2 if spec.levels and self.signed else 0

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Buffer, Coder
+from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.spec import TensorSpec
 
 
@@ -25,9 +25,7 @@ class FixedWidth(Coder):
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode. Raises ValueError for a symbol out of range: it would spill into its neighbours."""
-        width, values = _width(spec), symbols.reshape(-1).cpu().numpy()
-        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < (spec.levels or 0):
-            raise ValueError(f"a symbol is not from 0 to {(spec.levels or 0) - 1}")
+        width, values = _width(spec), checked(symbols, 0, (spec.levels or 0) - 1)
         if width in (8, 16):
             return np.ascontiguousarray(values, f"<u{width // 8}").view(np.uint8).data
         if width == 1:

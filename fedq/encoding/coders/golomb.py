@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders.bit_stream import BitReader, from_natural, gaps, planes, read, to_natural, unary, write
-from fedq.encoding.coders.coder import Coder
+from fedq.encoding.coders.coder import Coder, checked
 from fedq.encoding.spec import TensorSpec
 
 _BITMAP = 255  # the first byte of a mask that is not coded by its gaps
@@ -52,10 +52,7 @@ class SparseMask(Coder):
         """As Coder.encode. Raises ValueError for a symbol out of range."""
         if spec.levels != 2:
             raise ValueError(f"SparseMask takes symbols of 2 levels, not {spec.levels}")
-        mask, n = symbols.reshape(-1).cpu().numpy(), spec.numel
-        if n and not 0 <= int(mask.min()) <= int(mask.max()) <= 1:
-            raise ValueError("a symbol is not 0 or 1")
-        bits = mask.astype(np.bool_)
+        bits, n = checked(symbols, 0, 1).astype(np.bool_), spec.numel
         ones = int(np.count_nonzero(bits))
         rarer = min(ones, n - ones)
         index = _divisor_index(n - rarer, rarer)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Buffer, Coder
+from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.spec import TensorSpec
 
 
@@ -30,6 +30,6 @@ class Raw(Coder):
         if spec.dtype == torch.bool and bool((values > 1).any()):
             raise ValueError("a boolean is neither 0 nor 1")
         decoded = values.view(spec.dtype).reshape(spec.shape)
-        if spec.levels is not None and spec.numel and not 0 <= int(decoded.min()) <= int(decoded.max()) < spec.levels:
-            raise ValueError(f"a symbol is not from 0 to {spec.levels - 1}")
+        if spec.levels is not None:
+            checked(decoded, 0, spec.levels - 1)
         return decoded

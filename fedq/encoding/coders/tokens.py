@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedq.encoding.coders.coder import checked, limits
 from fedq.encoding.spec import TensorSpec
 from fedq.errors import MissingPackage
 
@@ -56,7 +57,7 @@ def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, byte
 
     Raises ValueError for a symbol out of range.
     """
-    values = checked(symbols, spec)
+    values = checked(symbols, *limits(spec))
     if direct := _direct(spec):
         return b"", values.astype(np.uint8 if direct <= 256 else np.uint16, copy=False), b""
     sample = np.sort(values[:: len(values) // MOST + 1])
@@ -64,15 +65,6 @@ def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, byte
     tokens, low = np.empty(len(values), np.uint16), np.empty(4 * len(values) + 1, np.uint8)
     used = kernels().split(values.astype(np.int32, copy=False), centre, tokens, low)
     return _CENTRE.pack(centre), tokens, low[:used].tobytes()
-
-
-def checked(symbols: Tensor, spec: TensorSpec) -> np.ndarray:
-    """Returns at least one symbol (flat). Raises ValueError for one out of range."""
-    values: np.ndarray = symbols.reshape(-1).cpu().numpy()
-    lowest, highest = limits(spec)
-    if (spec.levels or spec.dtype != torch.int32) and not lowest <= int(values.min()) <= int(values.max()) <= highest:
-        raise ValueError(f"a symbol is not from {lowest} to {highest}")
-    return values
 
 
 def take_centre(data: memoryview, spec: TensorSpec) -> tuple[int, memoryview]:
@@ -185,15 +177,3 @@ def _direct(spec: TensorSpec) -> int | None:
     """Returns the number of levels where each is a token, None where there are too many."""
     lowest, highest = limits(spec)
     return highest + 1 if lowest == 0 and highest < MOST else None
-
-
-def limits(spec: TensorSpec) -> tuple[int, int]:
-    """Returns the least and the greatest symbol that `spec` allows."""
-    if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        raise ValueError(f"an entropy coder takes integers, not {spec.dtype}")
-    if spec.levels is not None:
-        return 0, min(spec.levels, 2**31) - 1
-    if spec.dtype == torch.bool:
-        return 0, 1
-    info = torch.iinfo(spec.dtype)
-    return max(info.min, -(2**31)), min(info.max, 2**31 - 1)

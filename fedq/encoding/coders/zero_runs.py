@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Coder
+from fedq.encoding.coders.coder import Coder, checked
 from fedq.encoding.spec import TensorSpec
 
 
@@ -32,9 +32,7 @@ class ZeroRuns(Coder):
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         """As Coder.encode. Raises ValueError for a symbol out of range."""
         levels, digits, zero, base = self._layout(spec)
-        values = symbols.reshape(-1).cpu().numpy()
-        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < levels:
-            raise ValueError(f"a symbol is not from 0 to {levels - 1}")
+        values = checked(symbols, 0, levels - 1)
         groups = np.full((-(-len(values) // digits), digits), zero, np.uint8)
         groups.reshape(-1)[: len(values)] = values
         packed = groups[:, 0].copy()

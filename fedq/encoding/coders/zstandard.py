@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.coders.coder import Buffer, Coder
+from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.coders.fixed_width import FixedWidth
 from fedq.encoding.coders.raw import Raw
 from fedq.encoding.spec import TensorSpec
@@ -83,9 +83,8 @@ def _signed(spec: TensorSpec) -> bool:
 
 
 def _check(symbols: Tensor, spec: TensorSpec) -> None:
-    levels = spec.levels
-    if levels is not None and spec.numel and not 0 <= int(symbols.min()) <= int(symbols.max()) < levels:
-        raise ValueError(f"a symbol is not from 0 to {levels - 1}")
+    if spec.levels is not None:
+        checked(symbols, 0, spec.levels - 1)
 
 
 def _zstandard() -> Any:

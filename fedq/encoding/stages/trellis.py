@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedq.encoding.coders.coder import checked
 from fedq.encoding.coders.tokens import kernels
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
@@ -97,8 +98,7 @@ class TrellisQuantization(EncodingStage):
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
         """As EncodingStage.decode."""
         symbols = y.reshape(-1).cpu()
-        if len(symbols) and not 0 <= int(symbols.min()) <= int(symbols.max()) <= _MOST:
-            raise ValueError(f"a symbol is not from 0 to {_MOST}")
+        checked(symbols, 0, _MOST)
         work = working_dtype(self, spec)
         signs = np.empty(len(symbols), np.int8)
         kernels(_KERNELS).trellis_signs(symbols.numpy(), _steps(self.states), signs)
