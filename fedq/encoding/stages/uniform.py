@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import working_dtype
+from fedq.encoding.stages.sums import in_rows, working_dtype
 from fedq.keys import Key
 
 _ENCODED, _DECODED = 1 << 18, 1 << 20  # elements worked on at a time: the working set stays in the cache
@@ -164,9 +164,7 @@ class UniformQuantization(EncodingStage):
             return x.movedim(self.axis or 0, 0).flatten(1)
         flat = x.reshape(-1)
         block = min(self.block or len(flat), len(flat))
-        if block and len(flat) % block:
-            flat = torch.nn.functional.pad(flat, (0, -len(flat) % block))
-        return flat.view(-1, block) if block else flat.view(1, 0)
+        return in_rows(flat, block) if block else flat.view(1, 0)
 
     def _tensor(self, rows: Tensor, spec: TensorSpec) -> Tensor:
         """The inverse of `_rows`."""
@@ -201,19 +199,16 @@ class UniformQuantization(EncodingStage):
             high = torch.where(clipped > 0, clipped, high)
         return -high, high
 
-    def _bounds(self, side: Tensors) -> tuple[Tensor, Tensor]:
-        """Returns the values of the symbol `_origin` and of the last one."""
-        high = side["maximum"] if self.limit is None else torch.tensor(self.limit, dtype=torch.float64)
-        return torch.zeros_like(high) if self._symmetric else side["minimum"], high
-
     def _grid(self, side: Tensors, spec: TensorSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the value of the symbol `_origin` and the step of each row (rows × 1), in the dtype to work in.
 
         That is float32 where its range and precision suffice. Then, the maximum of each row, if the last symbol's
         value may round to beyond it.
         """
+        end = side["maximum"] if self.limit is None else torch.tensor(self.limit, dtype=torch.float64)
+        start = torch.zeros_like(end) if self._symmetric else side["minimum"]
         # numpy's, whose calls cost a fifth of torch's: these are few numbers
-        low, high = (v.double().numpy().reshape(-1, 1) for v in self._bounds(side))
+        low, high = (v.double().numpy().reshape(-1, 1) for v in (start, end))
         steps, fits = self._top - self._origin, self.bits <= 12 and spec.dtype != torch.float64
         with np.errstate(over="ignore"):  # what is beyond float32 does not fit
             extent = high - low
