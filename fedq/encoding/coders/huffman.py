@@ -40,7 +40,7 @@ class Huffman(Coder):
         counts = shared.histogram(tokens, spec)
         first, last = shared.window(counts)
         lengths = np.zeros(len(counts), np.int64)
-        lengths[counts > 0] = code_lengths(counts[counts > 0], longest(spec)) + 1
+        lengths[counts > 0] = code_lengths(counts[counts > 0], longest(len(counts))) + 1
         table = shared.pack_numbers(lengths[first : last + 1])
         return b"".join((shared.WINDOW.pack(first, last - first), table, centre, write(tokens, lengths), low))
 
@@ -52,7 +52,7 @@ class Huffman(Coder):
             lengths = np.zeros(shared.alphabet(spec), np.int64)
             lengths[first : last + 1], data = shared.take_numbers(data, last - first + 1)
             centre, data = shared.take_centre(data, spec)
-            data = read(data, lengths, longest(spec), tokens)
+            data = read(data, lengths, longest(len(lengths)), tokens)
         return shared.detokenise(centre, tokens, data, spec)
 
     def model_size(self, data: memoryview) -> int:
@@ -63,9 +63,12 @@ class Huffman(Coder):
         return len(data) - len(shared.take_numbers(rest, more + 1)[1])
 
 
-def longest(spec: TensorSpec) -> int:
-    """Returns the length that no code may exceed: so that the table of all that may come next stays in the cache."""
-    return 12 if shared.alphabet(spec) <= 256 else 15
+def longest(alphabet: int) -> int:
+    """Returns the length that no code may exceed: the table of all that may come next has to stay in the cache.
+
+    alphabet: how many tokens there are.
+    """
+    return 12 if alphabet <= 256 else 15
 
 
 def code_lengths(weights: np.ndarray, limit: int) -> np.ndarray:

@@ -116,10 +116,10 @@ class LearnedHuffman(_Learned):
         return huffman.write(tokens, self._lengths(weights))
 
     def _read(self, data: memoryview, tokens: np.ndarray, weights: np.ndarray) -> memoryview:
-        return huffman.read(data, self._lengths(weights), 15, tokens)
+        return huffman.read(data, self._lengths(weights), huffman.longest(len(weights)), tokens)
 
     def _lengths(self, weights: np.ndarray) -> np.ndarray:
-        return huffman.code_lengths(weights, 12 if self.bits <= 8 else 15) + 1
+        return huffman.code_lengths(weights, huffman.longest(len(weights))) + 1
 
 
 def _weights(params: Tensors) -> np.ndarray:
