@@ -3,7 +3,7 @@
 from fedq.encoding.stages.cast import Cast
 from fedq.encoding.stages.clipping import AdaptiveQuantileClip, ClipByNorm, ClipByValue, ZeroOutliers
 from fedq.encoding.stages.codebook import KMeans, LloydMax, Logarithmic, NormalFloat
-from fedq.encoding.stages.drive import Eden
+from fedq.encoding.stages.eden import Eden
 from fedq.encoding.stages.few_levels import QSGD, NaturalCompression, TernGrad, ThreeLevel
 from fedq.encoding.stages.kashin import KashinRepresentation
 from fedq.encoding.stages.low_rank import PowerSGD, RandomSubspace
