@@ -9,7 +9,7 @@ from torch import Tensor
 from fedq.encoding.encoder import is_finite
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import CHUNK, largest_magnitude, working_dtype
+from fedq.encoding.stages.sums import chunks, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
@@ -61,9 +61,7 @@ class Cast(EncodingStage):
         spec = TensorSpec.of(x)
         work, symbols = working_dtype(self, spec), self.encoded_spec(spec, side)
         y = torch.empty(x.shape, dtype=symbols.dtype, device=x.device)
-        for part, out in zip(
-            torch.split(x.reshape(-1), CHUNK), torch.split(y.view(dtype).view(-1), CHUNK), strict=True
-        ):
+        for part, out in chunks(x, y.view(dtype)):
             out.copy_(_times_power(part.to(work), exponent).clamp(-largest, largest).float())
         return y, side
 
@@ -74,7 +72,7 @@ class Cast(EncodingStage):
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
         # of float8, as torch takes several times longer to turn it into float32
         table = torch.arange(256, device=y.device).to(torch.uint8).view(dtype).to(work) if dtype.itemsize == 1 else None
-        for part, out in zip(torch.split(y.reshape(-1), CHUNK), torch.split(decoded.view(-1), CHUNK), strict=True):
+        for part, out in chunks(y, decoded):
             value = part.to(work) if table is None else table.index_select(0, part.int())
             if not is_finite(value):
                 raise ValueError("a code is that of NaN or infinity")

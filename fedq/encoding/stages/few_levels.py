@@ -12,10 +12,10 @@ from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.levels import look_up, look_up_scaled
 from fedq.encoding.stages.sums import (
-    CHUNK,
     blocks,
     check_block,
     check_scale,
+    chunks,
     divided,
     largest_magnitude,
     sums,
@@ -72,10 +72,9 @@ class TernGrad(_Ternary):
         symbols, bits = torch.ones(x.shape, dtype=torch.uint8, device=x.device), key.bit_generator()
         if not side["scale"]:
             return symbols, side
-        flat, out = x.reshape(-1), symbols.view(-1)
-        for start in range(0, len(flat), CHUNK):
-            part = divided(flat[start : start + CHUNK].to(work), float(side["scale"])).clamp_(-1, 1)
-            out[start : start + CHUNK] = _round_up(part.abs(), bits).clamp_(max=1).copysign_(part).add_(1)
+        for given, out in chunks(x, symbols):
+            part = divided(given.to(work), float(side["scale"])).clamp_(-1, 1)
+            out.copy_(_round_up(part.abs(), bits).clamp_(max=1).copysign_(part).add_(1))
         return symbols, side
 
 
@@ -100,10 +99,9 @@ class ThreeLevel(_Ternary):
         work = working_dtype(self, TensorSpec.of(x))
         scale = torch.tensor(min(self.sparsity * largest_magnitude(x), torch.finfo(x.dtype).max), dtype=work)
         half, symbols = float(scale) / 2, torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        flat, out = x.reshape(-1), symbols.view(-1)
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK].to(work)
-            out[start : start + CHUNK] = (part > half).view(torch.uint8) + (part >= -half)
+        for given, out in chunks(x, symbols):
+            part = given.to(work)
+            torch.add((part > half).view(torch.uint8), part >= -half, out=out)
         return symbols, {"scale": scale}
 
 
@@ -191,13 +189,10 @@ class NaturalCompression(EncodingStage):
         """As EncodingStage.encode."""
         exponent, mantissa, integer = _FORMATS[x.dtype]
         symbols = torch.empty(x.shape, dtype=TensorSpec.symbols((), 2 << exponent).dtype, device=x.device)
-        flat, out, bits = x.reshape(-1), symbols.view(-1), key.bit_generator()
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK].view(integer)
-            random = _random(bits, len(part), part.dtype, x.device).bitwise_and_((1 << mantissa) - 1)
-            out[start : start + CHUNK] = (
-                random.add_(part).bitwise_right_shift_(mantissa).bitwise_and_((2 << exponent) - 1)
-            )
+        bits = key.bit_generator()
+        for part, out in chunks(x, symbols):
+            random = _random(bits, len(part), integer, x.device).bitwise_and_((1 << mantissa) - 1)
+            out.copy_(random.add_(part.view(integer)).bitwise_right_shift_(mantissa).bitwise_and_((2 << exponent) - 1))
         return symbols, {}
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:

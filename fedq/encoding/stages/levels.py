@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.spec import TensorSpec
-from fedq.encoding.stages.sums import CHUNK, cut_off, in_rows
+from fedq.encoding.stages.sums import CHUNK, chunks, cut_off, in_rows
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -23,16 +23,15 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
     next_threshold = torch.cat((thresholds, thresholds.new_tensor([torch.inf])))
     table, most = _table(thresholds) if work == torch.float32 and x.numel() > CHUNK // 8 else (thresholds, 256)
     symbols = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    flat, out = x.reshape(-1), symbols.view(-1)
-    for start in range(0, len(flat), CHUNK):
-        part = flat[start : start + CHUNK].to(work).contiguous()
+    for given, out in chunks(x, symbols):
+        part = given.to(work).contiguous()
         if most > 12:  # float64, few elements, or levels that hardly differ
             index = torch.bucketize(part, thresholds, out_int32=True)
         else:
             index = table.index_select(0, part.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF))
             for _ in range(most):
                 index.add_(part > next_threshold.index_select(0, index))
-        out[start : start + CHUNK] = index
+        out.copy_(index)
     return symbols
 
 

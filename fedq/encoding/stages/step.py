@@ -11,7 +11,7 @@ from torch import Tensor
 from fedq.encoding.coders.tokens import kernels
 from fedq.encoding.spec import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import CHUNK, divided, largest_magnitude, sums, working_dtype
+from fedq.encoding.stages.sums import chunks, divided, largest_magnitude, sums, working_dtype
 from fedq.encoding.stages.uniform import noise
 from fedq.keys import Key
 
@@ -113,7 +113,7 @@ class StepQuantization(EncodingStage):
     def _rounded(self, x: Tensor, step: float, key: Key) -> Tensor:
         symbols = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         random = key.bit_generator()
-        for part, out in zip(torch.split(x.reshape(-1), CHUNK), torch.split(symbols.view(-1), CHUNK), strict=True):
+        for part, out in chunks(x, symbols):
             scaled = divided(part.to(torch.promote_types(x.dtype, torch.float32)), step)
             if self.rounding == "nearest":
                 # the cast cuts the fraction off, towards 0
@@ -129,7 +129,7 @@ class StepQuantization(EncodingStage):
         shift, beyond = float(side["shift"]) if self.centroids else 0.0, step * 2.0**32 >= largest
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
         random = key.bit_generator()
-        for part, out in zip(torch.split(y.reshape(-1), CHUNK), torch.split(decoded.view(-1), CHUNK), strict=True):
+        for part, out in chunks(y, decoded):
             value = out.copy_(part) if out.dtype == work else part.to(work)
             if shift:
                 value.add_(value.sign(), alpha=shift)

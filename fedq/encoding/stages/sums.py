@@ -54,6 +54,11 @@ def sums(x: Tensor, *terms: Callable[[Tensor], Tensor]) -> list[float]:
     return totals
 
 
+def chunks(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the elements of `x`, and with them those of `out` (contiguous) to be written, CHUNK at a time."""
+    return zip(torch.split(x.reshape(-1), CHUNK), torch.split(out.view(-1), CHUNK), strict=True)
+
+
 def blocks(x: Tensor, block: int) -> Iterator[Tensor]:
     """Yields the elements of `x` in rows of `block`, some rows at a time, float32 or float64.
 
