@@ -83,7 +83,7 @@ def take(format_: struct.Struct, data: memoryview) -> tuple[tuple[int, ...], mem
 
 
 def histogram(tokens: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """Returns how often each token occurs. Raises ValueError for a token that symbols of `spec` do not have."""
+    """Returns how often each of the tokens that symbols of `spec` may have occurs."""
     size = alphabet(spec)
     counts: np.ndarray = kernels().histogram(tokens, max(256, size))
     return counts[:size]

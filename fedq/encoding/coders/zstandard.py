@@ -39,7 +39,8 @@ class Zstandard(Coder):
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
-        _check(symbols, spec)
+        if spec.levels is not None:
+            checked(symbols, 0, spec.levels - 1)
         if _signed(spec):
             symbols = (symbols << 1) ^ (symbols >> (8 * spec.dtype.itemsize - 1))
         coder, plain, stride = _plain(spec)
@@ -63,7 +64,8 @@ class Zstandard(Coder):
             raise ValueError(f"{len(raw)} bytes are not the {size} expected")
         planes = np.frombuffer(raw, np.uint8).reshape(stride, -1)
         symbols = coder.decode(memoryview(planes.T.tobytes()), plain)
-        _check(symbols, spec)
+        if spec.levels is not None:
+            checked(symbols, 0, spec.levels - 1)
         if _signed(spec):
             symbols = ((symbols >> 1) & torch.iinfo(spec.dtype).max) ^ -(symbols & 1)
         return symbols
@@ -80,11 +82,6 @@ def _plain(spec: TensorSpec) -> tuple[FixedWidth | Raw, TensorSpec, int]:
 def _signed(spec: TensorSpec) -> bool:
     """Tells whether symbols are taken in the order 0, −1, 1, −2 …: else a sign would fill all bits above the value."""
     return spec.levels is None and spec.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _check(symbols: Tensor, spec: TensorSpec) -> None:
-    if spec.levels is not None:
-        checked(symbols, 0, spec.levels - 1)
 
 
 def _zstandard() -> Any:

@@ -131,8 +131,7 @@ class HadamardRotation(Rotation):
     def _rotate(self, rows: Tensor) -> None:
         hadamard_(rows)
 
-    def _rotate_back(self, rows: Tensor) -> None:
-        hadamard_(rows)
+    _rotate_back = _rotate
 
 
 @dataclass(frozen=True)
