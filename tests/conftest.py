@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+
+# numpy's own BLAS has a thread for each core in each of pytest's workers, and on a busy machine they wait for each
+# other: decompositions of small matrices took 12 times as long. Read when numpy is first imported, which no plugin
+# does before; what tests start inherits it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 # as in training, where each worker has one: on a busy machine more wait for each other
