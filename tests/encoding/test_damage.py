@@ -4,6 +4,7 @@ Only where the checksum was made right again may damage give another valid messa
 tensors of the right shape and within the range that it tells.
 """
 
+import functools
 import math
 import random
 import resource
@@ -112,7 +113,13 @@ def frontier() -> Case:
     )
 
 
-CASES = {"plain": plain(), "adaptive": adaptive(), "frontier": frontier()}
+CASES = {"plain": plain, "adaptive": adaptive, "frontier": frontier}
+
+
+@functools.cache
+def case_of(name: str) -> Case:
+    """Made by the first test that needs it: frontier's has numba's loops compiled, for seconds."""
+    return CASES[name]()
 
 
 def flips(random: random.Random, data: bytes) -> bytes:
@@ -237,7 +244,7 @@ def test_there_are_100_000() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_message_is_valid(name: str) -> None:
-    case = CASES[name]
+    case = case_of(name)
     assert not refused(case, case.message)
     assert reframe(case.message, case.body) == with_checksum(case.message) == case.message
 
@@ -245,7 +252,7 @@ def test_the_whole_message_is_valid(name: str) -> None:
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", CASES)
 def test_damage_as_it_comes(name: str, damage: Callable) -> None:
-    case, draw = CASES[name], random.Random(f"{name} {damage.__name__}")
+    case, draw = case_of(name), random.Random(f"{name} {damage.__name__}")
     with bounded_memory():
         for _ in range(COUNTS["as it comes"][0]):
             while (message := damage(draw, case.message)) == case.message:
@@ -256,7 +263,7 @@ def test_damage_as_it_comes(name: str, damage: Callable) -> None:
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", CASES)
 def test_damage_behind_the_checksum(name: str, damage: Callable) -> None:
-    case, draw, count = CASES[name], random.Random(f"{damage.__name__} {name}"), COUNTS["behind the checksum"][0]
+    case, draw, count = case_of(name), random.Random(f"{damage.__name__} {name}"), COUNTS["behind the checksum"][0]
     with bounded_memory():
         refusals = sum(refused(case, reframe(case.message, damage(draw, case.body))) for _ in range(count))
     if damage in (cuts, insertions):  # another length
@@ -270,14 +277,14 @@ def test_damage_behind_the_checksum(name: str, damage: Callable) -> None:
 @pytest.mark.parametrize("field", HEADERS)
 @pytest.mark.parametrize("name", CASES)
 def test_headers(name: str, field: str) -> None:
-    case, draw = CASES[name], random.Random(f"{name} {field}")
+    case, draw = case_of(name), random.Random(f"{name} {field}")
     with bounded_memory():
         for _ in range(COUNTS["header"][0]):
             assert refused(case, HEADERS[field](draw, case.message))
 
 
 def test_ranges_that_are_none() -> None:
-    case, draw = CASES["plain"], random.Random("range")
+    case, draw = case_of("plain"), random.Random("range")
     bad = (math.nan, math.inf, -math.inf)
     for _ in range(COUNTS["range"][0]):
         body = bytearray(case.body)
@@ -294,7 +301,7 @@ def test_ranges_that_are_none() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_trailing_bytes(name: str) -> None:
-    case, draw = CASES[name], random.Random(name)
+    case, draw = case_of(name), random.Random(name)
     for i in range(COUNTS["trailing"][0]):
         tail = bytes(1 + i // 4) if i % 2 else draw.randbytes(1 + i // 4)
         with pytest.raises(MessageError, match=r"the end of the body cannot be decoded: \d+ bytes are left"):
@@ -303,7 +310,7 @@ def test_trailing_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_messages_for_others(name: str) -> None:
-    case, other, draw = CASES[name], CASES["adaptive" if name == "plain" else "plain"], random.Random(name)
+    case, other, draw = case_of(name), case_of("adaptive" if name == "plain" else "plain"), random.Random(name)
     for i in range(COUNTS["others"][0]):
         if i % 2:
             with pytest.raises(MessageError, match="expected seed"):
@@ -317,7 +324,7 @@ def test_messages_for_others(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_memory_stays_within_the_schemas(name: str) -> None:
     # numpy's and Python's allocations; torch's are bounded by bounded_memory() above
-    case, draw = CASES[name], random.Random(name)
+    case, draw = case_of(name), random.Random(name)
     messages = [reframe(case.message, draw.choice(DAMAGES)(draw, case.body)) for _ in range(600)]
     messages += [damage(draw, case.message) for damage in HEADERS.values() for _ in range(20)]
     refused(case, case.message)
@@ -377,6 +384,6 @@ def test_symbols_beyond_their_levels_are_refused(stages: tuple, coder: Any) -> N
 
 
 def test_what_is_not_bytes_at_all_or_too_short() -> None:
-    for message in (b"", b"FEDQ", bytes(47), bytes(48), CASES["plain"].message[:48], memoryview(b"FEDQ" + bytes(60))):
+    for message in (b"", b"FEDQ", bytes(47), bytes(48), case_of("plain").message[:48], memoryview(b"FEDQ" + bytes(60))):
         with pytest.raises(MessageError):
-            CASES["plain"].decode(message)
+            case_of("plain").decode(message)
