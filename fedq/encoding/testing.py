@@ -79,13 +79,13 @@ def floating_inputs() -> dict[str, Tensor]:
 
 
 def large_input() -> Tensor:
-    """Returns a tensor larger than what a stage may work on at a time."""
-    return wave(131_072 + 5)
+    """Returns a tensor larger than what most stages work on at a time."""
+    return wave(2**18 + 5)
 
 
 def largest_input() -> Tensor:
-    """Returns ten million elements."""
-    return torch.linspace(-1, 1, 10_000_000).reshape(5000, 2000)
+    """Returns over two million elements: no stage or coder works on half as many at a time."""
+    return torch.linspace(-1, 1, 2_200_000).reshape(1100, 2000)
 
 
 def exact_inputs() -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def check_dataclasses(encoder: Encoder, bound: Bound | None) -> None:
 
 def check_round_trip(encoder: Encoder, bound: Bound | None) -> None:
     """Shape and dtype come back, contiguous or not; values within the bound."""
-    for name, x in (floating_inputs() | {"large": large_input()}).items():
+    for name, x in floating_inputs().items():
         _round_trip(encoder, bound, name, x)
 
 
@@ -170,9 +170,10 @@ def check_arbitrary_arrays(encoder: Encoder, bound: Bound | None) -> None:
     check()
 
 
-def check_ten_million_elements(encoder: Encoder, bound: Bound | None) -> None:
-    """The same for ten million elements."""
-    _round_trip(encoder, bound, "ten million elements", largest_input())
+def check_largest_input(encoder: Encoder, bound: Bound | None) -> None:
+    """The same for millions of elements."""
+    x = largest_input()
+    _round_trip(encoder, bound, f"{x.numel():,} elements", x)
 
 
 def check_exact_tensors(encoder: Encoder, bound: Bound | None) -> None:
@@ -232,10 +233,11 @@ def check_same_key(encoder: Encoder, bound: Bound | None) -> None:
     equal = copy.deepcopy(encoder)
     for name, x in inputs.items():
         assert _message(equal, x) == messages[name], f"{name}: the same key gives other bytes"
-        assert _message(encoder, x.contiguous()) == messages[name], (
+        again = _message(encoder, x.contiguous())
+        assert again == messages[name], (
             f"{name}: the layout in memory matters; torch adds up in its order, unless x.reshape(-1) comes first"
         )
-        assert _same(_send(encoder, x), decoded[name]), f"{name}: something reaches decode beside the message"
+        assert _same(_decode(encoder, again, x), decoded[name]), f"{name}: something reaches decode beside the message"
 
 
 def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
@@ -261,6 +263,7 @@ def check_length(encoder: Encoder, bound: Bound | None) -> None:
     Streams of side values, such as a mask or a range for each channel, come on top of the 16 bytes, as does the length
     of each stream whose size depends on its values.
     """
+    messages = _messages(encoder)
     for name, x in _taken(encoder).items():
         spec, single, total, fixed = TensorSpec.of(x), 0, 0, True
         for stage, (_, side, _) in zip(encoder.stages, _steps(encoder, x), strict=True):
@@ -272,7 +275,7 @@ def check_length(encoder: Encoder, bound: Bound | None) -> None:
         assert single <= 16, f"{name}: {single} bytes beside the symbols"
         size = encoder.coder.size(spec) if isinstance(encoder.coder, Coder) else None
         if fixed and size is not None:
-            length = len(_message(encoder, x))
+            length = len(messages[name])
             assert length == OVERHEAD + total + size, f"{name}: {length} bytes, not {OVERHEAD} + {total} + {size}"
         if isinstance(encoder.coder, FixedWidth):
             assert spec.levels is not None
@@ -407,7 +410,7 @@ CHECKS: tuple[Callable[[Encoder, Bound | None], None], ...] = (
     check_dataclasses,
     check_round_trip,
     check_arbitrary_arrays,
-    check_ten_million_elements,
+    check_largest_input,
     check_exact_tensors,
     check_refusals,
     check_input_untouched,
@@ -481,14 +484,26 @@ def _steps(encoder: Encoder, x: Tensor, key: Key = KEY) -> Iterator[tuple[Tensor
         x, spec = y, stage.encoded_spec(spec, side)
 
 
+_last: tuple[Encoder | None, dict[str, bytes]] = (None, {})
+"""The chain whose messages were asked for last, and these: four checks in a row ask."""
+
+
+def _messages(encoder: Encoder) -> dict[str, bytes]:
+    """Returns the messages of the floating inputs but those that the chain refuses; not fresh ones."""
+    global _last
+    if _last[0] is not encoder:
+        messages = {}
+        for name, x in floating_inputs().items():
+            with contextlib.suppress(EncodeError):
+                messages[name] = _message(encoder, x)
+        _last = encoder, messages
+    return _last[1]
+
+
 def _taken(encoder: Encoder) -> dict[str, Tensor]:
     """Returns the floating inputs without those that the chain refuses; check_round_trip tells which it may."""
-    taken = {}
-    for name, x in floating_inputs().items():
-        with contextlib.suppress(EncodeError):
-            _message(encoder, x)
-            taken[name] = x
-    return taken
+    messages = _messages(encoder)
+    return {name: x for name, x in floating_inputs().items() if name in messages}
 
 
 def _message(encoder: Encoder, x: Tensor, key: Key = KEY) -> bytes:

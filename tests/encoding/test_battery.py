@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import random
@@ -14,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configured import CONF, DIRECTIONS, NAMES, built, config
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 from toys import Negate, Reverse, Zlib
 
 import fedq.encoding.coders
 import fedq.encoding.stages
-from fedq.config import build_encoder
 from fedq.encoding import (
     AdaptiveCoder,
     AdaptiveEncodingStage,
@@ -60,19 +61,16 @@ WIDE_CODERS += [(FixedWidth(), levels) for levels in (256, 257, 1000, 4096, 10_0
 def configured() -> dict[str, Encoder]:
     """Every chain of conf/encoder, of either direction, those of its rules too."""
     chains = {}
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        for file in sorted((ROOT / "conf" / "encoder").glob("*.yaml")):
-            cfg = compose("config", [f"encoder={file.stem}"])
-            for direction in ("broadcast", "upload"):
-                built: StateDictEncoder = build_encoder(cfg, direction)
-                chains[f"{file.stem} {direction}"] = built.encoder
-                chains |= {f"{file.stem} {direction} {name}": chain for name, chain in built.rules.items()}
+    for name, direction in itertools.product(NAMES, DIRECTIONS):
+        encoder = built(name, direction)
+        chains[f"{name} {direction}"] = encoder.encoder
+        chains |= {f"{name} {direction} {pattern}": chain for pattern, chain in encoder.rules.items()}
     return chains
 
 
 CONFIGURED = configured()
 ALONE = [(stage,) for stage, _ in STAGES]
-# ten million elements go through one of each class
+# millions of elements go through one of each class, ten through one of UniformQuantization
 LARGEST = {type(stage): stage for stage, _ in STAGES} | {type(chain.coder): chain for chain in CONFIGURED.values()}
 BOUNDS = {stage: bound for stage, bound in STAGES if bound is not None}
 CHAINS = [
@@ -104,10 +102,18 @@ def bound_of(encoder: Encoder) -> Bound | None:
     return BOUNDS.get(lossy[0]) if len(lossy) == 1 else None
 
 
+@pytest.mark.parametrize("name", ["follow_loss", "top_k"])  # one that stands on another, one that does not
+def test_what_is_read_is_what_hydra_composes(name: str) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        assert compose("config", [f"encoder={name}"]).encoder == config(name).encoder
+
+
 @pytest.mark.parametrize(("stage", "bound"), STAGES, ids=[str(stage) for stage, _ in STAGES])
 def test_stages(stage: EncodingStage, bound: Bound | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if stage != LARGEST[type(stage)]:
         monkeypatch.setattr(testing, "largest_input", testing.large_input)
+    elif isinstance(stage, UniformQuantization):
+        monkeypatch.setattr(testing, "largest_input", lambda: torch.linspace(-1, 1, 10_000_000).reshape(5000, 2000))
     check_stage(stage, bound)
 
 
@@ -116,12 +122,17 @@ def test_chains(encoder: Encoder) -> None:
     check_encoder(encoder, bound_of(encoder))
 
 
-@pytest.mark.parametrize("encoder", {repr(chain): chain for chain in CONFIGURED.values()}.values(), ids=str)
+def is_a_stage_alone(chain: Encoder) -> bool:
+    """Those test_stages has."""
+    return isinstance(chain.coder, FixedWidth | Raw) and chain.stages in ALONE
+
+
+@pytest.mark.parametrize(
+    "encoder", {repr(chain): chain for chain in CONFIGURED.values() if not is_a_stage_alone(chain)}.values(), ids=str
+)
 def test_configured_chains(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     if encoder != LARGEST.get(type(encoder.coder)):
         monkeypatch.setattr(testing, "largest_input", testing.large_input)
-    if isinstance(encoder.coder, FixedWidth | Raw) and encoder.stages in ALONE:
-        return  # test_stages has it
     check_encoder(encoder, bound_of(encoder))
 
 

@@ -1,16 +1,14 @@
 """Sparsification: what is kept, how far off the rest is, and what it costs, against mathematics."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from configured import built
 from scipy import integrate, stats
 from torch import Tensor
 
-from fedq.config import build_encoder
 from fedq.encoding import (
     Encoder,
     EncodingStage,
@@ -28,8 +26,6 @@ from fedq.encoding import (
 )
 from fedq.encoding.message import length
 from fedq.encoding.testing import KEY, Bound, reframe, wave
-
-ROOT = Path(__file__).parents[2]
 
 
 def top_k_bound(fraction: float) -> Bound:
@@ -206,8 +202,7 @@ def test_stc_by_hand() -> None:
 @pytest.mark.parametrize("name", ["top_k", "top_k_global", "threshold", "stc", "random_mask"])
 def test_configured_uploads(name: str) -> None:
     """What is configured keeps the fraction that its first lines tell, of each tensor or of all as one."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        upload: StateDictEncoder = build_encoder(compose("config", [f"encoder={name}"]), "upload")
+    upload = built(name, "upload")
     assert upload.joint == (name == "top_k_global")
     x = {"small": wave(300, 100), "bias": wave(10), "large": 100 * wave(200, 100)}
     message, _ = upload.encode(x, KEY)
