@@ -7,9 +7,7 @@ of the whole payload, side values and tables included.
 import math
 from functools import cache, partial
 
-import numpy as np
 import pytest
-from scipy.stats import norm
 
 from fedq.bench import measure, synthetic
 from fedq.encoding import (
@@ -79,48 +77,6 @@ def test_a_step_squared_by_six_or_twelve(rounding, share, source):
     assert result.nmse * float(x.double().square().mean()) == pytest.approx(step**2 / share, rel=0.01)
     gain = 1 if rounding == "nearest" else 4
     assert result.nmse_of_mean == pytest.approx(result.nmse / gain, rel=0.02)
-
-
-def cells(step: float, dead: float) -> tuple[float, float]:
-    """Returns entropy and error of a scalar quantiser of a normal source, by numerical integration.
-
-    Its cells are `step` wide, but for the central one, 2 · dead · step, and each is decoded as its centroid.
-    """
-    edges = step * (dead + np.arange(200))
-    edges = np.concatenate((-edges[::-1], edges))
-    mass, moment = np.diff(norm.cdf(edges)), -np.diff(norm.pdf(edges))
-    mass, moment = mass[mass > 1e-30], moment[mass > 1e-30]
-    return -float((mass * np.log2(mass)).sum()), 1 - float((moment**2 / mass).sum())
-
-
-@cache
-def best_scalar(rate: float) -> tuple[float, float, float]:
-    """Returns error, step and dead zone of the best of them with an entropy of `rate` bits.
-
-    Such cells are within 0.1 % of the best scalar quantiser of all (Farvardin & Modestino 1984).
-    """
-    found = []
-    for dead in np.linspace(0.35, 1.2, 18):
-        low, high = 1e-3, 40.0
-        for _ in range(40):
-            step = math.sqrt(low * high)
-            low, high = (step, high) if cells(step, dead)[0] > rate else (low, step)
-        found.append((cells(step, dead)[1], step, float(dead)))
-    return min(found)
-
-
-RATES = {0.3: 0.753, 0.5: 0.617, 1: 0.348, 1.5: 0.178, 2: 0.0889, 3: 0.0222, 4: 0.0056}
-
-
-@pytest.mark.parametrize(("rate", "nmse"), RATES.items())
-def test_scalar_quantisation_with_an_entropy_coder(rate, nmse):
-    error, step, dead_zone = best_scalar(rate)
-    assert error == pytest.approx(nmse, rel=0.01)
-    assert 0.09 < rate - 0.5 * math.log2(1 / error) < 0.256  # above Shannon's bound
-    result = of("normal", 1, StepQuantization(step, dead_zone=min(dead_zone, 1), centroids=True), coder=ANS())
-    # in real bytes, those of the table of frequencies too
-    assert result.bits == pytest.approx(rate, rel=0.02)
-    assert result.nmse == pytest.approx(best_scalar(result.bits)[0], rel=0.02)
 
 
 def test_what_the_zeros_of_a_sparse_source_cost():

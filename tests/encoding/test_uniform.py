@@ -313,6 +313,7 @@ def best(rate: float) -> tuple[float, float, float]:
 def test_rate_and_error_on_a_normal_source(rate: float) -> None:
     error, step, dead_zone = best(rate)
     assert error == pytest.approx(GOALS[rate], rel=0.01)
+    assert 0.09 < rate - 0.5 * math.log2(1 / error) < 0.256  # above Shannon's bound
     x = normal(500_000, seed=5)
     stage = StepQuantization(step, dead_zone=dead_zone, centroids=True)
     y, side = stage.encode(x, KEY)
@@ -323,7 +324,7 @@ def test_rate_and_error_on_a_normal_source(rate: float) -> None:
     assert nmse == pytest.approx(error, rel=0.013)
     assert nmse <= 1.02 * GOALS[rate]
     coded = 8 * len(b"".join(Encoder([stage], ANS()).encode(x, KEY, {})[0])) / len(x)
-    assert coded <= 1.005 * rate + 0.008, "real bytes"
+    assert coded <= min(1.005 * rate + 0.008, 1.02 * rate), "real bytes"
 
 
 def test_dead_zone_and_centroids() -> None:
