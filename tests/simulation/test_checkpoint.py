@@ -131,8 +131,9 @@ def test_what_is_of_another_type_is_not_a_checkpoint(change, tmp_path):
 
 
 def some_states() -> list[ServerState]:
-    process = make_process()
-    return [state for state, _ in rounds(process, process.initialize(), Noise(), RUN)]
+    """Those after each of five rounds, of a model so small that a file is soon read and written."""
+    w, n = torch.arange(30.0), range(1, 6)
+    return [ServerState(i, {"w": i * w}, {"state": {0: {"momentum_buffer": w - i}}}, {}, {}, 10 * i, i) for i in n]
 
 
 def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
@@ -151,7 +152,7 @@ def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
         else:
             assert states_equal(loaded, state)
             assert config == CONFIG
-    assert refused > 250
+    assert refused > 180  # much of so small a file are its dates and the like
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError):
