@@ -20,7 +20,7 @@ def options(group):
     return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
 
 
-GROUPS = ("dataset", "model", "encoder", "client", "server", "run", "run/faults", "run/guard", "run/dropout")
+GROUPS = ("run/faults", "run/guard", "run/dropout")  # test_train.py trains with every option of the others
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,8 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("~model._partial_", "model._partial_ must be true"),
         ("+client._partial_=true", "client._partial_ must be false"),
         ("+model.num_classes=37", "model.num_classes is not a key: it is the dataset's"),
+        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, client, server, run, encoder"),
+        ("+encoder.upload.eror_feedback=true", "encoder.upload.eror_feedback is not a key; allowed here: stages"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(override, message):
@@ -104,6 +106,9 @@ def test_what_a_constructor_refuses_names_the_group(override, group, message):
     cfg = configured(override)
     with pytest.raises(ConfigError, match=re.escape(message)):
         build(cfg, group)
+
+
+def test_what_a_stage_refuses_names_its_place():
     with pytest.raises(ConfigError, match=re.escape("encoder.upload.stages[0]: bits must be from 1 to 16, not 17")):
         build_encoder(configured("encoder.upload.bits=17"), "upload")
 
