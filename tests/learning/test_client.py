@@ -132,6 +132,13 @@ def test_each_epoch_has_an_order_of_its_own(tiny, client):
 def test_of_a_large_client_a_random_part_is_used(tiny, client):
     _, metrics, *_ = trained(tiny, client, max_examples=30)
     assert metrics.seen == 30
+    examples, parts = client(3, 50).load(), []
+    for key in (Key(1), Key(2)):
+        model, seen = tiny(), []
+        model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.extend(inputs[0]))
+        LocalTraining(lr=0.1, max_examples=30).train(model, tiny().state_dict(), examples, key)
+        parts.append({i for i, x in enumerate(examples.x) if any(torch.equal(x, other) for other in seen)})
+    assert parts[0] != parts[1] and {*range(30)} not in parts
 
 
 def test_all_epochs_use_the_same_part_in_orders_of_their_own(tiny, client):
