@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import random
@@ -22,8 +23,13 @@ def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+@functools.cache
+def drawn(client: int, serial: int) -> torch.Tensor:
+    return torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(1000 * client + serial))
+
+
 def residual(client: int, serial: int) -> dict[str, torch.Tensor]:
-    return {"w": torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(1000 * client + serial))}
+    return {"w": drawn(client, serial).clone()}
 
 
 def store(folder: Path, memory: int = 2**30, shared: bool = False, serial: int = 0) -> Residuals:
@@ -35,7 +41,7 @@ def store(folder: Path, memory: int = 2**30, shared: bool = False, serial: int =
 def version(store: Residuals, client: int, serial: int) -> int | None:
     """Which round left what the store gives."""
     found = store.load(client, serial, SCHEMA)
-    (which,) = [s for s in range(serial) if found and torch.equal(found["w"], residual(client, s)["w"])] or [None]
+    (which,) = [s for s in range(serial) if found and torch.equal(found["w"], drawn(client, s))] or [None]
     return which
 
 
