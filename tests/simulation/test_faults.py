@@ -53,7 +53,7 @@ def test_what_a_faulty_client_sends_is_always_refused(chain, kind):
     encoder, faults = StateDictEncoder(CHAINS[chain], 50), Faults(**{kind: 1.0})
     generator = torch.Generator().manual_seed(0)
     update = {"w": torch.randn(20, 10, generator=generator), "b": torch.randn(10, generator=generator)}
-    for i in range(500):
+    for i in range(500 if kind == "damaged" else 100):
         message, _ = encoder.encode(update, key(i))
         received = faults.uplink(message, key(i))
         assert received != message
