@@ -93,16 +93,15 @@ def test_rows_of_different_scale_and_few_bits() -> None:
 
 
 @pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_search_finds_the_best_of_all_sequences(states: int, weighted: bool) -> None:
+def test_the_search_finds_the_best_of_all_sequences(states: int) -> None:
     spec, stage = TensorSpec((6,), torch.float32), TrellisQuantization(2.0, states, relative=False)
     centroids, classes = np.array([-0.2, -0.1]), np.zeros(6, np.uint8)
-    costs = np.array([[0.3], [0.2]], np.float32) * weighted
     side = {"zero": torch.tensor(-0.1), "shift": torch.tensor(-0.05)}
     sequences = torch.tensor(list(itertools.product(range(5), repeat=6)), dtype=torch.int32)
     decoded = torch.stack([stage.decode(sequence, side, spec, KEY) for sequence in sequences]).double()
-    paid = ((sequences > 0) * (costs[0, 0] + costs[1, 0] * sequences)).sum(1)
-    for seed in range(8):
+    for weighted, seed in itertools.product((False, True), range(8)):
+        costs = np.array([[0.3], [0.2]], np.float32) * weighted
+        paid = ((sequences > 0) * (costs[0, 0] + costs[1, 0] * sequences)).sum(1)
         x, found = normal(6, seed=seed) * 1.2, np.zeros(6, np.int32)
         _kernels.trellis_search(x.numpy(), classes, costs, centroids, _subsets(states), found)
         total = (decoded - x).square().sum(1) + paid
