@@ -23,12 +23,14 @@ from toys import Negate, Reverse, Zlib
 import fedq.encoding.coders
 import fedq.encoding.stages
 from fedq.encoding import (
+    ANS,
     AdaptiveCoder,
     AdaptiveEncodingStage,
     Coder,
     Encoder,
     EncodingStage,
     FixedWidth,
+    Huffman,
     Key,
     Raw,
     StateDictEncoder,
@@ -210,6 +212,8 @@ def test_another_process_decodes(tmp_path: Path) -> None:
     ]
     x = {"x": wave(20, 11), "h": wave(30, dtype=torch.float16), "n": torch.tensor(2**62 + 1)}
     sent = []
+    # distributions that none is configured with, and more levels than most have
+    own += [Encoder([UniformQuantization(16)], coder) for coder in (ANS("normal"), ANS("laplace"), ANS(), Huffman())]
     for i, chain in enumerate([*own, *CONFIGURED.values()]):
         encoder = StateDictEncoder(chain, threshold=10 * (i % 4))
         params = encoder.params(schema_of(x), encoder.initial_state(schema_of(x)))
