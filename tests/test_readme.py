@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command import fedq
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -29,8 +31,12 @@ def write_files(folder: Path) -> None:
 def train(folder: Path, encoder: str, rounds: int) -> list[dict]:
     (command,) = [text for _, text in BLOCKS if "--config-dir" in text]
     small = "dataset=writers dataset.clients=4 dataset.examples_per_client=5 model=mlp run.clients_per_round=2"
-    command = command.replace("mean_sign", encoder)
-    run(*command.split()[1:], *small.split(), f"run.rounds={rounds}", cwd=folder)
+    _, *command = command.replace("mean_sign", encoder).split()
+    command += [*small.split(), f"run.rounds={rounds}"]
+    if encoder == "mean_sign":  # as it stands there
+        run(*command, cwd=folder)
+    else:
+        fedq(folder, *command[2:])
     (metrics,) = folder.rglob("metrics.jsonl")
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
