@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import fedq
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from omegaconf import OmegaConf
@@ -506,8 +507,7 @@ def test_the_frontiers_rows_lose_runs_only_if_that_is_asked_for(
 def test_two_real_runs_compare(tmp_path: Path) -> None:
     few = ["model=mlp", "run.rounds=2", "dataset.clients=4", "run.clients_per_round=2"]
     for encoder in ("float32", "uint8"):
-        train = ["fedq.train", f"encoder={encoder}", *few, f"hydra.run.dir={tmp_path}/{encoder}"]
-        subprocess.run([sys.executable, "-m", *train], check=True, capture_output=True)
+        fedq(tmp_path, f"encoder={encoder}", *few, f"hydra.run.dir={tmp_path}/{encoder}")
     command = [sys.executable, "-W", "error", "-m", "fedq.compare", tmp_path, "--output", tmp_path / "compare.png"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stderr == ""
