@@ -83,7 +83,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, optio
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
     """As people start it: two processes, one is killed, torchrun restarts both, and the outcome is one process's."""
-    command = [*SMALL, "run.rounds=60", "run.checkpoint_every=1", "encoder=hadamard", FEEDBACK]
+    command = [*SMALL, "run.rounds=30", "run.checkpoint_every=1", "encoder=hadamard", FEEDBACK]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = tmp_path / "ranks"
