@@ -166,7 +166,7 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": path}
     # two jobs that should end alike: one is disturbed
     command = [sys.executable, "-m", "fedq.train", "-m", *SMALL, "hydra/launcher=slurm", "run.workers=1,2"]
-    command += ["run.rounds=80", "run.evaluate_every=40", "run.checkpoint_every=1000", "hydra.sweep.dir=sweep"]
+    command += ["run.rounds=40", "run.evaluate_every=20", "run.checkpoint_every=1000", "hydra.sweep.dir=sweep"]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
         log = tmp_path / "log_0"
         while not (log.exists() and "round 5 " in log.read_text()):
