@@ -120,12 +120,20 @@ def free_port() -> int:
             return first.getsockname()[1]
 
 
+SOME = ((2, 2), (3, 1))  # ranks, and workers of each
+
+
 @pytest.mark.parametrize(
-    ("upload", "dropout"),
-    [(ROTATED, None), (learning(), None), (feeding_back(), None), (learning(), FederatedDropout(0.5))],
+    ("upload", "dropout", "numbers"),
+    [
+        (ROTATED, None, ((1, 2), (2, 1), (2, 2), (3, 1), (4, 2))),
+        (learning(), None, SOME),
+        (feeding_back(), None, SOME),
+        (learning(), FederatedDropout(0.5), SOME),
+    ],
     ids=["summed before it is decoded", "adaptive", "with error feedback", "dropout"],
 )
-def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, tmp_path):
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, numbers, tmp_path):
     def outcome(size: int, workers: int):
         queue, port, folder = PROCESSES.Queue(), free_port(), tmp_path / f"{size} {workers}"
         arguments = (size, workers, port, upload, folder, queue, 3, dropout)
@@ -140,7 +148,7 @@ def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, tm
 
     alone = outcome(1, 1)
     assert alone[1]["clients_failed"] == alone[1]["clients_failed/unable"] == 1
-    for size, workers in ((1, 2), (2, 1), (2, 2), (3, 1), (4, 2)):
+    for size, workers in numbers:
         assert outcome(size, workers) == alone, (size, workers)
 
 
