@@ -19,6 +19,7 @@ from fedq.encoding import (
     LloydMax,
     RandomMask,
     ScaledSign,
+    StateDictEncoder,
     StepQuantization,
     UniformQuantization,
 )
@@ -30,7 +31,7 @@ def draw(source, i):
 
 
 def of(source, clients, *stages, coder=None):
-    return measure("", Encoder(stages, coder or FixedWidth()), source, partial(draw, source), clients)
+    return measure("", StateDictEncoder(Encoder(stages, coder or FixedWidth())), source, partial(draw, source), clients)
 
 
 @pytest.mark.parametrize(("bits", "nmse"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
