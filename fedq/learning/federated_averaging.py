@@ -277,7 +277,8 @@ def _fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictE
         )
     buffers = {name: schema[name] for name, _ in model.named_buffers() if name in schema}
     exact = [name for name, spec in buffers.items() if spec.dtype.is_floating_point and spec.numel <= largest]
-    return replace(encoder, rules={**encoder.rules, **{escape(name): Encoder() for name in exact}})
+    rules = {escape(name): Encoder() for name in exact}
+    return replace(encoder, rules={**encoder.rules, **rules}) if rules else encoder
 
 
 def _check_model(model: nn.Module) -> None:

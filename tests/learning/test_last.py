@@ -168,7 +168,7 @@ def test_where_all_travels_exact_nobody_has_anything_to_catch_up_with(process, c
     averaging = process(broadcast=replace(EXACT, reference="last"))
     state, bits = averaging.initialize(), []
     for number in range(3):
-        state, metrics = averaging.next(state, [client(number), client(0)])
+        state, metrics = averaging.next(state, [client(number + 1), client(0)])
         bits.append(metrics["broadcast_bits"])
     assert len(set(bits)) == 1
     assert not state.received and not state.lengths and not state.holders
