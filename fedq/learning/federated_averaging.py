@@ -90,9 +90,9 @@ class FederatedAveraging:
         _check(client, broadcast, upload, dropout)
         self.server, self.min_clients = server, min_clients
         self.seed, self.device = seed, torch.device(device)
-        # Modules draw their first weights from torch's global generator: lend it the run's, then put it back.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(Key(seed).fold("model").integer())
+        # Modules draw their first weights from torch's global generators: lend them the run's, then put them back.
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(Key(seed).fold("model").integer())
             self._model = channels_last(model().to(self.device))
         _check_model(self._model)
         # what is frozen gets no gradient: weight decay on the server must not move it
