@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedq.config import (
     ConfigError,
+    RunConfig,
     build,
     build_encoder,
     build_run,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedq.data import Client, FederatedDataset
-    from fedq.learning import FederatedAveraging
+    from fedq.learning import FederatedAveraging, ServerState
     from fedq.simulation.loop import Clients
     from fedq.simulation.ranks import Ranks
     from fedq.simulation.residuals import Residuals
@@ -137,7 +138,7 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
     except KeyboardInterrupt as error:
         log.error("stopped; to go on, give the same command again with %s", _folder_argument())
         sys.exit(error.exit_code if isinstance(error, Interrupted) else 130)
-    except Exception:
+    except Exception:  # of whatever class an author's part raises: told whole, and a sweep goes on
         log.exception("this is a bug in fedq or in a class that the configuration names:")
     else:
         return objective(summary.values, plain(cfg, "run").get("accuracy_floor"))
@@ -185,31 +186,16 @@ def train(
     from fedq.encoding import Key, StateDictEncoder, schema_of
     from fedq.simulation import checkpoint
     from fedq.simulation.loop import rounds
-    from fedq.simulation.residuals import Residuals
     from fedq.tracking.tensorboard import TensorBoard
 
     run, config = build_run(cfg), plain(cfg)
     with ExitStack() as stack:
-        earlier = checkpoint.resume(run.resume, folder, config)
-        if not earlier and not metrics_file.empty:
-            raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir")
-        if earlier and earlier[0].round > run.rounds:
-            raise ConfigError(
-                f"run.rounds: {earlier[0].round} rounds are done already, in {earlier[1]}; "
-                f"ask for more than {run.rounds}, or start in a new folder"
-            )
-        order, residuals = {"job": config}, None
+        earlier, residuals = resumed(run, folder, config, metrics_file), None
         if config["encoder"]["upload"].get("error_feedback"):
-            shared = ranks is not None and ranks.size > 1
-            residuals = Residuals(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
-            if earlier:
-                residuals.begin(earlier[0].serial, earlier[1] / "checkpoints" / "residuals")
-            else:
-                residuals.begin(0)
-            if shared:
-                order["residuals"] = [str(residuals.folder), residuals.mark()]
+            residuals = clients_residuals(run, folder, earlier, shared=ranks is not None and ranks.size > 1)
         if ranks:
-            ranks.tell(order)
+            kept = {"residuals": [str(residuals.folder), residuals.mark()]} if residuals and ranks.size > 1 else {}
+            ranks.tell({"job": config, **kept})
         process, dataset, clients = assemble(cfg, stopping, stack, residuals)
         state = process.initialize()
         exact_message, _ = StateDictEncoder().encode(state.weights, Key(run.seed))
@@ -227,8 +213,7 @@ def train(
         # nothing is left to refuse
         summary.start(config, 8 * len(exact_message))
         keep_configuration(cfg, folder)
-        tensorboard = TensorBoard(folder, name, _hparams(cfg), shown if earlier else None)
-        stack.enter_context(tensorboard)
+        tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), shown if earlier else None))
         for metrics in done:
             summary.write(metrics)
         for metrics in done[shown:]:
@@ -265,6 +250,41 @@ def train(
     summary.print()
 
 
+def resumed(
+    run: RunConfig, folder: Path, config: dict[str, Any], metrics_file: MetricsFile
+) -> "tuple[ServerState, Path] | None":
+    """Returns the state to go on from and the folder of the run it is from, None to start afresh.
+
+    Raises ConfigError where `folder` is another run's, or more rounds are done than are asked for.
+    """
+    from fedq.simulation import checkpoint
+
+    earlier = checkpoint.resume(run.resume, folder, config)
+    if not earlier and not metrics_file.empty:
+        raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir")
+    if earlier and earlier[0].round > run.rounds:
+        raise ConfigError(
+            f"run.rounds: {earlier[0].round} rounds are done already, in {earlier[1]}; "
+            f"ask for more than {run.rounds}, or start in a new folder"
+        )
+    return earlier
+
+
+def clients_residuals(
+    run: RunConfig, folder: Path, earlier: "tuple[ServerState, Path] | None", shared: bool
+) -> "Residuals":
+    """Returns what keeps the clients' residuals in the run's `folder`, as they were when `earlier` was saved."""
+    from fedq.simulation.residuals import Residuals
+
+    residuals = Residuals(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
+    if earlier:
+        state, its_folder = earlier
+        residuals.begin(state.serial, its_folder / "checkpoints" / "residuals")
+    else:
+        residuals.begin(0)
+    return residuals
+
+
 def keep_configuration(cfg: DictConfig, folder: Path) -> None:
     """Writes the files of `.hydra`, which Hydra itself writes before a job can refuse another run's folder."""
     parts = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
@@ -276,7 +296,6 @@ def keep_configuration(cfg: DictConfig, folder: Path) -> None:
 
 def serve(ranks: "Ranks") -> None:
     """Does this process's part of what rank 0 runs."""
-    from fedq.simulation.ranks import RankLost
     from fedq.simulation.residuals import Residuals
 
     refused: FedqError | None = None
@@ -290,8 +309,6 @@ def serve(ranks: "Ranks") -> None:
                     residuals = Residuals.joined(its_folder, mark, build_run(cfg).seed)
                 try:
                     (process, _, clients), refused = assemble(cfg, ranks.stopping, stack, residuals), None
-                except RankLost:
-                    raise
                 except FedqError as error:  # if rank 0 finds the same, it says so and goes on to a sweep's next job
                     refused = error
             elif refused:

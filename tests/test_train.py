@@ -186,10 +186,11 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
         ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),
         ("server.lr=-1", "server: Invalid learning rate: -1"),
         ("~dataset._target_", "dataset._target_ is missing"),
+        ("~run", "run: None is not allowed; it must be keys and values"),
     ],
 )
 def test_a_wrong_command_fails_with_one_line(tmp_path, argument, message):
-    done = fedq(tmp_path, *SMALL, argument, code=1)
+    done = fedq(tmp_path, *([argument] if argument == "~run" else [*SMALL, argument]), code=1)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
@@ -444,6 +445,18 @@ def test_a_run_goes_on_longer_and_from_another_folder(tmp_path):
     for folder in ("short", "other"):
         (events,) = (tmp_path / folder).glob("encoder=*")
         assert [event.step for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")] == [0, 1, 2]
+
+
+def test_a_run_goes_on_where_its_data_was_moved_but_none_is_taken_for_done(tmp_path):
+    emnist_files(tmp_path / "here", "fed_emnist_digitsonly", 10)
+    command = ("dataset=emnist_digits", *MLP, "run.evaluate_every=1", "hydra.run.dir=run")
+    fedq(tmp_path, *command, "run.rounds=1", f"dataset.path={tmp_path}/here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    done = fedq(tmp_path, *command, "run.rounds=2", f"dataset.path={tmp_path}/there")
+    assert "going on after 1 rounds" in done.stderr
+    (tmp_path / "there").rename(tmp_path / "elsewhere")  # the same name could as well be other data
+    done = fedq(tmp_path, *command, "run.rounds=2", f"dataset.path={tmp_path}/elsewhere", code=1)
+    assert f"dataset.path was {tmp_path}/there, not {tmp_path}/elsewhere" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
