@@ -420,8 +420,8 @@ def _call(path: str, function: Any) -> Any:
     """Calls a constructor; what it refuses becomes a ConfigError that names the group."""
     try:
         return function()
-    except (HydraException, TypeError, ValueError, LookupError, OverflowError) as error:
+    except (HydraException, TypeError, ValueError, LookupError) as error:
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-        if isinstance(cause, TypeError | ValueError | LookupError | OverflowError):
+        if isinstance(cause, TypeError | ValueError | LookupError):
             raise ConfigError(f"{path}: {cause}") from error
         raise cause from error

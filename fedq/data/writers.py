@@ -150,7 +150,7 @@ class Writers:
     `examples_per_client`; their labels are independent and uniform, so a writer's digits are as uneven as
     chance makes them. The test set is by further writers, ten examples each. `background` 1.0: ink is 0.0 on
     1.0, as in federated EMNIST; 0.0: ink is 1.0 on 0.0, as in MNIST. Raises ValueError for any other
-    background, for a number below 1 and for a seed that is not from 0 to 2^64 - 1.
+    background, for a number below 1, for 2^63 clients or more and for a seed that is not from 0 to 2^64 - 1.
     """
 
     def __init__(
@@ -168,6 +168,8 @@ class Writers:
                 raise ValueError(f"{name} must be at least {minimum}, not {value}.")
         if seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, not {seed}.")
+        if clients >= 2**63:  # numpy's generator draws no more
+            raise ValueError(f"clients must be below 2^63, not {clients}.")
         if background not in (0.0, 1.0):
             raise ValueError(f"background must be 1.0 (federated EMNIST) or 0.0 (MNIST), not {background}.")
         self.num_classes = 10

@@ -200,12 +200,13 @@ def test_digits_of_unseen_writers_can_be_read(
         ("test_examples", -2, "test_examples must be at least 1, not -2."),
         ("seed", -1, "seed must be at least 0, not -1."),
         ("seed", 2**64, f"seed must be below 2^64, not {2**64}."),
+        ("clients", 2**63, f"clients must be below 2^63, not {2**63}."),
         ("background", 0.5, "background must be 1.0 (federated EMNIST) or 0.0 (MNIST), not 0.5."),
     ],
 )
 def test_bad_arguments(argument: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        Writers(**{argument: value})  # type: ignore[arg-type]
+        Writers(**{argument: value})
 
 
 @pytest.mark.parametrize("number", [-1, 5])
