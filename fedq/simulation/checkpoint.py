@@ -59,11 +59,11 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
         state = ServerState(**content)
+        kinds: dict[str, Any] = {field.name: field.type for field in fields(state)}
+        if not all(isinstance(getattr(state, name), get_origin(kind) or kind) for name, kind in kinds.items()):
+            raise TypeError("a field is of another type")
         if not isinstance(config, dict):
-            raise TypeError("config is of another type")
-        for field in fields(state):
-            if not isinstance(getattr(state, field.name), get_origin(field.type) or field.type):  # type: ignore[arg-type]
-                raise TypeError(f"{field.name} is of another type")
+            raise TypeError("the configuration is of another type")
         return state, config
     except (AttributeError, LookupError, TypeError) as error:  # a file of torch's, but of other things
         raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
