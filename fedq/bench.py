@@ -150,7 +150,7 @@ def _nmse(x: Tensor, received: Tensor) -> float:
 
 
 def encoders(choices: list[str], own: Path | None = None) -> dict[str, StateDictEncoder]:
-    """Returns the uploads' encoders of the encoders asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
+    """Returns what encodes uploads with each option asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
 
     All but those that only set another's knobs, as uint8 does uniform's.
     `own` is a folder like conf/ with more of them. One with a knob `bits` that is not set gives a chain for each of
