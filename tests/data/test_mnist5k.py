@@ -129,13 +129,13 @@ def test_extreme_alphas(alpha: float) -> None:
 
 
 def test_a_seed_settles_everything() -> None:
-    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
+    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
     first, second, other = (Mnist5k(seed=seed) for seed in (5, 5, 6))
     for a, b in zip([*clients(first), first.test()], [*clients(second), second.test()], strict=True):
         assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
     assert not torch.equal(first.test().x, other.test().x)
     assert not torch.equal(first.client(0).load().y, other.client(0).load().y)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[index]
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
@@ -164,7 +164,7 @@ def test_what_is_loaded_is_the_callers_own() -> None:
 )
 def test_arguments_out_of_range(arguments: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError) as caught:
-        Mnist5k(**arguments)  # type: ignore[arg-type]
+        Mnist5k(**arguments)
     assert str(caught.value) == says
 
 

@@ -312,7 +312,7 @@ def test_a_stage_or_coder_must_be_a_dataclass() -> None:
         encode = Author.encode
         decode = Author.decode
 
-    class BareCoder(Zlib.__base__):  # type: ignore[misc, name-defined]
+    class BareCoder(Zlib.__base__):
         size = Zlib.size
         encode = Zlib.encode
         decode = Zlib.decode

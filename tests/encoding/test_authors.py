@@ -103,7 +103,7 @@ def test_encode(fault: str) -> None:
     @dataclass(frozen=True)
     class Wrong(Identity):
         def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-            return ENCODED[fault][0](x)  # type: ignore[return-value]
+            return ENCODED[fault][0](x)
 
     with pytest.raises(TypeError, match=f"^Wrong.encode {'gives ' if 'must' not in ENCODED[fault][1] else ''}") as told:
         sends(Wrong(), wave(4))
@@ -114,7 +114,7 @@ def test_encode_of_an_adaptive_stage_without_reports() -> None:
     @dataclass(frozen=True)
     class Wrong(PlusOneOverN):
         def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-            return super().encode(x, key, params)[:2]  # type: ignore[return-value]
+            return super().encode(x, key, params)[:2]
 
     with pytest.raises(TypeError, match=r"Wrong.encode must return the encoded tensor, side values, state updates$"):
         sends(Wrong(), wave(4))
@@ -128,7 +128,7 @@ def test_a_side_value_that_is_no_tensor(value: object) -> None:
             return {"scale": TensorSpec((), torch.float32)}
 
         def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-            return x.clone(), {"scale": value}  # type: ignore[dict-item]
+            return x.clone(), {"scale": value}
 
     with pytest.raises(TypeError, match=f"Wrong.encode gives 'scale' as a {type(value).__name__}, not as a tensor"):
         sends(Wrong(), wave(4))
@@ -146,7 +146,7 @@ def test_decode(fault: str) -> None:
     @dataclass(frozen=True)
     class Wrong(Identity):
         def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-            return DECODED[fault][0](y)  # type: ignore[return-value]
+            return DECODED[fault][0](y)
 
     with pytest.raises(TypeError, match=f"Wrong.decode gives 'decoded' {DECODED[fault][1]}"):
         sends(Wrong(), wave(4))
@@ -180,7 +180,7 @@ def test_values_that_a_stage_makes_infinite() -> None:
 
 def test_an_aggregation_that_there_is_not() -> None:
     with pytest.raises(ValueError, match=r"aggregation must be one of \('sum', 'min', 'max', 'stack'\), not 'mean'"):
-        StateUpdate(TensorSpec((), torch.float32), "mean")  # type: ignore[arg-type]
+        StateUpdate(TensorSpec((), torch.float32), "mean")
 
 
 def test_a_stage_that_reports_and_needs_nothing() -> None:
@@ -271,7 +271,7 @@ def adaptive_fault(fault: str) -> AdaptiveEncodingStage:
     @dataclass(frozen=True)
     class Wrong(Adapts):
         def initial_state(self, spec: TensorSpec) -> Tensors:
-            return {"largest": 0.0} if fault == "no tensor" else super().initial_state(spec)  # type: ignore[dict-item]
+            return {"largest": 0.0} if fault == "no tensor" else super().initial_state(spec)
 
         def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
             return {"sum": StateUpdate(TensorSpec((), torch.float32), "stack" if fault == "stack" else "max")}

@@ -40,7 +40,7 @@ def test_error_of_a_normal_tensor(bits: int, scale: str) -> None:
     if bits == 1:
         assert expected == pytest.approx(math.pi / 2 - 1 if scale == "unbiased" else 1 - 2 / math.pi)
     for block, within in ((10_000, 0.01), (64, 0.07))[: 2 if bits < 3 else 1]:
-        back = sent(chain(Eden(bits, block, scale)), x, KEY)  # type: ignore[arg-type]
+        back = sent(chain(Eden(bits, block, scale)), x, KEY)
         assert float((back - x).double().square().sum() / x.double().square().sum()) == pytest.approx(
             expected, rel=within
         )
@@ -53,7 +53,7 @@ def test_scales_are_the_papers(bits: int, dtype: torch.dtype) -> None:
     for n, block in ((1000, 100), (1037, 100), (50, 100), (40_000, 16_384)):
         x = torch.from_numpy(rng.standard_normal(n) * np.repeat([1e-2, 1, 30, 0], -(-n // 4))[:n]).to(dtype)
         for scale in ("unbiased", "least_squares"):
-            stage = Eden(bits, block, scale)  # type: ignore[arg-type]
+            stage = Eden(bits, block, scale)
             y, side = stage.encode(x, KEY)
             back = stage.decode(y, side, TensorSpec.of(x), KEY)
             for i, z in enumerate(np.split(x.double().numpy(), range(block, n, block))):
@@ -136,4 +136,4 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match="must be"):
             make()
     with pytest.raises(ValueError, match="scale must be"):
-        Eden(1, 64, "none")  # type: ignore[arg-type]
+        Eden(1, 64, "none")

@@ -102,7 +102,7 @@ def test_three_levels_are_numpys(normal: Tensor, sparsity: float) -> None:
 @pytest.mark.parametrize(("levels", "bucket"), [(1, 64), (4, 512), (127, 100), (128, 1000), (3, 16_384)])
 def test_qsgd_against_its_formulas(normal: Tensor, levels: int, bucket: int, norm: str) -> None:
     x = normal[:100_000]
-    stage = QSGD(levels, bucket, norm)  # type: ignore[arg-type]
+    stage = QSGD(levels, bucket, norm)
     y, side, back = sent(stage, x)
     rows = np.pad(x.double().numpy(), (0, -len(x) % bucket)).reshape(-1, bucket)
     norms = np.linalg.norm(rows, axis=1) if norm == "l2" else np.abs(rows).max(1)
@@ -127,7 +127,7 @@ def test_qsgd_mean_of_rare_and_of_extreme_values() -> None:
     values = torch.tensor([-1.0, -0.3, -0.01, 0.0, 1e-3, 0.2, 0.77])
     for norm in ("l2", "max"):
         copies = values.repeat(30_000)
-        back = sent(QSGD(2, len(values), norm), copies)[2].double().view(-1, len(values))  # type: ignore[arg-type]
+        back = sent(QSGD(2, len(values), norm), copies)[2].double().view(-1, len(values))
         error = (back.mean(0) - values).abs()
         assert bool((error <= 4.5 * back.std(0) / math.sqrt(30_000) + 1e-7).all()), error
         assert not back[:, 3].any()
@@ -190,7 +190,7 @@ def test_threads_and_refusals() -> None:
             QSGD().encoded_spec(half, {"norms": torch.tensor([1.0, bad])})
     wrong = [lambda: TernGrad(0.0), lambda: TernGrad(math.inf), lambda: ThreeLevel(2.0), lambda: ThreeLevel(0.9)]
     wrong += [lambda: QSGD(0), lambda: QSGD(1 << 15), lambda: QSGD(4, 0), lambda: QSGD(4, 1 << 15)]
-    wrong += [lambda: QSGD(4, 8, "l1")]  # type: ignore[arg-type]
+    wrong += [lambda: QSGD(4, 8, "l1")]
     for make in wrong:
         with pytest.raises(ValueError, match="must be"):
             make()

@@ -195,7 +195,7 @@ def test_a_sum_against_matrices() -> None:
     updates = {client: wave(n, dtype=torch.float64).roll(client % 10) for client in COHORT}
     unit = [encoder.encode({"x": row}, ROUND)[0] for row in torch.eye(n, dtype=torch.float64)]
     columns = np.stack([np.frombuffer(message[44:-4]) for message in unit], 1)  # what travels of each unit vector
-    sent = columns @ sum((weight * updates[client] for client, weight in COHORT.items())).numpy()  # type: ignore[union-attr]
+    sent = columns @ sum((weight * updates[client] for client, weight in COHORT.items())).numpy()
     parts = []
     for client in COHORT:
         key = ROUND._replace(client=client)
@@ -206,7 +206,7 @@ def test_a_sum_against_matrices() -> None:
     # k kept of n come back n / k times as large, on average over the cells of 3 or 4: here exactly, by cell
     kept = (columns**2).sum(0) > 0.5
     once = encoder.finish(total, ROUND, schema)["x"].numpy()
-    summed = sum((weight * updates[client] for client, weight in COHORT.items())).numpy()  # type: ignore[union-attr]
+    summed = sum((weight * updates[client] for client, weight in COHORT.items())).numpy()
     assert np.count_nonzero(kept) == 15
     np.testing.assert_allclose(once[~kept], 0, atol=1e-12)
     np.testing.assert_allclose(once[kept] / summed[kept], [4] * 5 + [3] * 10, rtol=1e-9)

@@ -181,7 +181,7 @@ def test_hostile_values() -> None:
                 stage.encoded_spec(spec, {**side, name: torch.tensor(float(value))})
     for given in ({"step": 0.0}, {"step": math.inf}, {"states": 6}, {"rate_weight": -1.0}, {"rate_weight": math.nan}):
         with pytest.raises(ValueError, match="must be"):
-            TrellisQuantization(**{"step": 1.0, **given})  # type: ignore[arg-type]
+            TrellisQuantization(**{"step": 1.0, **given})
     large = TrellisQuantization(1e30, relative=False)
     decoded = large.decode(torch.tensor([2**30, 0, 2**30], dtype=torch.int32), {**side}, spec, KEY)
     assert bool(decoded.isfinite().all())

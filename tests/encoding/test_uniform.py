@@ -127,7 +127,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("group", "where"), list(itertools.product(GROUPS, RANGES)), ids=str)
 def test_agrees_with_numpy(group: dict[str, int], where: dict[str, float]) -> None:
     for bits, shape in ((2, (301,)), (5, (6, 35)), (8, (3, 4, 5, 2)), (13, (1, 9)), (3, (5, 1))):
-        stage = Uniform(bits, "nearest", **group, **where)  # type: ignore[arg-type]
+        stage = Uniform(bits, "nearest", **group, **where)
         x = normal(*shape, seed=bits) * torch.linspace(1, 3, shape[-1]) + 0.1
         flat, expected = x.double().reshape(-1).numpy(), np.empty(x.numel())
         groups = groups_of(stage, x)
@@ -142,7 +142,7 @@ def test_agrees_with_numpy(group: dict[str, int], where: dict[str, float]) -> No
 
 @pytest.mark.parametrize(("rounding", "group"), list(itertools.product(ROUNDINGS, GROUPS)), ids=str)
 def test_pieces_do_not_change_the_draws(rounding: str, group: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, x = Uniform(8, rounding, **group), normal(9, 101)  # type: ignore[arg-type]
+    stage, x = Uniform(8, rounding, **group), normal(9, 101)
     y, side = stage.encode(x, KEY)
     whole = stage.decode(y, side, TensorSpec.of(x), KEY)
     monkeypatch.setattr(uniform, "_ENCODED", 28)
@@ -216,7 +216,7 @@ def test_limit() -> None:
     assert len(message) == 48 + 4
     for rounding in ROUNDINGS:  # a limit beyond the dtype's largest value: never infinity
         x = torch.tensor([65504.0, -65504.0], dtype=torch.float16)
-        assert bool(send(Uniform(2, rounding, limit=1e5), x).isfinite().all())  # type: ignore[arg-type]
+        assert bool(send(Uniform(2, rounding, limit=1e5), x).isfinite().all())
 
 
 def test_channels() -> None:
@@ -237,9 +237,9 @@ def test_flags() -> None:
             ({"quantile": 0.999}, True),
             ({"limit": 9.0}, True),
         ):
-            assert Uniform(8, rounding, **given).unbiased == (rounding != "nearest" and not clips)  # type: ignore[arg-type]
-        assert StepQuantization(1.0, rounding=rounding).unbiased == (rounding != "nearest")  # type: ignore[arg-type]
-        absolute = StepQuantization(1.0, False, rounding)  # type: ignore[arg-type]
+            assert Uniform(8, rounding, **given).unbiased == (rounding != "nearest" and not clips)
+        assert StepQuantization(1.0, rounding=rounding).unbiased == (rounding != "nearest")
+        absolute = StepQuantization(1.0, False, rounding)
         assert absolute.commutes_with_sum == (rounding != "dithered")
     assert not StepQuantization(1.0).commutes_with_sum
     assert not StepQuantization(1.0, False, centroids=True).commutes_with_sum
@@ -352,7 +352,7 @@ def test_errors_of_steps() -> None:
         (0.1, "dithered", 1 / 12, 0.01),
         (7.0, "dithered", 1 / 12, 0.01),  # at any rate
     ):
-        stage = StepQuantization(step, False, rounding)  # type: ignore[arg-type]
+        stage = StepQuantization(step, False, rounding)
         error = (send(stage, x) - x).double() / step
         assert float(error.square().mean()) == pytest.approx(expected, rel=within)
         if stage.unbiased:
@@ -381,16 +381,16 @@ def test_too_many_steps() -> None:
             stage.encode(torch.tensor([1.0, value]), KEY)
     for given in ({"step": 0.0}, {"step": math.nan}, {"dead_zone": 0.0}, {"dead_zone": 1.1}, {"rounding": "up"}):
         with pytest.raises(ValueError, match="must be"):
-            StepQuantization(**{"step": 1.0, **given})  # type: ignore[arg-type]
+            StepQuantization(**{"step": 1.0, **given})
     for given in ({"dead_zone": 0.6}, {"centroids": True}):
         with pytest.raises(ValueError, match="nearest for"):
-            StepQuantization(1.0, rounding="stochastic", **given)  # type: ignore[arg-type]
+            StepQuantization(1.0, rounding="stochastic", **given)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_absolute_steps(rounding: str) -> None:
     # what of the battery does not go beyond 2^30 steps
-    encoder = Encoder([StepQuantization(0.01, False, rounding)])  # type: ignore[arg-type]
+    encoder = Encoder([StepQuantization(0.01, False, rounding)])
     for check in (testing.check_round_trip, testing.check_unbiased, testing.check_commutes_with_sum):
         check(encoder, None)
 
@@ -474,7 +474,7 @@ def test_rates_against_dead_zones(coder: Coder, scaled: bool, most: float) -> No
     x = torch.from_numpy(values / values.std()).float()
 
     def sent(**given: float) -> tuple[float, float]:
-        stage = StepQuantization(relative=False, centroids=True, **given)  # type: ignore[arg-type]
+        stage = StepQuantization(relative=False, centroids=True, **given)
         y, side = stage.encode(x, KEY)
         size = len(memoryview(coder.encode(y, TensorSpec.of(y))))
         return size, float((stage.decode(y, side, TensorSpec.of(x), KEY) - x).square().mean())
