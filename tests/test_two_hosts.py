@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,18 @@ def pids_of(host: str) -> list[int]:
 
 def kill_all_of(host: str) -> None:
     for pid in pids_of(host):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(pid, signal.SIGKILL)
 
 
 def trainers(host: str) -> list[int]:
     """The processes that torchrun started on a host, for as long as they run."""
-    return [pid for pid in pids_of(host) if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    found = []
+    for pid in pids_of(host):
+        with suppress(ProcessLookupError):  # it has ended since
+            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
+    return found
 
 
 def test_two_hosts_whose_cable_is_cut_end_with_the_weights_of_one(hosts, tmp_path):
