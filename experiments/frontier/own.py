@@ -72,7 +72,7 @@ def main() -> None:
     path: Path = parser.parse_args().tensors
     torch.set_num_threads(1)
     print(f"{'all parameters, bits':25}", *(f"{target:>6} dB" for target in TARGETS), " M elements/s to encode, decode")
-    for state in STATES:
+    for state in (*STATES, "weights5"):
         tensors = {name: torch.from_numpy(x) for name, x in load(path, state).items()}
         size = sum(x.numel() for x in tensors.values())
         for name in ("ANS", "CABAC", "RDOQ", "singular"):

@@ -4,8 +4,8 @@ python -m experiments.frontier.tensors [--out outputs/frontier]
 
 Writes tensors.npz, float32, with every tensor of the model under STATE/NAME (as in "round5/dense1.weight"):
 
-round5, round15     a client's update (trained − received) after so many rounds: the cohort's first client
-weights15           the server's weights after 15 rounds − its initial weights
+round5, round15       a client's update (trained − received) after so many rounds: the cohort's first client
+weights5, weights15   the server's weights after so many rounds − its initial weights
 
 The same bytes whenever it runs on one machine; `load` gives a state back.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 ROUNDS = (5, 15)
-STATES = ("round5", "round15", "weights15")
+STATES = ("round5", "round15", "weights15")  # that NNCodec was given; own.py has weights5 too
 
 
 def train() -> dict[str, np.ndarray]:
@@ -53,9 +53,9 @@ def train() -> dict[str, np.ndarray]:
                 training.train(network, state.weights, dataset.client(client).load(), key)
                 for name, value in update_of(network.state_dict(), state.weights).items():
                     kept[f"round{state.round}/{name}"] = value.numpy().copy(order="C")
+                    moved = state.weights[name] - initial.weights[name]
+                    kept[f"weights{state.round}/{name}"] = moved.numpy().copy(order="C")
     print(f"test accuracy after {last} rounds: {accuracy:.3f}")
-    for name, value in state.weights.items():
-        kept[f"weights{last}/{name}"] = (value - initial.weights[name]).numpy().copy(order="C")
     return kept
 
 
