@@ -89,6 +89,7 @@ def test_two_hosts_whose_cable_is_cut_end_with_the_weights_of_one(hosts, tmp_pat
     """Ranks that are killed, which their machines tell the others: test_ranks.py, test_killed.py."""
     running = start(tmp_path, 29871)
     wait_for_round(tmp_path, 10, running)
+    assert len(trainers(HOSTS[1])) == 1
     assert ip("-n", HOSTS[1], "link", "set", "fedq-vb", "down").returncode == 0
     cut = time.monotonic()
     assert running[0].wait(60) != 0  # the other does not wait for good

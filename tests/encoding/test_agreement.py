@@ -29,8 +29,6 @@ from fedq.encoding.testing import wave
 
 KEY = Key(1, 2, 3)
 UINT8 = Encoder([UniformQuantization(8)], FixedWidth())
-
-
 QUANTISED = StateDictEncoder(UINT8, threshold=10, rules={"b": Encoder([UniformQuantization(4)], FixedWidth())})
 AGREED = {"a": TensorSpec((20,), torch.float32), "b": TensorSpec((2, 3), torch.float32)}
 OTHER_SCHEMAS = {
