@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedq.config import build, build_encoder, build_run, explain
+from fedq.config import build, build_encoder, build_run, check, explain
 from fedq.encoding import AdaptiveCoder, Key, StateDictEncoder, TensorSpec, schema_of
 from fedq.encoding.message import OVERHEAD
 from fedq.encoding.state_dict import ByTensor
@@ -157,6 +157,8 @@ def encoders(choices: list[str], own: Path | None = None) -> dict[str, StateDict
     BITS that it takes. Raises FedqError.
     """
     chains: dict[str, StateDictEncoder] = {}
+    if own and not own.is_dir():
+        raise FedqError(f"{own} is no folder")
     search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
     files = sorted((CONF / "encoder").glob("*.yaml"))
     every = [path.stem for path in files if "defaults" not in OmegaConf.load(path)]
@@ -165,6 +167,7 @@ def encoders(choices: list[str], own: Path | None = None) -> dict[str, StateDict
             name, _, given = choice.partition(":")
             overrides = [f"encoder.{override}" for override in given.split(",") if override]
             cfg = compose("config", [*search, f"encoder={name}", *overrides])
+            check(cfg, overrides)
             if given or "bits" not in cfg.encoder:
                 chains[choice] = build_encoder(cfg, "upload")
                 continue

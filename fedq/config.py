@@ -11,7 +11,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,8 +121,12 @@ _OPTIONS = ("joint", "reference", "common_scale", "error_feedback")
 """The keys of a direction that StateDictEncoder takes as they are."""
 
 
-def check(cfg: DictConfig) -> None:
-    """Raises ConfigError unless every key of a composed configuration is known and of the right type."""
+def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
+    """Raises ConfigError unless every key of a composed configuration is known and of the right type.
+
+    `overrides` are the command line's, which may replace what used another key, but must set none in vain.
+    """
+    given = overridden(overrides)
     if unknown := sorted(map(str, cfg.keys() - {*_GROUPS, "encoder", "hydra"})):
         raise ConfigError(f"{unknown[0]} is not a key; allowed here: {', '.join((*_GROUPS, 'encoder'))}")
     build_run(cfg)
@@ -138,9 +142,9 @@ def check(cfg: DictConfig) -> None:
             _check_is_built(cfg, f"run.{name}")
     if "num_classes" in plain(cfg, "model"):
         raise ConfigError("model.num_classes is not a key: it is the dataset's")
-    _check_arguments(cfg, "encoder", EncoderConfig, open_ended=True)
+    _check_arguments(cfg, "encoder", EncoderConfig, _knobs(cfg, "encoder", given))
     for direction in ("encoder.broadcast", "encoder.upload"):
-        _check_arguments(cfg, direction, DirectionConfig, open_ended=True)
+        _check_arguments(cfg, direction, DirectionConfig, _knobs(cfg, direction, given))
         if plain(cfg, direction).get("pace") is not None:
             _check_is_built(cfg, f"{direction}.pace")
         rules = [f"{direction}.rules[{i}]" for i in range(len(plain(cfg, direction).get("rules", [])))]
@@ -256,6 +260,11 @@ def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node
 
 
+def overridden(overrides: Iterable[str]) -> set[str]:
+    """Returns the keys that a command line's overrides set, add or delete, and the groups of which they choose."""
+    return {override.split("=")[0].lstrip("+~") for override in overrides}
+
+
 def explain(error: Exception) -> str:
     """Returns in one line what Hydra or OmegaConf found wrong with the command line or a YAML file."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -264,7 +273,8 @@ def explain(error: Exception) -> str:
     text = " ".join(line.strip() for line in str(error).split("\nConfig search path")[0].splitlines() if line.strip())
     if key and isinstance(parent, DictConfig) and "not in" in str(cause).splitlines()[0]:
         there = ", ".join(sorted(map(str, parent))) or "none"
-        return f"{key} is not a key; allowed here: {there}, and with +{key}=… what its class takes beside"
+        more = f", and with +{key}=… what its class takes beside" if "_target_" in parent else ""
+        return f"{key} is not a key; allowed here: {there}{more}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
     if re.search(r"Could not (find|load) 'hydra/(launcher|sweeper)/", text):
@@ -311,8 +321,11 @@ def _check_targets(cfg: DictConfig, path: str) -> None:
             _check_targets(cfg, child)
 
 
-def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool = False) -> None:
-    """Checks the keys and values of the node at `path` against the signature of `target`."""
+def _check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | None = None) -> None:
+    """Checks the keys and values of the node at `path` against the signature of `target`.
+
+    `knobs` are keys that it may have beside, to be referred to.
+    """
     node = plain(cfg, path)
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: {node!r} is not allowed; it must be keys and values")
@@ -326,13 +339,13 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
         # what is built with `_target_` may get more arguments from the code
         if "_target_" not in node and name not in given and parameter.default is parameter.empty:
             raise ConfigError(f"{path}.{name} is missing")
-    takes_any = open_ended or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key, value in given.items():
         place = _origin(cfg, f"{path}.{key}")
         if key not in parameters:
-            if takes_any and (not open_ended or _has_a_use(cfg, path, key)):
+            if takes_any or key in (knobs or ()):
                 continue
-            others = ", and keys that a ${…} refers to" if open_ended else ""
+            others = ", and keys that a ${…} refers to" if knobs is not None else ""
             raise ConfigError(f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}{others}")
         allowed = hints.get(key, Any)
         if isinstance(value, float) and not math.isfinite(value):
@@ -344,16 +357,21 @@ def _check_arguments(cfg: DictConfig, path: str, target: Any, open_ended: bool =
             raise ConfigError(f"{place}: {value!r} is not allowed; it must be {_name(allowed)}{hint}")
 
 
-def _has_a_use(cfg: DictConfig, path: str, key: str) -> bool:
-    """Tells whether an interpolation names the key of the encoder's node at `path`, or did before stages were replaced.
+def _knobs(cfg: DictConfig, path: str, given: set[str]) -> set[str]:
+    """Returns the keys of the encoder's node at `path` that have a use: an interpolation names them.
 
-    Not where another key of that name is in use there: it would be set in vain.
+    Or one named them before something else was replaced: on the command line, which sets the keys `given`, or in a file
+    that changes another. A key that is itself given must have its use: it would be set in vain.
     """
-    everywhere, here = (_referred_to(plain(cfg, place, resolve=False), place) for place in ("encoder", path))
-    if f"{path}.{key}" in everywhere or _origin(cfg, f"{path}.{key}") != f"{path}.{key}":
-        return True
-    names, names_here = ({name.rpartition(".")[2] for name in found} for found in (everywhere, here))
-    return key in names - names_here
+    used = _referred_to(plain(cfg, "encoder", resolve=False), "encoder")
+    names = {name.rpartition(".")[2] for name in used}
+    replaced = any(name.startswith("encoder.") for name in given)
+
+    def has_a_use(key: str) -> bool:
+        whole = f"{path}.{key}"
+        return whole in used or (whole not in given and (replaced or key in names))
+
+    return set(filter(has_a_use, plain(cfg, path) or ()))
 
 
 def _referred_to(node: Any, path: str, holder: str = "") -> set[str]:
@@ -397,6 +415,9 @@ def _fits(value: Any, allowed: Any) -> bool:
         return isinstance(value, allowed)
     if (origin or allowed) in (list, dict):
         return isinstance(value, origin or allowed)
+    if origin is tuple and ... not in typing.get_args(allowed):  # YAML has lists
+        members = typing.get_args(allowed)
+        return isinstance(value, list) and len(value) == len(members) and all(map(_fits, value, members))
     return True
 
 
@@ -413,6 +434,8 @@ def _name(allowed: Any) -> str:
         return " or ".join(_name(option) for option in _options(allowed))
     if origin is Literal:
         return " or ".join(map(str, typing.get_args(allowed)))
+    if origin is tuple:
+        return f"a list of {', '.join(map(_name, typing.get_args(allowed)))}"
     return _WORDS.get(origin or allowed, str(allowed))
 
 

@@ -31,6 +31,8 @@ from fedq.config import (
     check,
     differences,
     explain,
+    flat,
+    overridden,
     plain,
 )
 from fedq.errors import FedqError
@@ -181,7 +183,7 @@ def train(
 
     Raises FedqError or OSError with one clear sentence; what was done until then is kept.
     """
-    check(cfg)
+    check(cfg, HydraConfig.get().overrides.task)
     # torch takes seconds to load: a typo in `run` is told before
     from fedq.encoding import Key, StateDictEncoder, schema_of
     from fedq.simulation import checkpoint
@@ -408,16 +410,16 @@ def _run_name() -> str:
 
 def _hparams(cfg: DictConfig) -> dict[str, str | float | bool]:
     """Returns what TensorBoard's table of runs shows: choices of groups, the encoder, what the command line set."""
-    choices = HydraConfig.get().runtime.choices
-    given = {override.split("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
-    values: dict[str, str | float | bool] = {}
-    for group, node in plain(cfg).items():
-        values[group] = str(choices[group])
-        for key, value in node.items():
-            name = f"{group}.{key}"
-            shown = group == "encoder" or name in given or name in ("client.lr", "server.lr", "run.seed")
-            if shown and isinstance(value, int | float | str):
-                values[name] = value
+    config, composed = HydraConfig.get(), plain(cfg)
+    choices, given = config.runtime.choices, overridden(config.overrides.task)
+    keys = {re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key) for key in given - choices.keys()}
+    values: dict[str, str | float | bool] = {
+        group: str(choice) for group, choice in choices.items() if group in composed or group in given
+    }
+    for name, value in flat(composed):
+        knob = re.fullmatch(r"encoder\.\w+|client\.lr|server\.lr|run\.seed", name)
+        if knob or any(name == key or name.startswith((f"{key}.", f"{key}[")) for key in keys):
+            values[name] = value if isinstance(value, int | float | str) else str(value)
     return values
 
 

@@ -172,6 +172,9 @@ def test_the_command_writes_what_it_prints(tmp_path):
         (["nothing"], "encoder/nothing"),
         (["uniform:bits=17"], "bits must be from 1 to 16, not 17"),
         (["uniform:bist=7"], "encoder.bist"),
+        (["qsgd:levels=2.5"], "encoder.levels: 2.5 is not allowed; it must be an integer"),
+        (["uniform:bits=true"], "encoder.bits: True is not allowed; it must be an integer"),
+        (["--config-dir", "nowhere"], "nowhere is no folder"),
         (["--sources", "cauchy"], "no such source: cauchy"),
     ],
 )

@@ -28,10 +28,31 @@ GROUPS = ("run/faults", "run/guard", "run/dropout")  # test_train.py trains with
     [
         ("encoder=uint8", "encoder.upload.stages=[{_target_:fedq.encoding.ScaledSign}]"),
         ("encoder=frontier", "encoder.upload.stages=[]", "encoder.upload.coder._target_=fedq.encoding.Raw"),
+        ("encoder=qsgd", "encoder.upload.stages=[]", "encoder.upload.coder._target_=fedq.encoding.Raw"),
+        ("encoder=uniform", "encoder.broadcast.bits=8", "encoder.upload.bits=2", "encoder.upload.rounding=nearest"),
+        (
+            "encoder=uniform",
+            "encoder.broadcast.stages.0.bits=4",
+            "encoder.upload={stages:[],coder:{_target_:fedq.encoding.Raw}}",
+        ),
     ],
 )
-def test_keys_that_replaced_stages_leave_behind_are_no_fault(overrides):
-    check(configured(*overrides))
+def test_keys_that_what_is_replaced_leaves_behind_are_no_fault(overrides):
+    check(configured(*overrides), overrides)
+
+
+@pytest.mark.parametrize("changed", ["upload: {bits: 2}\nbroadcast: {bits: 4}", "upload: {stages: []}"])
+def test_keys_that_a_file_leaves_behind_in_the_one_it_changes_are_no_fault(tmp_path, changed):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "mine.yaml").write_text(f"defaults: [uniform]\n{changed}\n")
+    check(configured(f"hydra.searchpath=[file://{tmp_path}]", "encoder=mine"))
+
+
+def test_a_misspelt_key_of_ones_own_file_is_told(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "mine.yaml").write_text("defaults: [uniform]\nupload: {eror_feedback: true}\n")
+    with pytest.raises(ConfigError, match=re.escape("encoder.upload.eror_feedback is not a key")):
+        check(configured(f"hydra.searchpath=[file://{tmp_path}]", "encoder=mine"))
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
@@ -48,6 +69,10 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("encoder.threshold=many", "encoder.threshold: 'many' is not allowed; it must be an integer"),
         ("encoder=uniform_block +encoder.upload.bits=4", "encoder.upload.bits is not a key; allowed here: stages, coder, rules"),
         ("encoder=frontier +encoder.step=8", "encoder.step is not a key; allowed here: threshold, broadcast, upload"),
+        ("encoder=uniform encoder.bits=4 encoder.broadcast.bits=8 encoder.upload.bits=2", "encoder.bits is not a key; allowed here: threshold"),
+        ("server=adam server.betas=0.9", "server.betas: 0.9 is not allowed; it must be a list of a number, a number"),
+        ("server=adam server.betas=[0.9]", "server.betas: [0.9] is not allowed; it must be a list of"),
+        ("server=adam server.betas=[0.9,high]", "server.betas: [0.9, 'high'] is not allowed; it must be a list of"),
         ("encoder=top_k +encoder.upload.fraction=0.01", "encoder.upload.fraction is not a key; allowed here: stages, coder"),
         ("+encoder.broadcast.stages.0.bist=3", "encoder.broadcast.stages[0].bist is not a key; allowed here: bits, rounding"),
         ("encoder.broadcast.coder._target_=fedq.encoding.Nope", "encoder.broadcast.coder._target_: 'fedq.encoding.Nope' cannot be imported"),
@@ -88,7 +113,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(override, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        check(configured(*override.split()))
+        check(configured(*override.split()), override.split())
     assert "\n" not in str(error.value)
 
 

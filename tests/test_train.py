@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import closing, suppress
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from time import sleep
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from command import fedq
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
 from fedq.errors import FedqError
 from fedq.simulation import checkpoint
@@ -111,6 +113,20 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
     assert done.stderr.count("round ") >= 3  # not on a terminal: a line a round
 
 
+def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep(tmp_path):
+    axes = ("run/guard=clip,none", "encoder.upload.stages.0.rounding=nearest,stochastic", "encoder.upload.bits=2,4")
+    fedq(tmp_path, "-m", *SMALL, "run.rounds=1", *axes, f"hydra.sweep.dir={tmp_path}")
+    told = []
+    for events in tmp_path.rglob("events.out.tfevents.*"):
+        metadata = EventAccumulator(str(events)).Reload().summary_metadata["_hparams_/session_start_info"]
+        hparams = parse_session_start_info_plugin_data(metadata.plugin_data.content).hparams
+        rounding, bits = (hparams[f"encoder.upload.{key}"] for key in ("stages[0].rounding", "bits"))
+        told.append((hparams["run/guard"].string_value, rounding.string_value, bits.number_value))
+        assert (hparams["dataset"].string_value, hparams["run.clients_per_round"].number_value) == ("writers", 3)
+        assert "dataset.background" not in hparams
+    assert sorted(told) == sorted(product(("clip", "none"), ("nearest", "stochastic"), (2, 4)))
+
+
 def test_the_same_seed_gives_the_same_whatever_runs_it(tmp_path):
     """One worker or two, again, as the second job of a sweep, from the joblib launcher, all the same."""
     fedq(tmp_path / "..", *SMALL, "run.workers=1", f"hydra.run.dir={tmp_path}/one")
@@ -181,7 +197,9 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("encoder.bist=8", "encoder.bist is not a key; allowed here: bits, broadcast, threshold, upload"),
+        ("encoder.bist=8", "encoder.bist is not a key; allowed here: bits, broadcast, threshold, upload\n"),
+        ("client.rate=1", "client.rate is not a key; allowed here: _target_, batch_size, epochs, lr, "),
+        ("client.rate=1", ", and with +client.rate=… what its class takes beside\n"),
         ("encoder=uint9", "Could not find 'encoder/uint9' Available options in 'encoder': adaptive_clip ans "),
         ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),
         ("server.lr=-1", "server: Invalid learning rate: -1"),

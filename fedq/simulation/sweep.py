@@ -47,7 +47,7 @@ class CheckSweep(Callback):
         for number, job in enumerate(jobs):
             try:
                 cfg = loader.load_sweep_config(config, list(job))
-                check(cfg)
+                check(cfg, job)
                 with open_dict(cfg):
                     cfg.hydra.job.num = cfg.hydra.job.id = number
                 folder = Path(config.hydra.sweep.dir, str(cfg.hydra.sweep.subdir))
