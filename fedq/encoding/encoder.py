@@ -56,6 +56,7 @@ class Encoder:
         """
         parts: list[Buffer] = []
         updates: dict[int, Tensors] = {}
+        x = x.resolve_conj().resolve_neg()  # views of torch's that numpy does not read
         first = spec = TensorSpec.of(x)
         for i, stage in enumerate(self.stages):
             name, side_spec = type(stage).__name__, stage.side_spec(spec)

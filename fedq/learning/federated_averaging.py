@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from glob import escape
 from time import perf_counter
@@ -95,8 +96,9 @@ class FederatedAveraging:
             torch.manual_seed(Key(seed).fold("model").integer())
             self._model = channels_last(model().to(self.device))
         _check_model(self._model)
-        # what is frozen gets no gradient: weight decay on the server must not move it
+        # what is frozen gets no gradient, and stays: neither weight decay on the server nor dither may move it
         self._parameters = frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)
+        self._frozen = frozenset(name for name, p in self._model.named_parameters() if not p.requires_grad)
         self.broadcast = broadcast = _fitted("broadcast", broadcast, self._model)
         self.upload = upload = _fitted("upload", upload, self._model)
         parts = SubModels(self._model, dropout) if dropout else None
@@ -143,6 +145,8 @@ class FederatedAveraging:
             for tensors in (state.weights, state.residual, state.received)
         )
         state = replace(state, weights=weights, residual=residual, received=received)
+        if isinstance(store := self.client_side.residuals, InMemory):
+            store.begin(state.serial)
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "encode"):
             up = self.upload.params(self._schema, state.upload)
@@ -194,8 +198,9 @@ class FederatedAveraging:
     @one_thread()
     def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
         """Returns the loss and accuracy of the server's weights on `examples`, as `evaluation.evaluate`."""
-        self._model.load_state_dict(state.weights)
-        return evaluate(self._model, examples, batch_size, self.client_side.map, self.client_side.precision)
+        model = deepcopy(self._model)  # which may write to what weights do not hold of it
+        model.load_state_dict(state.weights)
+        return evaluate(model, examples, batch_size, self.client_side.map, self.client_side.precision)
 
     def _task(self, state: ServerState, told: Tensors, up: ByTensor) -> tuple[Task, ByTensor]:
         """Encodes a round's broadcast; returns it with all that clients get, and its report to the adaptive stages."""
@@ -239,7 +244,10 @@ class FederatedAveraging:
             weight: int | Tensors = total.weight
             if parts:
                 weight = parts.weights((key._replace(client=record.client), record.weight) for record in usable)
-            return server_step(self.server, state.optimizer, state.weights, self._parameters, update, weight)
+            after, optimizer = server_step(
+                self.server, state.optimizer, state.weights, self._parameters, update, weight
+            )
+            return after | {name: state.weights[name] for name in self._frozen}, optimizer
 
 
 def _check(
@@ -282,9 +290,17 @@ def _fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictE
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raises FedqError where two names stand for the same memory: each would be sent and changed by itself."""
+    """Raises FedqError where two names stand for the same memory: each would be sent and changed by itself.
+
+    And for tensors of which there is no mean: complex ones, and floats too narrow for torch to add up.
+    """
     places: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2):
+            raise FedqError(
+                f"model: {name!r} is {str(tensor.dtype).removeprefix('torch.')}: there is a mean of floats of 16 to 64 "
+                "bits, integers and booleans only; a buffer that never changes needs persistent=False"
+            )
         if tensor.numel() and (first := places.setdefault(tensor.data_ptr(), name)) != name:
             raise FedqError(f"model: {first!r} and {name!r} are one tensor: weights that are tied cannot be trained")
 

@@ -20,18 +20,22 @@ class ResidualStore(Protocol):
 
 
 class InMemory:
-    """Keeps each client's last two residuals: a round can be given again, and one before the last cannot."""
+    """Keeps each client's last two residuals: a round can be given again, and one before the last cannot.
+
+    Call `begin` before each round.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, dict[int, Mapping[str, Tensor]]] = {}
-        self._last, self._lock = 0, threading.Lock()
+        self._lock = threading.Lock()
+
+    def begin(self, serial: int) -> None:
+        """Forgets what rounds from number `serial` on left: they are given again, or another training begins."""
+        self._kept = {c: {s: r for s, r in own.items() if s < serial} for c, own in self._kept.items()}
 
     def load(self, client: int, serial: int, schema: Schema) -> Mapping[str, Tensor]:
         """As ResidualStore.load."""
         with self._lock:
-            if serial < self._last:  # the training was taken back, or another begins
-                self._kept = {c: {s: r for s, r in own.items() if s < serial} for c, own in self._kept.items()}
-            self._last = serial
             own = self._kept.get(client, {})
             return own[max(before)] if (before := [s for s in own if s < serial]) else {}
 

@@ -344,6 +344,9 @@ def test_learned_coders_over_rounds() -> None:
         hostile = {"shares": torch.tensor([-1.0, torch.finfo(torch.float16).max] * 128).half() * 2}
         weights = coder.params(coder.update_state(state, hostile))["weights"]
         assert weights.tolist() == [0, 255] * 128
+        # which a sum over clients may have lost to both infinities
+        lost = {"shares": torch.tensor([torch.nan, 1.0] * 128).half()}
+        assert coder.params(coder.update_state(state, lost))["weights"].tolist() == [0, 255] * 128
     # the shares of a cohort are summed: half of the symbols are 0, half 1
     told = LearnedANS(1).update_state({}, {"shares": torch.tensor([1.0, 1.0]).half()})
     assert LearnedANS(1).params(told)["weights"].tolist() == [255, 255]

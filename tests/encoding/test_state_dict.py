@@ -496,6 +496,18 @@ def test_a_conjugate_view_is_sent_as_what_it_shows() -> None:
     assert torch.equal(decoded["x"], x["x"].resolve_conj())
 
 
+@pytest.mark.parametrize(
+    "encoder", [Encoder(), Encoder([UniformQuantization(16)], FixedWidth())], ids=["exact", "16 bits"]
+)
+def test_a_negated_view_is_sent_as_what_it_shows(encoder: Encoder) -> None:
+    """As torch makes them: the imaginary part of a conjugate."""
+    x = {"x": torch.randn(1, dtype=torch.complex64).conj().imag}  # several would be copied on the way
+    assert x["x"].is_neg()
+    one = StateDictEncoder(encoder, 0)
+    decoded, _ = one.decode(one.encode(x, KEY)[0], KEY, schema_of(x))
+    assert (decoded["x"] - x["x"].resolve_neg()).abs().max() < 1e-3
+
+
 def test_a_common_scale_of_two_precisions() -> None:
     """The scale is float64, beyond float32, where a float64 tensor is; a float32 beside it is 0 then."""
     chain = StateDictEncoder(Encoder([StepQuantization(0.5, relative=False)], CABAC()), 0, common_scale=True)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from fedq.config import build_encoder
 from fedq.data import Client, Examples
-from fedq.encoding import Cast, EncodeError, Encoder, StateDictEncoder
+from fedq.encoding import ANS, Cast, EncodeError, Encoder, StateDictEncoder, StepQuantization
 from fedq.errors import FedqError
 from fedq.learning import FederatedDropout, LocalTraining
 from fedq.learning.client import channels_last
@@ -61,6 +62,32 @@ def test_what_is_frozen_does_not_move(process, client, dropout):
     assert not torch.equal(after.weights["last.weight"], start.weights["last.weight"])
 
 
+@pytest.mark.parametrize("reference", ["none", "initial"])
+def test_dither_does_not_move_what_is_frozen(process, client, reference):
+    """What is decoded of an update that is 0 is noise then."""
+    dithered = StateDictEncoder(Encoder([StepQuantization(0.1, rounding="dithered", relative=False)], ANS()), 0)
+    averaging = process(
+        model=partial(Dense, lambda model: model.first.requires_grad_(False)),
+        broadcast=replace(dithered, reference=reference),
+        upload=dithered,
+    )
+    start = averaging.initialize()
+    after, _ = averaging.next(start, [client(0), client(1)])
+    assert torch.equal(after.weights["first.weight"], start.weights["first.weight"])
+    assert not torch.equal(after.weights["last.weight"], start.weights["last.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_what_has_no_mean_is_refused_unless_it_is_never_sent(process, client, dtype):
+    def turning(model, persistent):
+        model.register_buffer("turns", torch.ones(3).to(dtype), persistent)
+
+    with pytest.raises(FedqError, match=f"model: 'turns' is {str(dtype)[6:]}: .* persistent=False"):
+        process(model=partial(Dense, partial(turning, persistent=True)))
+    averaging = process(model=partial(Dense, partial(turning, persistent=False)))
+    averaging.next(averaging.initialize(), [client(0)])
+
+
 class Counting(Dense):
     """Its output depends on how often it was called, in a buffer that no state_dict holds."""
 
@@ -85,6 +112,25 @@ def test_what_no_state_dict_holds_does_not_go_from_client_to_client(process, cli
             results.append(state.weights)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name])
+
+
+def test_evaluation_changes_nothing(process, client):
+    class CountingAlways(Counting):
+        def forward(self, x):
+            self.calls += not self.training
+            return super().forward(x)
+
+    weights, losses = [], []
+    for evaluations in (0, 2):
+        averaging = process(model=CountingAlways)
+        state = averaging.initialize()
+        for _ in range(2):
+            losses += [averaging.evaluate(state, client(9).load())["loss"] for _ in range(evaluations)]
+            state, _ = averaging.next(state, [client(0), client(1)])
+        weights.append(state.weights)
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name])
 
 
 class Voxels(nn.Module):

@@ -317,6 +317,21 @@ def test_without_a_run_folder_a_step_can_be_taken_again_and_another_training_beg
     assert all(len(own) <= 2 for own in averaging.client_side.residuals._kept.values())
 
 
+def test_without_a_run_folder_a_step_can_be_taken_again_with_other_clients(process, client):
+    """Those of the first attempt then have what they had before it."""
+
+    def trained(*abandoned: int) -> dict[str, torch.Tensor]:
+        averaging = process(upload=CHAINS["top_k"])
+        state = averaging.initialize()
+        for number in abandoned:
+            averaging.next(state, [client(number)])
+        for number in (2, 1):
+            state, _ = averaging.next(state, [client(number)])
+        return state.weights
+
+    assert same(trained(), trained(1))
+
+
 def test_without_the_key_nothing_is_kept(process, client):
     seen = Seen()
     averaging = process(upload=StateDictEncoder(SIGN), broadcast=CHAINS["sign"], residuals=seen)

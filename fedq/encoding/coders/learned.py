@@ -52,8 +52,8 @@ class _Learned(AdaptiveCoder):
 
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
         """As Adaptive.update_state: the sum over the last cohort, if there was anything to count."""
-        # whatever a client reports, shares are none below 0
-        shares = aggregated["shares"].float().clamp(0, torch.finfo(torch.float16).max)
+        # whatever clients report, shares are none below 0, nor a sum of both infinities
+        shares = aggregated["shares"].float().nan_to_num().clamp(0, torch.finfo(torch.float16).max)
         return {"shares": shares} if bool(shares.any()) else dict(state)
 
     def encode(self, symbols: Tensor, spec: TensorSpec, params: Tensors) -> tuple[Buffer, Tensors]:

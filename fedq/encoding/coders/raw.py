@@ -20,7 +20,7 @@ class Raw(Coder):
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
         """As Coder.encode."""
         # as_strided, as one element or none counts as contiguous whatever its stride, and view would refuse it
-        flat = symbols.cpu().resolve_conj().contiguous().as_strided((symbols.numel(),), (1,))
+        flat = symbols.cpu().contiguous().as_strided((symbols.numel(),), (1,))
         return flat.view(torch.uint8).numpy().data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:

@@ -26,7 +26,8 @@ class RandomMask(EncodingStage):
     be beyond the dtype comes back as its largest value. Without `scale` kept elements come back as they are.
 
     fraction: above 0, at most 1. shared: all clients of a round keep the same elements, so that their sum can be
-    decoded at once; the error of their mean is that of one.
+    decoded at once; the error of their mean is that of one. So does a broadcast with a mask at the same place of its
+    chain: what clients then send depends on which elements they are, and the mean is no longer unbiased.
     """
 
     fraction: float = 0.1

@@ -29,7 +29,8 @@ class UniformQuantization(EncodingStage):
         number that is uniform in (−½, ½) steps before it rounds, and the receiver, who draws the same from the key,
         subtracts it (Roberts 1962; Schuchman 1964): unbiased, the error is uniform and independent of the value,
         step²/12 at any rate. The sum never leaves the half step around the range's ends, so that nothing overloads.
-        Random numbers have 16 bits: means are right to 2^−17 steps, no nearer.
+        Random numbers have 16 bits: means are right to 2^−17 steps, no nearer; and with 9 to 12 bits, where a float32
+        holds both, to 2^−24 of the range.
 
     The range is one of
     - minimum to maximum of the elements: 2^bits values;
