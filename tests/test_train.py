@@ -115,14 +115,23 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
 
 def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep(tmp_path):
     axes = ("run/guard=clip,none", "encoder.upload.stages.0.rounding=nearest,stochastic", "encoder.upload.bits=2,4")
-    fedq(tmp_path, "-m", *SMALL, "run.rounds=1", *axes, f"hydra.sweep.dir={tmp_path}")
+    whole = (
+        "encoder.broadcast.stages=[{_target_:fedq.encoding.UniformQuantization,bits:7}]",
+        "+encoder.broadcast.pace={_target_:fedq.encoding.BitBudget,bits:3}",
+        "+encoder.broadcast.common_scale=true",
+    )
+    fedq(tmp_path, "-m", *SMALL, "run.rounds=1", *axes, *whole, f"hydra.sweep.dir={tmp_path}")
     told = []
     for events in tmp_path.rglob("events.out.tfevents.*"):
         metadata = EventAccumulator(str(events)).Reload().summary_metadata["_hparams_/session_start_info"]
         hparams = parse_session_start_info_plugin_data(metadata.plugin_data.content).hparams
         rounding, bits = (hparams[f"encoder.upload.{key}"] for key in ("stages[0].rounding", "bits"))
         told.append((hparams["run/guard"].string_value, rounding.string_value, bits.number_value))
-        assert (hparams["dataset"].string_value, hparams["run.clients_per_round"].number_value) == ("writers", 3)
+        choices = {"dataset": "writers", "client": "sgd", "encoder": "uint8"}
+        assert {group: hparams[group].string_value for group in choices} == choices
+        numbers = {"run.clients_per_round": 3, "encoder.broadcast.stages[0].bits": 7, "encoder.broadcast.pace.bits": 3}
+        assert {name: hparams[name].number_value for name in numbers} == numbers
+        assert {"run.seed", "client.lr", "server.lr", "encoder.threshold"} <= hparams.keys()
         assert "dataset.background" not in hparams
     assert sorted(told) == sorted(product(("clip", "none"), ("nearest", "stochastic"), (2, 4)))
 
@@ -179,6 +188,9 @@ def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path):
     assert "encoder.bits: 'eight' is not allowed; it must be an integer" in done.stderr
     assert "Traceback" not in done.stderr
     assert not run_folders(tmp_path)
+    done = fedq(tmp_path, "-m", *SMALL, "run.seed=0,1", "+encoder.rounding=nearest", code=1)
+    assert "encoder.rounding is not a key" in done.stderr
+    assert not run_folders(tmp_path)
     done = fedq(tmp_path, "-m", *SMALL, "encoder=uint8,uint9", code=1)
     assert "Could not find 'encoder/uint9'" in done.stderr
     assert not run_folders(tmp_path)
@@ -198,6 +210,7 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
     ("argument", "message"),
     [
         ("encoder.bist=8", "encoder.bist is not a key; allowed here: bits, broadcast, threshold, upload\n"),
+        ("+encoder.rounding=nearest", "encoder.rounding is not a key; allowed here: threshold, broadcast, upload"),
         ("client.rate=1", "client.rate is not a key; allowed here: _target_, batch_size, epochs, lr, "),
         ("client.rate=1", ", and with +client.rate=… what its class takes beside\n"),
         ("encoder=uint9", "Could not find 'encoder/uint9' Available options in 'encoder': adaptive_clip ans "),
