@@ -81,7 +81,7 @@ def synthetic(name: str) -> Draw:
 def real_updates(rounds: int) -> Draw:
     """Trains the default configuration for some rounds; returns clients' updates of its largest tensor after them."""
     from fedq.learning import FederatedAveraging
-    from fedq.learning.client import update_of
+    from fedq.learning.local_training import update_of
     from fedq.simulation.loop import rounds as trained
     from fedq.simulation.workers import Workers
 
@@ -105,12 +105,12 @@ def real_updates(rounds: int) -> Draw:
 def measure(name: str, encoder: StateDictEncoder, source: str, draw: Draw, clients: int) -> Result:
     """Sends one tensor from `clients` clients, however small it is, and returns what it cost and what arrived.
 
-    What is adaptive has seen one round of another tensor of the source before; a pace eight, to reach its budget.
+    Adaptive parts have seen one round of another tensor of the source; rate control has seen eight rounds.
     """
     direction = replace(encoder, threshold=0, rules={}, reference="none", error_feedback=False)
     schema = {"x": TensorSpec.of(draw(0))}
     state = direction.initial_state(schema)
-    for warming in range((8 if direction.pace else 1) if state else 0):
+    for warming in range((8 if direction.rate_control else 1) if state else 0):
         params, key = direction.params(schema, state), Key(0, 0, warming)
         message, _ = direction.encode({"x": draw(0)}, key, params, report=True, loss=1.0)
         _, reports = direction.decode(message, key, schema, params, direction.update_spec(schema))

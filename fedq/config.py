@@ -38,7 +38,7 @@ class RunConfig:
     "auto" goes on from the newest checkpoint in the run's folder, "never" does not, a path is that of a checkpoint or
     of a run's folder. min_clients: a round with fewer usable updates is repeated with another cohort, up to `repeats`
     times in a row, and then ends the run. precision: of forward and backward passes. faults, guard: what goes wrong
-    with clients, and what is done about updates out of line. dropout: how much of the model each client trains.
+    with clients, and what is done about updates out of line. submodel: how much of the model each client trains.
     accuracy_floor: the final test accuracy, from 0 to 1, at which hydra/sweeper=fewest_bits looks for the fewest bits.
     residual_memory: MiB of memory for what clients keep with error feedback; beyond it what was least recently used is
     in files.
@@ -59,7 +59,7 @@ class RunConfig:
     precision: Literal["float32", "bf16"]
     faults: dict[str, Any] | None
     guard: dict[str, Any] | None
-    dropout: dict[str, Any] | None
+    submodel: dict[str, Any] | None
     accuracy_floor: float | None = None
     residual_memory: int = 1024
 
@@ -92,7 +92,7 @@ class RuleConfig:
 class DirectionConfig:
     """What encodes one direction: a chain of stages and its coder, each with a `_target_`, and RuleConfigs.
 
-    joint, reference, common_scale, error_feedback, pace: see StateDictEncoder.
+    joint, reference, common_scale, error_feedback, rate_control: see StateDictEncoder.
     """
 
     stages: list[Any]
@@ -102,7 +102,7 @@ class DirectionConfig:
     reference: Literal["none", "initial", "last"] = "none"
     common_scale: bool = False
     error_feedback: bool = False
-    pace: dict[str, Any] | None = None
+    rate_control: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
             if plain(cfg, group).get("_partial_", False) is not partial:
                 raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
         _check_targets(cfg, group)
-    for name in ("faults", "guard", "dropout"):
+    for name in ("faults", "guard", "submodel"):
         if plain(cfg, f"run.{name}") is not None:
             _check_is_built(cfg, f"run.{name}")
     if "num_classes" in plain(cfg, "model"):
@@ -145,8 +145,8 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
     _check_arguments(cfg, "encoder", EncoderConfig, _knobs(cfg, "encoder", given))
     for direction in ("encoder.broadcast", "encoder.upload"):
         _check_arguments(cfg, direction, DirectionConfig, _knobs(cfg, direction, given))
-        if plain(cfg, direction).get("pace") is not None:
-            _check_is_built(cfg, f"{direction}.pace")
+        if plain(cfg, direction).get("rate_control") is not None:
+            _check_is_built(cfg, f"{direction}.rate_control")
         rules = [f"{direction}.rules[{i}]" for i in range(len(plain(cfg, direction).get("rules", [])))]
         for rule in rules:
             _check_arguments(cfg, rule, RuleConfig)
@@ -205,8 +205,8 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
     node, threshold = plain(cfg, path), plain(cfg, "encoder")["threshold"]
     rules = {rule["pattern"]: chain(f"{path}.rules[{i}]") for i, rule in enumerate(node.get("rules", []))}
     options = {name: node[name] for name in _OPTIONS if name in node}
-    if node.get("pace"):
-        options["pace"] = build(cfg, f"{path}.pace")
+    if node.get("rate_control"):
+        options["rate_control"] = build(cfg, f"{path}.rate_control")
     main = chain(path)
     return _call("encoder", lambda: StateDictEncoder(main, threshold, rules, **options))
 

@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
     from fedq.data import Client, FederatedDataset
     from fedq.learning import FederatedAveraging, ServerState
+    from fedq.simulation.client_state_files import Residuals
     from fedq.simulation.loop import Clients
     from fedq.simulation.ranks import Ranks
-    from fedq.simulation.residuals import Residuals
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ def clients_residuals(
     run: RunConfig, folder: Path, earlier: "tuple[ServerState, Path] | None", shared: bool
 ) -> "Residuals":
     """Returns what keeps the clients' residuals in the run's `folder`, as they were when `earlier` was saved."""
-    from fedq.simulation.residuals import Residuals
+    from fedq.simulation.client_state_files import Residuals
 
     residuals = Residuals(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
     if earlier:
@@ -298,7 +298,7 @@ def keep_configuration(cfg: DictConfig, folder: Path) -> None:
 
 def serve(ranks: "Ranks") -> None:
     """Does this process's part of what rank 0 runs."""
-    from fedq.simulation.residuals import Residuals
+    from fedq.simulation.client_state_files import Residuals
 
     refused: FedqError | None = None
     with ExitStack() as stack:
@@ -340,8 +340,8 @@ def assemble(
             "take fewer, or more with dataset.clients where the dataset allows"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
-    faults, guard, dropout = (
-        build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard", "dropout")
+    faults, guard, submodel = (
+        build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard", "submodel")
     )
     process = FederatedAveraging(
         model=build(cfg, "model", num_classes=dataset.num_classes),
@@ -357,7 +357,7 @@ def assemble(
         min_clients=run.min_clients,
         precision=run.precision,
         residuals=residuals,
-        dropout=dropout,
+        submodel=submodel,
     )
 
     if faults and getattr(faults, "nan", 0):

@@ -18,7 +18,13 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 PROCESSES.set_forkserver_preload(
     [
-        *("command", "fedq.models", "fedq.simulation.loop", "fedq.simulation.ranks", "fedq.simulation.residuals"),
+        *(
+            "command",
+            "fedq.models",
+            "fedq.simulation.loop",
+            "fedq.simulation.ranks",
+            "fedq.simulation.client_state_files",
+        ),
         *("fedq.simulation.workers", "numba", "torch._dynamo", "torch.utils.tensorboard"),
     ]
 )

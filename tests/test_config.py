@@ -20,7 +20,7 @@ def options(group):
     return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
 
 
-GROUPS = ("run/faults", "run/guard", "run/dropout")  # test_train.py trains with every option of the others
+GROUPS = ("run/faults", "run/guard", "run/submodel")  # test_train.py trains with every option of the others
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("~run.seed", "run.seed is missing"),
         ("run.faults={dropout:0.5}", "run.faults._target_ is missing"),
         ("run.guard={}", "run.guard._target_ is missing"),
-        ("+encoder.upload.pace={bits:1}", "encoder.upload.pace._target_ is missing"),
+        ("+encoder.upload.rate_control={bits:1}", "encoder.upload.rate_control._target_ is missing"),
         ("encoder.upload.rules=[5]", "encoder.upload.rules[0]: 5 is not allowed; it must be keys and values"),
         ("encoder.upload.rules=[{pattern:x,stages:[],coder:{}}]", "encoder.upload.rules[0].coder._target_ is missing"),
         ("encoder.upload.stages=[1]", "encoder.upload.stages[0]._target_ is missing"),
@@ -143,8 +143,8 @@ def test_what_a_stage_refuses_names_its_place():
         (["encoder.upload.stages=[{_target_:fedq.encoding.FixedWidth}]"], "encoder.upload: FixedWidth() is not a stage"),
         (["encoder.upload.coder._target_=fedq.encoding.ScaledSign"], "encoder.upload: ScaledSign() is not a coder"),
         (["encoder=best", "encoder.upload.coder.coders=[{_target_:fedq.encoding.LearnedANS}]"], "is not a coder, or one that learns"),
-        (["encoder=frontier", "+encoder.upload.pace={_target_:fedq.encoding.FixedWidth}"], "encoder: FixedWidth() is not a pace"),
-        (["encoder=follow_loss", "encoder.upload.pace.patience=1000000000000000"], "patience must be from 1 to 10,000"),
+        (["encoder=frontier", "+encoder.upload.rate_control={_target_:fedq.encoding.FixedWidth}"], "encoder: FixedWidth() is not a rate_control"),
+        (["encoder=follow_loss", "encoder.upload.rate_control.patience=1000000000000000"], "patience must be from 1 to 10,000"),
         (["encoder=kashin", "encoder.redundancy=1e300"], "redundancy must be from 1 to 64"),
     ],
 )  # fmt: skip

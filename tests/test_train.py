@@ -117,7 +117,7 @@ def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep
     axes = ("run/guard=clip,none", "encoder.upload.stages.0.rounding=nearest,stochastic", "encoder.upload.bits=2,4")
     whole = (
         "encoder.broadcast.stages=[{_target_:fedq.encoding.UniformQuantization,bits:7}]",
-        "+encoder.broadcast.pace={_target_:fedq.encoding.BitBudget,bits:3}",
+        "+encoder.broadcast.rate_control={_target_:fedq.encoding.BitBudget,bits:3}",
         "+encoder.broadcast.common_scale=true",
     )
     fedq(tmp_path, "-m", *SMALL, "run.rounds=1", *axes, *whole, f"hydra.sweep.dir={tmp_path}")
@@ -129,7 +129,11 @@ def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep
         told.append((hparams["run/guard"].string_value, rounding.string_value, bits.number_value))
         choices = {"dataset": "writers", "client": "sgd", "encoder": "uint8"}
         assert {group: hparams[group].string_value for group in choices} == choices
-        numbers = {"run.clients_per_round": 3, "encoder.broadcast.stages[0].bits": 7, "encoder.broadcast.pace.bits": 3}
+        numbers = {
+            "run.clients_per_round": 3,
+            "encoder.broadcast.stages[0].bits": 7,
+            "encoder.broadcast.rate_control.bits": 3,
+        }
         assert {name: hparams[name].number_value for name in numbers} == numbers
         assert {"run.seed", "client.lr", "server.lr", "encoder.threshold"} <= hparams.keys()
         assert "dataset.background" not in hparams
@@ -297,7 +301,7 @@ def test_every_option_of_a_group_trains(tmp_path, group, part):
 
 def test_what_guards_a_round_does_so_from_the_command_line(tmp_path):
     command = (*SMALL, "run.rounds=4", "run.clients_per_round=6")
-    faults = ("run/faults=some", "run.faults.dropout=0.5", "run.min_clients=3", "run.repeats=30")
+    faults = ("run/faults=some", "run.faults.absent=0.5", "run.min_clients=3", "run.repeats=30")
     changes = {
         "plain": (),
         "guard": ("run/guard=clip", "run.guard.multiple=0.5"),
@@ -514,7 +518,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_way_to_go_on(tmp_path, nu
 
 
 def test_clients_train_parts_of_the_model_where_the_command_says_so(tmp_path):
-    parts = (*SMALL, "run/dropout=some", "run.dropout.keep=0.5", "run.evaluate_every=1")
+    parts = (*SMALL, "run/submodel=some", "run.submodel.keep=0.5", "run.evaluate_every=1")
     fedq(tmp_path, *parts, f"hydra.run.dir={tmp_path}/whole")
     fedq(tmp_path, *parts, "run.rounds=1", "run.workers=1", f"hydra.run.dir={tmp_path}/resumed")
     fedq(tmp_path, *parts, "run.workers=2", f"hydra.run.dir={tmp_path}/resumed")
@@ -525,10 +529,10 @@ def test_clients_train_parts_of_the_model_where_the_command_says_so(tmp_path):
     assert summary["broadcasted_bits"] == summary["aggregated_bits"] == 3 * 3 * 8 * message
     assert summary["upload_ratio"] == summary["broadcast_ratio"] == (48 + 4 * 199_210) / message
     done = fedq(tmp_path, *parts, "client=structured", "encoder=structured_mask", code=1)
-    assert "run.dropout: client.structured must be false" in done.stderr
+    assert "run.submodel: client.structured must be false" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    done = fedq(tmp_path, *parts, "run.dropout.keep=1.5", code=1)
-    assert "run.dropout: keep must be above 0 and at most 1, not 1.5" in done.stderr
+    done = fedq(tmp_path, *parts, "run.submodel.keep=1.5", code=1)
+    assert "run.submodel: keep must be above 0 and at most 1, not 1.5" in done.stderr
 
 
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
@@ -570,7 +574,7 @@ def test_a_finished_run_is_not_one_with_other_demands_on_its_cohorts(tmp_path):
 def test_nan_is_sent_only_where_it_is_one(tmp_path, threshold, refused):
     faults = [
         "run/faults=some",
-        *(f"run.faults.{name}=0" for name in ("dropout", "crash", "late", "damaged", "replayed")),
+        *(f"run.faults.{name}=0" for name in ("absent", "crash", "late", "damaged", "replayed")),
     ]
     command = (*SMALL, *faults, "run.faults.nan=1", "run.rounds=1", f"encoder.threshold={threshold}")
     done = fedq(tmp_path, *command, code=1)

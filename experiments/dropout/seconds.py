@@ -43,7 +43,7 @@ def main() -> None:
             partial(torch.optim.SGD, lr=1.0),
             ENCODERS[name],
             ENCODERS[name],
-            dropout=FederatedDropout(keep) if keep else None,
+            submodel=FederatedDropout(keep) if keep else None,
         )
         for name, keep in settings
     }

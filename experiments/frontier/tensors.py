@@ -28,7 +28,7 @@ def train() -> dict[str, np.ndarray]:
     from fedq.config import build, build_run
     from fedq.encoding import Key
     from fedq.learning import FederatedAveraging
-    from fedq.learning.client import update_of
+    from fedq.learning.local_training import update_of
     from fedq.simulation.loop import cohort, rounds
     from fedq.simulation.workers import Workers
     from fedq.train import CONF

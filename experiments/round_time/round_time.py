@@ -45,7 +45,7 @@ from fedq.encoding import (
     UniformQuantization,
 )
 from fedq.learning import FederatedAveraging, LocalTraining
-from fedq.learning.client import Precision
+from fedq.learning.local_training import Precision
 from fedq.models import FedAvgCNN
 from fedq.simulation.workers import Workers
 

@@ -20,8 +20,8 @@ from fedq.encoding.coders import (
 )
 from fedq.encoding.encoder import Encoder
 from fedq.encoding.message import MessageError
-from fedq.encoding.pace import BitBudget, FollowLoss
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.rate_control import BitBudget, FollowLoss
+from fedq.encoding.schema import TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
 from fedq.encoding.stages import (
     QSGD,

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 
 Aggregation = Literal["sum", "min", "max", "stack"]
 

@@ -12,7 +12,7 @@ from fedq.encoding.adaptive import Adaptive
 from fedq.encoding.coders import AdaptiveCoder, Coder, Raw
 from fedq.encoding.coders.coder import Buffer
 from fedq.encoding.message import Reader, length
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
 from fedq.keys import Key
 

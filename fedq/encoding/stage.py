@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedq.encoding.adaptive import Adaptive
 from fedq.encoding.coders import Coder, Raw
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.keys import Key
 
 

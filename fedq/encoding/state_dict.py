@@ -15,9 +15,9 @@ from fedq.encoding import message as frame
 from fedq.encoding.adaptive import Adaptive, StateUpdate
 from fedq.encoding.encoder import ByPlace, Encoder, described, finite, is_finite, read
 from fedq.encoding.message import MessageError
-from fedq.encoding.pace import Pace
-from fedq.encoding.spec import Tensors, TensorSpec
-from fedq.encoding.stages.sums import CHUNK, cut_off, divided
+from fedq.encoding.numerics import CHUNK, exact_divide, saturate
+from fedq.encoding.rate_control import RateController
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.errors import FedqError
 from fedq.keys import Key
 
@@ -33,8 +33,8 @@ Reference = Literal["none", "initial", "last"]
 JOINT = "*"
 """The name of the vector of all that is encoded as one; no tensor of a module is called so."""
 
-PACE = "*pace"
-"""The name under which the state of a direction's pace stands among those of tensors."""
+RATE_CONTROL = "*pace"
+"""The name under which the state of a direction's rate_control stands among those of tensors."""
 
 _SCALAR = TensorSpec((), torch.float32)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -92,7 +92,7 @@ class StateDictEncoder:
     - with `common_scale` all are divided by the root mean square over all of them, one value of the message. Stages
       whose steps are not relative then have the same step in all tensors, and bits are shared out between these to
       where they reduce the squared error most ("equal slope", Shoham and Gersho 1988);
-    - `pace` multiplies the common scale with a factor that follows earlier rounds.
+    - `rate_control` multiplies the common scale with a factor that follows earlier rounds.
 
     The body of a message is: the attached tensors, exact; the common scale (float64 if a tensor that it scales is, else
     float32); then a payload a tensor, in the schema's order.
@@ -105,7 +105,7 @@ class StateDictEncoder:
     reference: Reference = "none"
     common_scale: bool = False
     error_feedback: bool = False
-    pace: Pace | None = None
+    rate_control: RateController | None = None
     _fingerprints: dict[Any, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -117,10 +117,10 @@ class StateDictEncoder:
             raise ValueError(
                 "error_feedback must be false with reference=last, whose differences hold all errors before"
             )
-        if self.pace is not None and not isinstance(self.pace, Pace):
-            raise TypeError(f"{self.pace!r} is not a pace")
-        if self.pace and not self.common_scale:
-            raise ValueError("common_scale must be true for a pace, which multiplies it")
+        if self.rate_control is not None and not isinstance(self.rate_control, RateController):
+            raise TypeError(f"{self.rate_control!r} is not a rate_control")
+        if self.rate_control and not self.common_scale:
+            raise ValueError("common_scale must be true for a rate_control, which multiplies it")
 
     def chains(self, schema: Schema) -> dict[str, tuple[TensorSpec, Encoder]]:
         """Returns what is encoded, in order, with its encoder: the tensors, and the joint vector in the first's place.
@@ -194,11 +194,11 @@ class StateDictEncoder:
 
         `params` are the adaptive parts'. `attached` tensors travel before the payloads; with `report`, so do the
         updates. `reference` is the state_dict that the encoder's reference stands for; `loss` that of the training
-        which gave the tensors, for a pace that follows it. Raises EncodeError, naming the tensor, for NaN and infinity,
+        which gave the tensors, for rate control. Raises EncodeError, naming the tensor, for NaN and infinity,
         which are never sent, and for what a stage does not take.
         """
         schema, payloads = schema_of(tensors), []
-        if self._adaptive(schema) and (params is None or (self.pace and PACE not in params)):
+        if self._adaptive(schema) and (params is None or (self.rate_control and RATE_CONTROL not in params)):
             raise TypeError("an encoder that follows the rounds must be given its params: params=")
         params = params or {}
         updates: dict[str, ByPlace] = {}
@@ -209,7 +209,7 @@ class StateDictEncoder:
             tensors[name] = _finite(name, tensors[name] - other)
         scale = []
         if self.common_scale:
-            factor = float(params[PACE][0]["factor"]) if self.pace else 1.0
+            factor = float(params[RATE_CONTROL][0]["factor"]) if self.rate_control else 1.0
             scale = [_common_scale({name: tensors[name] for name in staged}, factor, self._scale_spec(schema).dtype)]
             tensors |= {name: _divided(name, tensors[name], scale[0]) for name in staged}
         if joined := self._joined(schema):
@@ -222,16 +222,16 @@ class StateDictEncoder:
             payloads += payload
             if reported:
                 updates[name] = reported
-        if self.pace:
+        if self.rate_control:
             number = loss
-            if self.pace.reports == "bits":
+            if self.rate_control.reports == "bits":
                 # all zeros, as a first difference from initial weights, tell nothing of what a step costs
                 told = any(bool(tensors[name].any()) for name in staged)
                 bits = 8 * sum(memoryview(part).nbytes for part in payloads) if told else 0
                 number = bits / max(1, sum(spec.numel for spec in schema.values()))
             if number is None:
-                raise TypeError("a pace that follows the training loss must be given it: loss=")
-            updates[PACE] = {0: {self.pace.reports: torch.tensor(number, dtype=torch.float32)}}
+                raise TypeError("a rate_control that follows the training loss must be given it: loss=")
+            updates[RATE_CONTROL] = {0: {self.rate_control.reports: torch.tensor(number, dtype=torch.float32)}}
         front = dict(attached or {}) | (flatten(updates) if report else {})
         exact = Encoder()
         parts = [part for name, tensor in front.items() for part in exact.encode(_finite(name, tensor), key, {})[0]]
@@ -288,7 +288,7 @@ class StateDictEncoder:
                 tensors = self._split(tensors, schema)
                 for name, other in references.items():
                     what = f"tensor {name!r}"
-                    tensors[name] = cut_off(tensors[name] + other, other.dtype)
+                    tensors[name] = saturate(tensors[name] + other, other.dtype)
         except ValueError as error:
             raise MessageError(f"{what} cannot be decoded: {error}") from error
         return tensors, front
@@ -384,10 +384,10 @@ class StateDictEncoder:
         return {name: tensors[name] for name in schema}
 
     def _adaptive(self, schema: Schema) -> dict[str, dict[int, Adaptive]]:
-        """Returns all that is adaptive: parts of chains by their place, and the pace."""
+        """Returns all that is adaptive: parts of chains by their place, and the rate_control."""
         parts = {name: encoder.adaptive() for name, (_, encoder) in self.chains(schema).items()}
-        if self.pace:
-            parts[PACE] = {0: self.pace}
+        if self.rate_control:
+            parts[RATE_CONTROL] = {0: self.rate_control}
         return {name: by_place for name, by_place in parts.items() if by_place}
 
     def _updates(self, schema: Schema) -> dict[str, StateUpdate]:
@@ -437,7 +437,7 @@ def _common_scale(tensors: Tensors, factor: float, dtype: torch.dtype) -> Tensor
 
 def _divided(name: str, tensor: Tensor, scale: Tensor) -> Tensor:
     work = torch.promote_types(tensor.dtype, scale.dtype)
-    result = divided(tensor.to(work), float(scale)).to(tensor.dtype)
+    result = exact_divide(tensor.to(work), float(scale)).to(tensor.dtype)
     if result.dtype.itemsize == 2 and not is_finite(result):
         raise EncodeError(f"tensor {name!r} is beyond {tensor.dtype} once divided by the common scale {float(scale):g}")
     return result
@@ -446,7 +446,7 @@ def _divided(name: str, tensor: Tensor, scale: Tensor) -> Tensor:
 def _multiplied_(tensor: Tensor, scale: Tensor) -> Tensor:
     """Returns the product, cut off at the dtype's limits; may write to `tensor`."""
     work = torch.promote_types(tensor.dtype, scale.dtype)
-    return cut_off(tensor.to(work).mul_(float(scale)), tensor.dtype)
+    return saturate(tensor.to(work).mul_(float(scale)), tensor.dtype)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

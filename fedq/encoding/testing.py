@@ -24,7 +24,7 @@ from torch import Tensor
 from fedq.encoding.coders import Coder, FixedWidth, Raw
 from fedq.encoding.encoder import ByPlace, Encoder
 from fedq.encoding.message import OVERHEAD, MessageError
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
 from fedq.encoding.state_dict import ByTensor, EncodeError, StateDictEncoder, flatten, schema_of
 from fedq.keys import Key

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder, schema_of
 from fedq.encoding.encoder import is_finite
-from fedq.encoding.spec import Tensors
+from fedq.encoding.schema import Tensors
 from fedq.encoding.state_dict import ByTensor, compensated, flatten, unflatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
-from fedq.learning.client import LocalTraining, Precision, check_nothing_drawn, generators, update_of
-from fedq.learning.dropout import SubModels, Units
+from fedq.learning.client_state import ResidualStore
 from fedq.learning.evaluation import Map
 from fedq.learning.failures import ClientFailure
 from fedq.learning.guard import NormGuard, norm
-from fedq.learning.residuals import ResidualStore
+from fedq.learning.local_training import LocalTraining, Precision, check_nothing_drawn, generators, update_of
 from fedq.learning.round import PHASES, Contribution, Record, Share, Task, timed
 from fedq.learning.server import weighted
+from fedq.learning.submodel import SubModels, Units
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedq.data import Examples
 from fedq.errors import FedqError
-from fedq.learning.client import Precision, wide
+from fedq.learning.local_training import Precision, wide
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and gives the results in order: Python's `map`, or a pool's."""

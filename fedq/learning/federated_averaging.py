@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Encoder, Key, MessageError, StateDictEncoder, ZeroOutliers, schema_of
 from fedq.encoding.encoder import is_finite
-from fedq.encoding.spec import Tensors
+from fedq.encoding.schema import Tensors
 from fedq.encoding.state_dict import ByTensor, Schema, compensated, flatten
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
-from fedq.learning.client import LocalTraining, Precision, channels_last
 from fedq.learning.client_side import EXACT, ClientSide, attached
-from fedq.learning.dropout import FederatedDropout, SubModels
+from fedq.learning.client_state import InMemory, ResidualStore
 from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import FAILURES
 from fedq.learning.guard import NormGuard
-from fedq.learning.residuals import InMemory, ResidualStore
+from fedq.learning.local_training import LocalTraining, Precision, channels_last
 from fedq.learning.round import PHASES, Contribution, Gather, Record, Share, Task, timed
 from fedq.learning.server import ServerOptimizer, ServerState, server_step
+from fedq.learning.submodel import FederatedDropout, SubModels
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class FederatedAveraging:
     out of line. min_clients: with fewer usable updates `next` raises TooFewClients. precision: of forward and backward
     passes; weights, updates and optimizers keep the model's dtype. residuals: where clients keep theirs with the
     upload's error feedback; without it in this object's memory, beside the state: of a state before the last one they
-    are gone. dropout: clients train parts of the model. Each is then sent a message of its own, and both encoders see
+    are gone. submodel: clients train parts of the model. Each is then sent a message of its own, and both encoders see
     sub-models only; reports of the broadcasts' adaptive stages are combined as a cohort's, of those clients whose
     updates are used. FedqError is raised where the model does not tell its units, and for what looks back at tensors of
     earlier rounds; as it is for a rule of an encoder that no tensor of the model follows.
@@ -85,10 +85,10 @@ class FederatedAveraging:
         min_clients: int = 1,
         precision: Precision = "float32",
         residuals: ResidualStore | None = None,
-        dropout: FederatedDropout | None = None,
+        submodel: FederatedDropout | None = None,
     ) -> None:
         broadcast, upload = broadcast or StateDictEncoder(), upload or StateDictEncoder()
-        _check(client, broadcast, upload, dropout)
+        _check(client, broadcast, upload, submodel)
         self.server, self.min_clients = server, min_clients
         self.seed, self.device = seed, torch.device(device)
         # Modules draw their first weights from torch's global generators: lend them the run's, then put them back.
@@ -101,7 +101,7 @@ class FederatedAveraging:
         self._frozen = frozenset(name for name, p in self._model.named_parameters() if not p.requires_grad)
         self.broadcast = broadcast = _fitted("broadcast", broadcast, self._model)
         self.upload = upload = _fitted("upload", upload, self._model)
-        parts = SubModels(self._model, dropout) if dropout else None
+        parts = SubModels(self._model, submodel) if submodel else None
         residuals = InMemory() if residuals is None else residuals
         self.client_side = ClientSide(
             self._model, client, broadcast, upload, seed, self.device, map, uplink, guard, precision, residuals, parts
@@ -251,19 +251,19 @@ class FederatedAveraging:
 
 
 def _check(
-    client: LocalTraining, broadcast: StateDictEncoder, upload: StateDictEncoder, dropout: FederatedDropout | None
+    client: LocalTraining, broadcast: StateDictEncoder, upload: StateDictEncoder, submodel: FederatedDropout | None
 ) -> None:
     """Raises FedqError for what cannot be had together, or in one of the directions."""
-    if dropout and "last" in (broadcast.reference, upload.reference):
-        raise FedqError("run.dropout: reference=last needs clients that receive all of the model, not parts of it")
-    if dropout and (broadcast.error_feedback or upload.error_feedback):
-        raise FedqError("run.dropout: error_feedback must be false: what is left of one part is not of the next")
-    if dropout and client.structured:
-        raise FedqError("run.dropout: client.structured must be false: a part is trained as it is")
+    if submodel and "last" in (broadcast.reference, upload.reference):
+        raise FedqError("run.submodel: reference=last needs clients that receive all of the model, not parts of it")
+    if submodel and (broadcast.error_feedback or upload.error_feedback):
+        raise FedqError("run.submodel: error_feedback must be false: what is left of one part is not of the next")
+    if submodel and client.structured:
+        raise FedqError("run.submodel: client.structured must be false: a part is trained as it is")
     if upload.reference != "none":
         raise FedqError(f"upload.reference must be none, not {upload.reference}: an update is a difference already")
-    if broadcast.pace and broadcast.pace.reports == "loss":
-        raise FedqError("broadcast.pace: only clients know a training loss; give it to upload.pace")
+    if broadcast.rate_control and broadcast.rate_control.reports == "loss":
+        raise FedqError("broadcast.rate_control: only clients know a training loss; give it to upload.rate_control")
     if client.structured and upload.error_feedback:
         raise FedqError(
             "client.structured cannot go with encoder.upload.error_feedback: all of a structured update is sent, "

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedq.data import Client
 from fedq.learning.aggregation import PairwiseTree
-from fedq.learning.client import TrainingMetrics
 from fedq.learning.failures import FailureKind
+from fedq.learning.local_training import TrainingMetrics
 
 PHASES = ("train", "encode", "decode", "aggregate")
 

@@ -16,7 +16,7 @@ class FedAvgCNN(nn.Module):
     by a logarithm loses digits, so there is no softmax layer; take argmax for a class, softmax for probabilities.
     """
 
-    # see fedq.learning.dropout: a filter of conv2 has 7 × 7 columns of dense1.weight
+    # see fedq.learning.submodel: a filter of conv2 has 7 × 7 columns of dense1.weight
     units: ClassVar = {
         "conv1": (("conv1.weight", 0), ("conv1.bias", 0), ("conv2.weight", 1)),
         "conv2": (("conv2.weight", 0), ("conv2.bias", 0), ("dense1.weight", 1)),

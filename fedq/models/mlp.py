@@ -14,7 +14,7 @@ class MLP(nn.Module):
     Takes float32 (N, 1, 28, 28), returns logits (N, num_classes).
     """
 
-    units: ClassVar = {  # see fedq.learning.dropout
+    units: ClassVar = {  # see fedq.learning.submodel
         "dense1": (("dense1.weight", 0), ("dense1.bias", 0), ("dense2.weight", 1)),
         "dense2": (("dense2.weight", 0), ("dense2.bias", 0), ("dense3.weight", 1)),
     }

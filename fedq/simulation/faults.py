@@ -14,14 +14,14 @@ from fedq.learning import ClientFailure
 class Faults:
     """Probabilities that a client fails in a round, one way at most; together they are at most 1.
 
-    dropout: it never starts. crash: it trains, and dies before it sends. late: its message, though sent, comes after
+    absent: it never starts. crash: it trains, and dies before it sends. late: its message, though sent, comes after
     the deadline. nan: it sends a message, right in form, that ends in a NaN,
     as an exact float32 or where an entropy coder's bytes end. damaged: bits of its message flip on the
     way, its end is lost, or more comes behind it. replayed: it sends another round's message. Time is not simulated:
     who is late is drawn like the rest, so that a run can be repeated.
     """
 
-    dropout: float = 0.0
+    absent: float = 0.0
     crash: float = 0.0
     late: float = 0.0
     nan: float = 0.0
@@ -45,8 +45,8 @@ class Faults:
         return None
 
     def client(self, client: Client, key: Key) -> Client:
-        """Returns the client as it is in the round of `key`: one that drops out fails to load."""
-        return replace(client, load=_drop_out) if self.drawn(key) == "dropout" else client
+        """Returns the client as it is in the round of `key`: one that is absent fails to load."""
+        return replace(client, load=_absent) if self.drawn(key) == "absent" else client
 
     def uplink(self, message: bytes, key: Key) -> bytes:
         """Returns what the server receives of a client's message; raises ClientFailure where that is nothing."""
@@ -64,8 +64,8 @@ class Faults:
         return message
 
 
-def _drop_out() -> Examples:
-    raise ClientFailure("silent", "it dropped out")
+def _absent() -> Examples:
+    raise ClientFailure("silent", "it was absent")
 
 
 def _damaged(message: bytes, generator: np.random.Generator) -> bytes:

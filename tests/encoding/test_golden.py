@@ -95,7 +95,7 @@ ENCODERS = {
     "joint": StateDictEncoder(Encoder([TopK(0.1)]), 100, {"[dhc]*": Encoder()}, joint=True),
     "reference": StateDictEncoder(Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, reference="initial"),
     "attached": StateDictEncoder(
-        Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True, pace=FollowLoss(8.0)
+        Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True, rate_control=FollowLoss(8.0)
     ),
 }
 

@@ -36,7 +36,7 @@ from fedq.encoding import (
     schema_of,
 )
 from fedq.encoding.message import OVERHEAD
-from fedq.encoding.state_dict import PACE
+from fedq.encoding.state_dict import RATE_CONTROL
 from fedq.encoding.testing import raw_bytes, reframe, wave
 
 KEY = Key(1, 2, 3)
@@ -535,8 +535,8 @@ def test_float8_travels_exact(dtype: torch.dtype) -> None:
 
 
 def test_what_is_beyond_its_dtype_by_the_common_scale_is_named() -> None:
-    chain = StateDictEncoder(STEPS, threshold=0, common_scale=True, pace=BitBudget(16))
-    params = {PACE: {0: {"factor": torch.tensor(1e-6)}}}
+    chain = StateDictEncoder(STEPS, threshold=0, common_scale=True, rate_control=BitBudget(16))
+    params = {RATE_CONTROL: {0: {"factor": torch.tensor(1e-6)}}}
     with pytest.raises(EncodeError, match="'x' is beyond torch.float16 once divided by the common scale"):
         chain.encode({"x": wave(100).half()}, KEY, params)
 
@@ -576,5 +576,5 @@ def test_what_is_no_stage_or_coder_is_refused() -> None:
         Encoder([], ScaledSign())
     with pytest.raises(TypeError, match="is not a coder, or one that learns"):
         Best([LearnedANS()])
-    with pytest.raises(TypeError, match="is not a pace"):
-        StateDictEncoder(common_scale=True, pace=FixedWidth())
+    with pytest.raises(TypeError, match="is not a rate_control"):
+        StateDictEncoder(common_scale=True, rate_control=FixedWidth())

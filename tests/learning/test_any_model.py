@@ -15,9 +15,9 @@ from fedq.data import Client, Examples
 from fedq.encoding import ANS, Cast, EncodeError, Encoder, StateDictEncoder, StepQuantization
 from fedq.errors import FedqError
 from fedq.learning import FederatedDropout, LocalTraining
-from fedq.learning.client import channels_last
 from fedq.learning.evaluation import evaluate
 from fedq.learning.federated_averaging import Diverged
+from fedq.learning.local_training import channels_last
 from fedq.models import FedAvgCNN
 from fedq.simulation.workers import Workers
 from fedq.train import CONF
@@ -54,7 +54,7 @@ def test_what_is_frozen_does_not_move(process, client, dropout):
         model.register_parameter("codes", nn.Parameter(torch.arange(5), requires_grad=False))
 
     decaying = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
-    averaging = process(model=partial(Dense, frozen), server=decaying, dropout=dropout)
+    averaging = process(model=partial(Dense, frozen), server=decaying, submodel=dropout)
     start = averaging.initialize()
     after, _ = averaging.next(start, [client(0), client(1)])
     assert torch.equal(after.weights["first.weight"], start.weights["first.weight"])
@@ -270,7 +270,7 @@ def test_batch_norms_variances_are_not_rounded(process, client, name, dropout):
         nn.init.normal_(model.first.weight, std=1e-3)
 
     many_steps = LocalTraining(lr=0.5, epochs=2, batch_size=2)
-    averaging = process(model=partial(Normalised, small), client=many_steps, dropout=dropout, **chains)
+    averaging = process(model=partial(Normalised, small), client=many_steps, submodel=dropout, **chains)
     state = averaging.initialize()
     for _ in range(4):
         state, _ = averaging.next(state, [client(0, 20), client(1, 40)])

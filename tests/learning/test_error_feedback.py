@@ -26,8 +26,8 @@ from fedq.encoding import (
 from fedq.encoding.message import repacked
 from fedq.errors import FedqError
 from fedq.learning import ClientFailure, FederatedAveraging, LocalTraining, TooFewClients, client_side
+from fedq.learning.client_state import InMemory
 from fedq.learning.guard import NormGuard
-from fedq.learning.residuals import InMemory
 
 SIGN, TOP_K = Encoder([ScaledSign()], FixedWidth()), Encoder([TopK(0.01)])
 CHAINS = {

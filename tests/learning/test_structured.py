@@ -18,7 +18,7 @@ from fedq.encoding import (
 )
 from fedq.errors import FedqError
 from fedq.learning import LocalTraining, client_side
-from fedq.learning.client import update_of
+from fedq.learning.local_training import update_of
 
 UPLOADS = {
     "mask": StateDictEncoder(Encoder([RandomMask(0.1, scale=False)]), 1000),
@@ -128,7 +128,7 @@ def test_a_gradient_that_cannot_be_sent_leaves_the_client_out(process, client):
 
 def test_a_structured_client_can_follow_the_loss(process, client):
     chain = Encoder([RandomSubspace(50, scale=False)])
-    paced = StateDictEncoder(chain, 1000, common_scale=True, pace=FollowLoss(start=1.0))
+    paced = StateDictEncoder(chain, 1000, common_scale=True, rate_control=FollowLoss(start=1.0))
     averaging = process(client=LocalTraining(lr=0.1, structured=True), upload=paced)
     _, metrics = averaging.next(averaging.initialize(), [client(1)])
     assert metrics["clients_failed"] == 0

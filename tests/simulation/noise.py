@@ -25,7 +25,7 @@ RUN = RunConfig(
     precision="float32",
     faults=None,
     guard=None,
-    dropout=None,
+    submodel=None,
 )
 
 

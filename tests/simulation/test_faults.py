@@ -31,7 +31,7 @@ def key(i: int) -> Key:
 
 
 def test_each_fault_comes_as_often_as_it_should():
-    faults = Faults(dropout=0.3, crash=0.1, late=0.05, nan=0.02, damaged=0.2, replayed=0.01)
+    faults = Faults(absent=0.3, crash=0.1, late=0.05, nan=0.02, damaged=0.2, replayed=0.01)
     n = 20_000
     counts = Counter(faults.drawn(key(i)) for i in range(n))
     for kind in KINDS:
@@ -41,7 +41,7 @@ def test_each_fault_comes_as_often_as_it_should():
     assert Counter(Faults().drawn(key(i)) for i in range(100)) == {None: 100}
 
 
-@pytest.mark.parametrize("wrong", [{"nan": 1.5}, {"late": -0.1}, {"crash": 0.6, "dropout": 0.6}, {"late": math.nan}])
+@pytest.mark.parametrize("wrong", [{"nan": 1.5}, {"late": -0.1}, {"crash": 0.6, "absent": 0.6}, {"late": math.nan}])
 def test_probabilities_must_be_some(wrong):
     with pytest.raises(ValueError, match="must"):
         Faults(**wrong)
@@ -62,11 +62,11 @@ def test_what_a_faulty_client_sends_is_always_refused(chain, kind):
             encoder.decode(received, key(i), schema_of(update))
 
 
-def test_who_drops_out_or_crashes_or_is_late_sends_nothing():
+def test_who_is_absent_or_crashes_or_is_late_sends_nothing():
     client = Client(5, lambda: Examples(torch.zeros(1), torch.zeros(1)), 1)
     assert Faults(crash=1.0).client(client, key(0)) is client
-    with pytest.raises(ClientFailure, match="dropped out") as failure:
-        Faults(dropout=1.0).client(client, key(0)).load()
+    with pytest.raises(ClientFailure, match="was absent") as failure:
+        Faults(absent=1.0).client(client, key(0)).load()
     assert failure.value.kind == "silent"
     for kind, expected in (("crash", "silent"), ("late", "late")):
         with pytest.raises(ClientFailure) as failure:
@@ -100,14 +100,14 @@ def run(faults: Faults, clients=None, min_clients: int = 1, **changes):
 
 
 def test_a_run_goes_on_without_the_faulty_and_counts_them():
-    faults = Faults(dropout=0.1, crash=0.05, late=0.05, nan=0.05, damaged=0.05, replayed=0.05)
+    faults = Faults(absent=0.1, crash=0.05, late=0.05, nan=0.05, damaged=0.05, replayed=0.05)
     outcome = run(faults)
     seen: Counter = Counter()
     for state, metrics in outcome:
         drawn = Counter(faults.drawn(Key(3, state.round - 1, int(n))) for n in cohort(3, state.round - 1, 40, 8))
         seen += drawn
         kinds = {
-            "silent": drawn["dropout"] + drawn["crash"],
+            "silent": drawn["absent"] + drawn["crash"],
             "late": drawn["late"],
             "refused": drawn["nan"] + drawn["damaged"] + drawn["replayed"],
             "outlier": 0,
@@ -116,7 +116,7 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
         assert {kind: metrics[f"clients_failed/{kind}"] for kind in kinds} == kinds
         assert metrics["clients"] == drawn[None] == 8 - metrics["clients_failed"]
         # what was sent is counted, whatever became of it
-        assert metrics["uploads"] == 8 - drawn["dropout"] - drawn["crash"]
+        assert metrics["uploads"] == 8 - drawn["absent"] - drawn["crash"]
         assert metrics["aggregated_bits"] == metrics["uploads"] * metrics["broadcast_bits"] // 8  # all float32
     assert len(seen) >= 5  # the seed makes most of them happen
 
@@ -130,7 +130,7 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
 
 
 def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
-    faults = Faults(dropout=0.4)
+    faults = Faults(absent=0.4)
     good = [sum(faults.drawn(Key(3, s, int(n))) is None for n in cohort(3, s, 40, 8)) for s in range(40)]
     outcome = run(faults, min_clients=5, repeats=10)
     serials = [s for s in range(40) if good[s] >= 5][: FAULTY.rounds]  # the cohorts of which enough answered
@@ -145,7 +145,7 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
         assert metrics["broadcast_bits"] == message * 8 * (metrics["repeats"] + 1)
     assert sum(metrics["aggregated_bits"] for _, metrics in outcome) == outcome[-1][0].aggregated_bits
     # and so are those who failed in it, and its time
-    drops = [sum(faults.drawn(Key(3, s, int(n))) == "dropout" for n in cohort(3, s, 40, 8)) for s in range(40)]
+    drops = [sum(faults.drawn(Key(3, s, int(n))) == "absent" for n in cohort(3, s, 40, 8)) for s in range(40)]
     ends = [-1, *serials]
     expected = [sum(drops[before + 1 : last + 1]) for before, last in itertools.pairwise(ends)]
     assert [metrics["clients_failed"] for _, metrics in outcome] == expected

@@ -29,8 +29,8 @@ from fedq.learning.aggregation import PairwiseTree
 from fedq.learning.guard import NormGuard
 from fedq.models import MLP
 from fedq.simulation import ranks as ranks_module
+from fedq.simulation.client_state_files import Residuals
 from fedq.simulation.ranks import RankLost, Ranks, split
-from fedq.simulation.residuals import Residuals
 from fedq.simulation.stopping import Stopping
 from fedq.simulation.workers import Workers
 
@@ -64,7 +64,7 @@ def make_process(
         seed=5,
         map=workers.map,
         residuals=residuals,
-        dropout=dropout,
+        submodel=dropout,
         guard=NormGuard("clip", multiple=1.0),  # about half of all, from the second round on
     )
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from fedq.encoding.coders import models
 from fedq.encoding.coders import tokens as shared
 from fedq.encoding.coders.coder import Buffer, Coder
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 _BITS = struct.Struct("B")
 _STATES = struct.Struct("<4I")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedq.encoding.coders.coder import Buffer, Coder
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders.coder import Buffer, checked, limits
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 _BLOCK = 1 << 14  # symbols worked on at a time: the working set stays in the cache
 _MOST = (1 << 32) - 1  # the largest symbol

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fedq.encoding.coders import tokens as shared
 from fedq.encoding.coders.coder import Buffer, Coder, checked, limits
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 _KERNELS = "coders._cabac_kernels"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.adaptive import Adaptive
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 
 Buffer = bytes | memoryview
 

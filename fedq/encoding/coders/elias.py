@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedq.encoding.coders.bit_stream import BitReader, from_natural, planes, read, to_natural, unary, write
 from fedq.encoding.coders.coder import Coder
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 
 @dataclass(frozen=True)

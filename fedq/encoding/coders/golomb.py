@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedq.encoding.coders.bit_stream import BitReader, from_natural, gaps, planes, read, to_natural, unary, write
 from fedq.encoding.coders.coder import Coder, checked
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 _BITMAP = 255  # the first byte of a mask that is not coded by its gaps
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedq.encoding.coders import tokens as shared
 from fedq.encoding.coders.coder import Buffer, Coder
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 _SIZES = struct.Struct("<4I")  # bytes of the streams
 _PADDING = 16

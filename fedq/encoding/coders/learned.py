@@ -17,7 +17,7 @@ from fedq.encoding.adaptive import StateUpdate
 from fedq.encoding.coders import ans, huffman, models
 from fedq.encoding.coders import tokens as shared
 from fedq.encoding.coders.coder import AdaptiveCoder, Buffer
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 
 _WEIGHTS = (16 + np.arange(256) % 16) << np.arange(256) // 16  # what the 256 values of a byte stand for: 16 to 31 · 2¹⁵
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders.coder import Buffer, Coder, checked
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders.coder import checked, limits
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 from fedq.errors import MissingPackage
 
 MOST = 4096

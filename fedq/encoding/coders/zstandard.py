@@ -17,7 +17,7 @@ from torch import Tensor
 from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.coders.fixed_width import FixedWidth
 from fedq.encoding.coders.raw import Raw
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 from fedq.errors import MissingPackage
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.encoder import is_finite
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import chunks, largest_magnitude, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import chunks, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.adaptive import StateUpdate
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import exact_divide, largest_magnitude, sums, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
-from fedq.encoding.stages.sums import divided, largest_magnitude, sums, working_dtype
 from fedq.keys import Key
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -174,10 +174,10 @@ def _clip_by_norm(x: Tensor, limit: float) -> tuple[Tensor, bool]:
     """Returns `x`, scaled down to ‖x‖₂ = limit where it is longer, and whether it is not."""
     largest = largest_magnitude(x)
     # ‖x‖ / max |x|, from 1 to √n: no overflow, whatever x
-    ratio = math.sqrt(sums(x, lambda part: divided(part, largest).square())[0]) if largest else 0.0
+    ratio = math.sqrt(sums(x, lambda part: exact_divide(part, largest).square())[0]) if largest else 0.0
     if largest * ratio <= limit:
         return x, True
-    unit = divided(x.to(torch.promote_types(x.dtype, torch.float32)), largest)
+    unit = exact_divide(x.to(torch.promote_types(x.dtype, torch.float32)), largest)
     return unit.mul_(limit / ratio).to(x.dtype), False
 
 

@@ -8,10 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import (
+    blocks,
+    check_block,
+    check_scale,
+    exact_divide,
+    largest_magnitude,
+    sums,
+    working_dtype,
+)
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.levels import look_up, look_up_scaled, nearest, normal_levels, ordered, quantile_levels
-from fedq.encoding.stages.sums import blocks, check_block, check_scale, divided, largest_magnitude, sums, working_dtype
 from fedq.keys import Key
 
 _PIECE = 1 << 20  # elements that a histogram counts at a time
@@ -78,8 +86,8 @@ class LloydMax(Codebook):
         """As Codebook.fit."""
         # in units of the largest, so that a float64's square neither overflows nor underflows
         unit, n, dtype = largest_magnitude(x) or 1.0, max(x.numel(), 1), working_dtype(self, TensorSpec.of(x))
-        mean = sums(x, lambda part: divided(part, unit))[0] / n
-        variance = sums(x, lambda part: divided(part, unit).sub_(mean).square_())[0] / n
+        mean = sums(x, lambda part: exact_divide(part, unit))[0] / n
+        variance = sums(x, lambda part: exact_divide(part, unit).sub_(mean).square_())[0] / n
         mean, deviation = torch.tensor([unit * mean, unit * math.sqrt(variance)], dtype=dtype)
         return {"mean": mean, "deviation": deviation}
 
@@ -121,7 +129,7 @@ class KMeans(Codebook):
             return {"levels": torch.zeros(1 << self.bits, dtype=x.dtype)}
         # in units of the largest and from the mean, for the histogram's sake
         unit = largest_magnitude(x) or 1.0
-        mean = float(np.float32(sums(x, lambda part: divided(part, unit))[0] / x.numel()))
+        mean = float(np.float32(sums(x, lambda part: exact_divide(part, unit))[0] / x.numel()))
         points, counts = _histogram(x, unit, mean)
         number, totals, squares = (
             np.concatenate(([0.0], values.cumsum())) for values in (counts, points * counts, points**2 * counts)
@@ -233,7 +241,7 @@ def _histogram(x: Tensor, unit: float, mean: float) -> tuple[np.ndarray, np.ndar
     totals, flat = counts.clone(), x.reshape(-1)
     for start in range(0, len(flat), _PIECE):
         part = flat[start : start + _PIECE].to(torch.promote_types(x.dtype, torch.float32))
-        part = divided(part, unit).float().sub_(mean)
+        part = exact_divide(part, unit).float().sub_(mean)
         cells = ordered(part.view(torch.int32) >> 14, 18)
         counts += torch.bincount(cells, minlength=1 << 18)
         totals += torch.bincount(cells, part.double(), minlength=1 << 18)

@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import blocks, check_block, check_scale, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.levels import look_up_scaled, nearest, normal_levels
-from fedq.encoding.stages.sums import blocks, check_block, check_scale, working_dtype
 from fedq.keys import Key
 
 

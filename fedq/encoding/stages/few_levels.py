@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
-from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.levels import look_up, look_up_scaled
-from fedq.encoding.stages.sums import (
+from fedq.encoding.numerics import (
     blocks,
     check_block,
     check_scale,
     chunks,
-    divided,
+    exact_divide,
     largest_magnitude,
     sums,
     working_dtype,
 )
+from fedq.encoding.schema import Tensors, TensorSpec
+from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.levels import look_up, look_up_scaled
 from fedq.keys import Key
 
 
@@ -66,14 +66,14 @@ class TernGrad(_Ternary):
         """As EncodingStage.encode."""
         work, scale = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x)
         if self.clip is not None and scale:
-            (total,) = sums(x, lambda part: divided(part, scale).square_())
+            (total,) = sums(x, lambda part: exact_divide(part, scale).square_())
             scale *= min(1.0, self.clip * math.sqrt(total / x.numel()))
         side = {"scale": torch.tensor(scale, dtype=work)}
         symbols, bits = torch.ones(x.shape, dtype=torch.uint8, device=x.device), key.bit_generator()
         if not side["scale"]:
             return symbols, side
         for given, out in chunks(x, symbols):
-            part = divided(given.to(work), float(side["scale"])).clamp_(-1, 1)
+            part = exact_divide(given.to(work), float(side["scale"])).clamp_(-1, 1)
             out.copy_(_round_up(part.abs(), bits).clamp_(max=1).copysign_(part).add_(1))
         return symbols, side
 

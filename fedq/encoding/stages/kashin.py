@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import LARGEST_BLOCK, exact_divide, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.rotation import decoded, hadamard_, random_signs
-from fedq.encoding.stages.sums import LARGEST_BLOCK, divided, working_dtype
 from fedq.keys import Key
 
 _CHUNK = 1 << 18  # coefficients worked on at a time: the working set stays in the cache
@@ -78,7 +78,7 @@ class KashinRepresentation(EncodingStage):
         for some in _chunks(blocks, size):
             part = y[some]
             left = torch.zeros_like(part).index_copy_(1, columns, rows[some] * signs[some])
-            level = divided(left.norm(dim=1, keepdim=True), math.sqrt(self.delta * size))
+            level = exact_divide(left.norm(dim=1, keepdim=True), math.sqrt(self.delta * size))
             hadamard_(left)
             for _ in range(self.iterations - 1):
                 clipped = left.clamp(-level, level)

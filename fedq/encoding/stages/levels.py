@@ -8,8 +8,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import TensorSpec
-from fedq.encoding.stages.sums import CHUNK, chunks, cut_off, in_rows
+from fedq.encoding.numerics import CHUNK, chunks, in_rows, saturate
+from fedq.encoding.schema import TensorSpec
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def look_up_scaled(y: Tensor, levels: Tensor, scales: Tensor, block: int, spec: 
     levels, scales = levels.to(y.device, work), scales.to(y.device, work)[:, None]
     for start in range(0, len(flat), step):
         rows = in_rows(levels.index_select(0, flat[start : start + step].int()), block)
-        rows = cut_off(rows.mul_(scales[start // block :][: len(rows)]), spec.dtype)
+        rows = saturate(rows.mul_(scales[start // block :][: len(rows)]), spec.dtype)
         out[start : start + step] = rows.view(-1)[: len(out) - start]
     return decoded
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.adaptive import StateUpdate
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import exact_divide, largest_magnitude, saturate, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
-from fedq.encoding.stages.sums import cut_off, divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 
@@ -72,12 +72,12 @@ class PowerSGD(AdaptiveEncodingStage):
         work = working_dtype(self, spec)
         y, report = x.new_zeros(self.rank * (rows + columns), dtype=work), torch.zeros_like(basis)
         if top := largest_magnitude(x):
-            matrix = divided(x.contiguous().view(rows, columns).to(work), top)
+            matrix = exact_divide(x.contiguous().view(rows, columns).to(work), top)
             lying = matrix if rows <= columns else matrix.t()
             long = _orthonormal(basis.to(lying) @ lying)
             short = long @ lying.t()
             if peak := largest_magnitude(short):
-                report = divided(short, peak).half()
+                report = exact_divide(short, peak).half()
                 balance = math.sqrt(peak / largest_magnitude(long))
                 short, long = short * (math.sqrt(top) / balance), long * (math.sqrt(top) * balance)
                 y = torch.cat([f.reshape(-1) for f in ((short, long) if rows <= columns else (long, short))])
@@ -91,8 +91,8 @@ class PowerSGD(AdaptiveEncodingStage):
         left, right = y[: self.rank * rows], y[self.rank * rows :]
         # of the largest values the products may overflow on the way, though their sum does not
         peak = largest_magnitude(left) or 1.0
-        product: Tensor = divided(left.view(-1, rows), peak).t() @ right.view(-1, columns)
-        return cut_off(product.mul_(peak), spec.dtype).view(spec.shape)
+        product: Tensor = exact_divide(left.view(-1, rows), peak).t() @ right.view(-1, columns)
+        return saturate(product.mul_(peak), spec.dtype).view(spec.shape)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class RandomSubspace(EncodingStage):
             return y.clone()
         dim, group, sign, size = self._deal(rows, columns, key, y.dtype, y.device)
         x = y.index_select(dim, group).mul_(sign * size if self.scale else sign)
-        return cut_off(x, spec.dtype).view(spec.shape)
+        return saturate(x, spec.dtype).view(spec.shape)
 
     def _deal(
         self, rows: int, columns: int, key: Key, dtype: torch.dtype, device: torch.device

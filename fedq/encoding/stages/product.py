@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import exact_divide, largest_magnitude, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 _SAMPLE = 1 << 14  # vectors that the centroids are fitted to
@@ -59,7 +59,7 @@ class ProductQuantization(EncodingStage):
         if n > _SAMPLE:
             chosen = key.bits(_SAMPLE, 64) % np.uint64(n)
             sample = vectors[torch.from_numpy(chosen.view(np.int64)).to(x.device)]
-        sample = divided(sample.to(working_dtype(self, TensorSpec.of(x))), unit).float()
+        sample = exact_divide(sample.to(working_dtype(self, TensorSpec.of(x))), unit).float()
         first = torch.from_numpy(key.fold("first").permutation(len(sample))[: 1 << self.bits]).to(x.device)
         centroids = sample[first]
         for _ in range(self.iterations):
@@ -85,7 +85,7 @@ def _nearest(vectors: Tensor, centroids: Tensor, unit: float) -> Tensor:
     if len(vectors) == 0:
         return found[0]
     for part in torch.split(vectors, _CHUNK // len(centroids)):
-        scaled = divided(part.to(torch.promote_types(part.dtype, torch.float32)), unit).float()
+        scaled = exact_divide(part.to(torch.promote_types(part.dtype, torch.float32)), unit).float()
         scores = torch.addmm(offsets, scaled, centroids.t())
         # numpy's takes an eighth of the time of torch's
         found.append(scores.argmax(1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(1)))

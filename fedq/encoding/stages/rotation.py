@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.encoder import is_finite
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import saturate, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import cut_off, working_dtype
 from fedq.keys import Key
 
 _CHUNK = 1 << 18  # elements worked on at a time: the working set stays in the cache
@@ -211,7 +211,7 @@ def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) ->
     if not is_finite(x):
         x = inverse(y * 2**-40).clamp_(-limit * 2**-40, limit * 2**-40).mul_(2.0**40)
     if x.dtype != spec.dtype:
-        x = cut_off(x, spec.dtype)
+        x = saturate(x, spec.dtype)
     return x.view(spec.shape)
 
 

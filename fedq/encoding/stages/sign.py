@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import check_scale, exact_divide, largest_magnitude, sums, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.levels import look_up
-from fedq.encoding.stages.sums import check_scale, divided, largest_magnitude, sums, working_dtype
 from fedq.keys import Key
 
 
@@ -34,7 +34,7 @@ class ScaledSign(EncodingStage):
         """As EncodingStage.encode."""
         # in units of the largest, so that the sum of a float64 tensor does not overflow
         unit = largest_magnitude(x)
-        (total,) = sums(x, lambda part: divided(part, unit).abs_()) if unit else (0.0,)
+        (total,) = sums(x, lambda part: exact_divide(part, unit).abs_()) if unit else (0.0,)
         scale = torch.tensor(unit * (total / max(x.numel(), 1)), dtype=working_dtype(self, TensorSpec.of(x)))
         return _signs(x), {"scale": scale}
 
@@ -68,7 +68,7 @@ class OneBitTwoMeans(EncodingStage):
         symbols, unit, dtype = _signs(x), largest_magnitude(x) or 1.0, working_dtype(self, TensorSpec.of(x))
         positives = int(symbols.sum())
         totals = sums(
-            x, lambda part: divided(part, -unit).clamp_(min=0), lambda part: divided(part, unit).clamp_(min=0)
+            x, lambda part: exact_divide(part, -unit).clamp_(min=0), lambda part: exact_divide(part, unit).clamp_(min=0)
         )
         means = [
             unit * (total / max(n, 1)) for total, n in zip(totals, (x.numel() - positives, positives), strict=True)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders import CABAC, Coder
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import saturate, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.rotation import random_signs
 from fedq.encoding.stages.step import rate_distortion
-from fedq.encoding.stages.sums import cut_off, working_dtype
 from fedq.keys import Key
 
 _SPARE = 8  # more directions than are asked for: the last ones found are the least exact (Halko 2011, §4.2)
@@ -109,7 +109,7 @@ class SingularVectors(EncodingStage):
             return y
         work = y.reshape(spec.matrix).to(working_dtype(self, spec))
         left, right = self._factors(side, work)
-        return cut_off(torch.addmm(work, left, right), spec.dtype).view(spec.shape)
+        return saturate(torch.addmm(work, left, right), spec.dtype).view(spec.shape)
 
     def _factors(self, side: Tensors, like: Tensor) -> tuple[Tensor, Tensor]:
         """Returns two matrices whose product is the sum of what is sent; it is finite."""

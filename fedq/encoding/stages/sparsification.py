@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders import Coder, SparseMask
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import exact_divide, largest_magnitude, saturate, sums, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import cut_off, divided, largest_magnitude, sums, working_dtype
 from fedq.keys import Key
 
 
@@ -61,7 +61,7 @@ class RandomMask(EncodingStage):
         """As EncodingStage.decode."""
         places, sizes = self._cells(spec.numel, key)
         if self.scale:
-            y = cut_off(y.to(working_dtype(self, spec)) * sizes.to(y.device), spec.dtype)
+            y = saturate(y.to(working_dtype(self, spec)) * sizes.to(y.device), spec.dtype)
         return _scattered(places, y, spec)
 
     def _cells(self, n: int, key: Key) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ class Threshold(_Masked):
     def _mask(self, x: Tensor) -> np.ndarray:
         threshold, unit = self.threshold, largest_magnitude(x)
         if self.relative and unit:
-            (total,) = sums(x, lambda part: divided(part, unit).square_())  # in units of the largest: no overflow
+            (total,) = sums(x, lambda part: exact_divide(part, unit).square_())  # in units of the largest: no overflow
             threshold *= unit * math.sqrt(total / x.numel())
         magnitudes = x.to(working_dtype(self, TensorSpec.of(x))).abs().cpu().numpy()
         mask: np.ndarray = magnitudes > min(threshold, float(np.finfo(magnitudes.dtype).max))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.coders.tokens import kernels
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import chunks, exact_divide, largest_magnitude, sums, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import chunks, divided, largest_magnitude, sums, working_dtype
 from fedq.encoding.stages.uniform import noise
 from fedq.keys import Key
 
@@ -114,7 +114,7 @@ class StepQuantization(EncodingStage):
         symbols = torch.empty(x.shape, dtype=torch.int32, device=x.device)
         random = key.bit_generator()
         for part, out in chunks(x, symbols):
-            scaled = divided(part.to(torch.promote_types(x.dtype, torch.float32)), step)
+            scaled = exact_divide(part.to(torch.promote_types(x.dtype, torch.float32)), step)
             if self.rounding == "nearest":
                 # the cast cuts the fraction off, towards 0
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
@@ -145,7 +145,7 @@ class StepQuantization(EncodingStage):
 
 def of_rms(step: float, x: Tensor, peak: float, work: torch.dtype) -> Tensor:
     """Returns `step` times the root mean square of `x`, whose largest magnitude is `peak`, within what `work` holds."""
-    rms = peak * math.sqrt(sums(x, lambda v: divided(v, peak).square_())[0] / x.numel()) if peak else 0.0
+    rms = peak * math.sqrt(sums(x, lambda v: exact_divide(v, peak).square_())[0] / x.numel()) if peak else 0.0
     info = torch.finfo(work)
     return torch.tensor(min(max(step * rms, info.smallest_normal * info.eps), info.max), dtype=work)
 
@@ -166,5 +166,5 @@ def rate_distortion(x: Tensor, step: float, weight: float) -> tuple[Tensor, int,
 def _excess(x: Tensor, symbols: Tensor, step: float) -> tuple[int, float]:
     """Returns how many symbols are not 0, and by how much their values' magnitudes, in steps, are more in all."""
     kept = symbols.view(-1).nonzero().view(-1)
-    excess = divided(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
+    excess = exact_divide(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
     return len(kept), sums(excess, lambda v: v)[0]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fedq.encoding.coders.coder import checked
 from fedq.encoding.coders.tokens import kernels
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import exact_divide, largest_magnitude, saturate, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
 from fedq.encoding.stages.step import of_rms
-from fedq.encoding.stages.sums import cut_off, divided, largest_magnitude, working_dtype
 from fedq.keys import Key
 
 _KERNELS = "stages._kernels"
@@ -82,7 +82,7 @@ class TrellisQuantization(EncodingStage):
             step = float(side["step"])
         if peak > _MOST // 4 * step:
             raise ValueError(f"{peak} is more than 2^28 steps of {step}")
-        halves = divided(x.reshape(-1).to(work), step).mul_(2).cpu().numpy()
+        halves = exact_divide(x.reshape(-1).to(work), step).mul_(2).cpu().numpy()
         symbols = np.floor(np.abs(halves)).astype(np.int32)
         classes, centroids, subsets = np.empty(len(halves), np.uint8), np.zeros(2), _subsets(self.states)
         for _ in range(_SEARCHES):
@@ -106,7 +106,7 @@ class TrellisQuantization(EncodingStage):
         value += torch.where(symbols == 0, side["zero"].to(work), side["shift"].to(work))
         step = min(float(side["step"]) if self.relative else self.step, torch.finfo(work).max)
         value.mul_(torch.from_numpy(signs)).mul_(step)
-        return cut_off(value, spec.dtype).view(spec.shape).to(y.device)
+        return saturate(value, spec.dtype).view(spec.shape).to(y.device)
 
 
 def _parity(number: int) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.numerics import in_rows, working_dtype
+from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.sums import in_rows, working_dtype
 from fedq.keys import Key
 
 _ENCODED, _DECODED = 1 << 18, 1 << 20  # elements worked on at a time: the working set stays in the cache

@@ -30,8 +30,8 @@ from fedq.encoding import (
 from fedq.encoding.state_dict import flatten
 from fedq.errors import FedqError
 from fedq.learning import Diverged, FederatedDropout, LocalTraining
-from fedq.learning.dropout import SubModels
 from fedq.learning.guard import NormGuard
+from fedq.learning.submodel import SubModels
 from fedq.models import MLP, FedAvgCNN
 from fedq.simulation import checkpoint
 from fedq.simulation.workers import Workers
@@ -90,7 +90,7 @@ def same(a, b):
 @pytest.fixture
 def parts(process):
     def build(keep, **changes):
-        return process(**{"model": Parts, "dropout": FederatedDropout(keep)} | changes)
+        return process(**{"model": Parts, "submodel": FederatedDropout(keep)} | changes)
 
     return build
 
@@ -236,7 +236,7 @@ def test_bytes_are_those_of_the_shapes(process, client, sent):
     uint8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
     for encoder, payload in ((StateDictEncoder(), 4 * sum(large)), (uint8, sum(large) + 2 * 8)):
         averaging = process(
-            model=partial(FedAvgCNN, 10), broadcast=encoder, upload=encoder, dropout=FederatedDropout(0.5)
+            model=partial(FedAvgCNN, 10), broadcast=encoder, upload=encoder, submodel=FederatedDropout(0.5)
         )
         _, metrics = averaging.next(averaging.initialize(), [client(i, 5) for i in range(3)])
         assert metrics["broadcast_bits"] == metrics["aggregated_bits"] == 3 * 8 * (48 + 4 * small + payload)
@@ -257,7 +257,7 @@ def test_all_of_the_model_is_a_run_without_dropout(process, client):
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.9)
     outcomes = []
     for dropout in (None, FederatedDropout(1.0)):
-        averaging = process(model=Parts, server=server, dropout=dropout)
+        averaging = process(model=Parts, server=server, submodel=dropout)
         state = averaging.initialize()
         for _ in range(3):
             state, metrics = averaging.next(state, [client(i, 20 + i) for i in range(5)])
@@ -300,7 +300,7 @@ def test_it_composes_with_every_encoder(process, client, name):
         model=partial(MLP, 10),
         broadcast=build_encoder(cfg, "broadcast"),
         upload=build_encoder(cfg, "upload"),
-        dropout=FederatedDropout(0.5),
+        submodel=FederatedDropout(0.5),
     )
     state = averaging.initialize()
     for _ in range(2):
@@ -431,10 +431,10 @@ def test_evaluation_is_of_the_whole_model(parts, client):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"broadcast": StateDictEncoder(reference="last")}, "run.dropout: reference=last"),
-        ({"broadcast": StateDictEncoder(error_feedback=True)}, "run.dropout: error_feedback"),
-        ({"upload": StateDictEncoder(error_feedback=True)}, "run.dropout: error_feedback"),
-        ({"client": LocalTraining(lr=0.1, structured=True)}, "run.dropout: client.structured"),
+        ({"broadcast": StateDictEncoder(reference="last")}, "run.submodel: reference=last"),
+        ({"broadcast": StateDictEncoder(error_feedback=True)}, "run.submodel: error_feedback"),
+        ({"upload": StateDictEncoder(error_feedback=True)}, "run.submodel: error_feedback"),
+        ({"client": LocalTraining(lr=0.1, structured=True)}, "run.submodel: client.structured"),
     ],
 )
 def test_what_cannot_be_had_with_parts_is_refused(parts, changes, message):
@@ -443,16 +443,16 @@ def test_what_cannot_be_had_with_parts_is_refused(parts, changes, message):
 
 
 def test_a_model_that_does_not_tell_its_units_is_refused(process, tiny):
-    with pytest.raises(FedqError, match="run.dropout: Tiny cannot be trained in parts: it does not say"):
-        process(dropout=FederatedDropout(0.5))
+    with pytest.raises(FedqError, match="run.submodel: Tiny cannot be trained in parts: it does not say"):
+        process(submodel=FederatedDropout(0.5))
 
     class Wrong(tiny):
         units: ClassVar = {}
 
     for place in (("nothing.weight", 0), ("big.bias", 1), ("small.bias", 0)):
         Wrong.units = {"big": (("big.weight", 0), place)}
-        with pytest.raises(FedqError, match=rf"run.dropout: units\['big'\] of Wrong: '{place[0]}' has no such axis"):
-            process(model=Wrong, dropout=FederatedDropout(0.5))
+        with pytest.raises(FedqError, match=rf"run.submodel: units\['big'\] of Wrong: '{place[0]}' has no such axis"):
+            process(model=Wrong, submodel=FederatedDropout(0.5))
 
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.01, math.nan])

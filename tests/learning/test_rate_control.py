@@ -14,7 +14,7 @@ from fedq.encoding import (
     StepQuantization,
     schema_of,
 )
-from fedq.encoding.state_dict import PACE, flatten
+from fedq.encoding.state_dict import RATE_CONTROL, flatten
 from fedq.errors import FedqError
 
 STEP = Encoder([StepQuantization(1.0, relative=False)], ANS())
@@ -39,7 +39,7 @@ def round_of(encoder, tensors, state, serial, clients=3, loss=None):
 def test_messages_come_to_take_the_budget(bits):
     generator = torch.Generator().manual_seed(0)
     tensors = {"a": torch.randn(300, 100, generator=generator), "b": 5 * torch.randn(20_000, generator=generator)}
-    encoder = StateDictEncoder(STEP, 0, common_scale=True, pace=BitBudget(bits))
+    encoder = StateDictEncoder(STEP, 0, common_scale=True, rate_control=BitBudget(bits))
     state = encoder.initial_state(schema_of(tensors))
     for serial in range(12):
         # the tensors grow, as weights that move away from their first values do
@@ -51,7 +51,7 @@ def test_the_budget_goes_where_it_reduces_the_error_most():
     """Reverse water-filling (Cover and Thomas 2006, §10.3): equal squared errors for an element of either tensor."""
     generator = torch.Generator().manual_seed(1)
     tensors = {"a": torch.randn(50_000, generator=generator), "b": 16 * torch.randn(50_000, generator=generator)}
-    encoder = StateDictEncoder(STEP, 0, common_scale=True, pace=BitBudget(4.0))
+    encoder = StateDictEncoder(STEP, 0, common_scale=True, rate_control=BitBudget(4.0))
     schema = schema_of(tensors)
     state = encoder.initial_state(schema)
     for serial in range(8):
@@ -66,12 +66,12 @@ def test_the_budget_goes_where_it_reduces_the_error_most():
 
 
 def test_a_stalling_loss_halves_the_steps():
-    pace = FollowLoss(start=8.0, memory=0.5, patience=3)
-    state, factors = pace.initial_state(None), []
+    rate_control = FollowLoss(start=8.0, memory=0.5, patience=3)
+    state, factors = rate_control.initial_state(None), []
     losses = [2.0, 1.5, 1.2, 1.0, 0.9, 0.9, 0.9, 0.95, 1.0, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1]
     averages = []
     for loss in losses:
-        state = pace.update_state(state, {"loss": torch.tensor([loss, loss, 50.0])})  # one client's is out of line
+        state = rate_control.update_state(state, {"loss": torch.tensor([loss, loss, 50.0])})  # an outlier
         factors.append(float(state["factor"]))
         averages.append(loss if not averages else 0.5 * averages[-1] + 0.5 * loss)
     # by hand: the averages are lowest at number 6, and number 8 is the first that is above the one three before
@@ -80,31 +80,31 @@ def test_a_stalling_loss_halves_the_steps():
     # it goes on through a halving, as the averages here do, and three rounds later is held against the one there
     assert averages[first + 3] >= averages[first]
     assert factors[first + 1 :][:3] == [4.0] * 2 + [2.0]
-    stalled = pace.initial_state(None)
+    stalled = rate_control.initial_state(None)
     for loss in (1.0, 1.0, 1.0, 1.0, 5.0):
-        stalled = pace.update_state(stalled, {"loss": torch.tensor([loss])})
+        stalled = rate_control.update_state(stalled, {"loss": torch.tensor([loss])})
     assert float(stalled["factor"]) == 4.0
     assert float(stalled["losses"][-1]) == 3.0  # half of 1 and half of 5
     assert factors[-1] == 1.0
 
 
 @pytest.mark.parametrize(
-    "pace", [FollowLoss(start=8, patience=1), FollowLoss(start=2, memory=0), BitBudget(1)], ids=str
+    "rate_control", [FollowLoss(start=8, patience=1), FollowLoss(start=2, memory=0), BitBudget(1)], ids=str
 )
-def test_a_number_without_a_point_gives_the_same_params_in_every_round(pace):
-    state = pace.initial_state(None)
+def test_a_number_without_a_point_gives_the_same_params_in_every_round(rate_control):
+    state = rate_control.initial_state(None)
     declared = schema_of(state)
     for loss in (2.0, 3.0, 4.0, 5.0):
-        state = pace.update_state(state, {pace.reports: torch.tensor([loss])})
+        state = rate_control.update_state(state, {rate_control.reports: torch.tensor([loss])})
         assert schema_of(state) == declared
 
 
 def test_reports_that_cannot_be_are_not_believed():
-    for pace in (BitBudget(1.0), FollowLoss()):
-        state = pace.initial_state(None)
+    for rate_control in (BitBudget(1.0), FollowLoss()):
+        state = rate_control.initial_state(None)
         bad = torch.tensor([0.0, -1.0])
-        assert pace.update_state(state, {pace.reports: bad}) is state
-        after = pace.update_state(state, {pace.reports: torch.tensor([0.0, 2.0, 2.0])})
+        assert rate_control.update_state(state, {rate_control.reports: bad}) is state
+        after = rate_control.update_state(state, {rate_control.reports: torch.tensor([0.0, 2.0, 2.0])})
         assert math.isfinite(float(after["factor"]))
     state = BitBudget(1.0).initial_state(None)
     for _ in range(30):
@@ -114,7 +114,10 @@ def test_reports_that_cannot_be_are_not_believed():
 
 def test_nothing_is_learnt_of_a_message_that_is_all_zero():
     """As the first broadcast is, where it is the difference from initial weights: it takes few bits at any step."""
-    zeros, encoder = {"a": torch.zeros(300, 100)}, StateDictEncoder(STEP, 0, common_scale=True, pace=BitBudget(1.0))
+    zeros, encoder = (
+        {"a": torch.zeros(300, 100)},
+        StateDictEncoder(STEP, 0, common_scale=True, rate_control=BitBudget(1.0)),
+    )
     initial = encoder.initial_state(schema_of(zeros))
     _, state = round_of(encoder, zeros, initial, 0)
     assert flatten(state).keys() == flatten(initial).keys()
@@ -122,7 +125,7 @@ def test_nothing_is_learnt_of_a_message_that_is_all_zero():
 
 
 def test_a_pace_that_follows_the_loss_is_given_one():
-    encoder = StateDictEncoder(STEP, 0, common_scale=True, pace=FollowLoss())
+    encoder = StateDictEncoder(STEP, 0, common_scale=True, rate_control=FollowLoss())
     tensors = {"a": torch.ones(3)}
     with pytest.raises(TypeError, match="loss="):
         encoder.encode(tensors, Key(0), encoder.params(schema_of(tensors), encoder.initial_state(schema_of(tensors))))
@@ -132,28 +135,31 @@ def test_a_pace_that_follows_the_loss_is_given_one():
 
 def test_a_round_follows_both_paces_and_pays_for_them(process, client):
     chain = StateDictEncoder(STEP, 0, common_scale=True)
-    paced = [StateDictEncoder(STEP, 0, common_scale=True, pace=pace) for pace in (BitBudget(0.5), FollowLoss(4.0))]
+    paced = [
+        StateDictEncoder(STEP, 0, common_scale=True, rate_control=rate_control)
+        for rate_control in (BitBudget(0.5), FollowLoss(4.0))
+    ]
     clients = [client(number) for number in range(3)]
     plain, with_pace = process(broadcast=chain, upload=chain), process(broadcast=paced[0], upload=paced[1])
     state = with_pace.initialize()
-    assert flatten(state.upload).keys() == {f"{PACE}/0/factor", f"{PACE}/0/losses"}
+    assert flatten(state.upload).keys() == {f"{RATE_CONTROL}/0/factor", f"{RATE_CONTROL}/0/losses"}
     state, _ = with_pace.next(state, clients)
     _, metrics = plain.next(plain.initialize(), clients)
     # down, each client is sent two factors; the first broadcast is otherwise the same
     assert state.broadcasted_bits - metrics["broadcast_bits"] == 3 * 2 * 32
     state, first = with_pace.next(state, clients)
-    assert float(state.broadcast[PACE][0]["factor"]) != 1.0
-    assert float(state.upload[PACE][0]["losses"][-1]) == pytest.approx(first["train/loss"], rel=0.5)
+    assert float(state.broadcast[RATE_CONTROL][0]["factor"]) != 1.0
+    assert float(state.upload[RATE_CONTROL][0]["losses"][-1]) == pytest.approx(first["train/loss"], rel=0.5)
 
 
 def test_what_does_not_fit_together_is_refused(process):
     with pytest.raises(ValueError, match="common_scale"):
-        StateDictEncoder(STEP, pace=BitBudget(1.0))
+        StateDictEncoder(STEP, rate_control=BitBudget(1.0))
     for wrong in (partial(BitBudget, 0.0), partial(FollowLoss, 0.5), partial(FollowLoss, memory=1.0)):
         with pytest.raises(ValueError, match="must be"):
             wrong()
     with pytest.raises(FedqError, match="upload"):
-        process(broadcast=StateDictEncoder(STEP, common_scale=True, pace=FollowLoss()))
+        process(broadcast=StateDictEncoder(STEP, common_scale=True, rate_control=FollowLoss()))
 
 
 def test_a_budget_out_of_reach_moves_the_step_as_far_as_it_may() -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.adaptive import Adaptive, StateUpdate
-from fedq.encoding.spec import Tensors, TensorSpec
+from fedq.encoding.schema import Tensors, TensorSpec
 
 _NUMBER = TensorSpec((), torch.float32)
 
 
-class Pace(Adaptive):
+class RateController(Adaptive):
     """State on the server that gives `factor`, what the common scale of a StateDictEncoder is multiplied with.
 
     Clients report one number a message, 4 bytes, and are sent the factor, 4 bytes, in each broadcast.
@@ -42,7 +42,7 @@ class Pace(Adaptive):
 
 
 @dataclass(frozen=True)
-class BitBudget(Pace):
+class BitBudget(RateController):
     """Has the tensors of messages take `bits` a parameter, whatever the model and however it changes over the rounds.
 
     The steps of all tensors grow and shrink together, which is where the squared error is least for the bits that they
@@ -64,7 +64,7 @@ class BitBudget(Pace):
         return {"factor": torch.tensor(1.0), "before": torch.zeros(2), "power": torch.tensor(-1.5)}
 
     def followed(self, state: Tensors, reported: float) -> Tensors:
-        """As Pace.followed."""
+        """As RateController.followed."""
         factor, power, before = float(state["factor"]), float(state["power"]), state["before"].tolist()
         if before[0] and abs(step := math.log(factor / before[0])) > 0.01:
             # few bits fall off steeply; where training itself moved them, the power must stay believable
@@ -76,7 +76,7 @@ class BitBudget(Pace):
 
 
 @dataclass(frozen=True)
-class FollowLoss(Pace):
+class FollowLoss(RateController):
     """Halves the steps whenever training stalls (DAdaQuant, Hönig 2021, §3.4), for uploads.
 
     It starts with steps `start` times as large and ends with them as they are. The median over a cohort of its clients'
@@ -105,7 +105,7 @@ class FollowLoss(Pace):
         return {"factor": torch.tensor(float(self.start)), "losses": torch.full((self.patience + 1,), math.inf)}
 
     def followed(self, state: Tensors, reported: float) -> Tensors:
-        """As Pace.followed."""
+        """As RateController.followed."""
         before, factor = state["losses"], float(state["factor"])
         newest = float(before[-1])
         average = reported if math.isinf(newest) else self.memory * newest + (1 - self.memory) * reported

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fedq.encoding.spec import TensorSpec
+from fedq.encoding.schema import TensorSpec
 
 CHUNK = 1 << 17  # elements worked on at a time: the working set stays in the cache
 _ROW = 1 << 10
@@ -25,7 +25,7 @@ def largest_magnitude(x: Tensor) -> float:
     return max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
 
 
-def divided(x: Tensor, by: float) -> Tensor:
+def exact_divide(x: Tensor, by: float) -> Tensor:
     """Returns x / by, of `x` float32 or float64, with the same bits on every device.
 
     CUDA multiplies by a number's reciprocal, which is off in the last bit, and infinite for a denormal: not a tensor's.
@@ -33,7 +33,7 @@ def divided(x: Tensor, by: float) -> Tensor:
     return x / torch.tensor(by, dtype=x.dtype, device=x.device)
 
 
-def cut_off(x: Tensor, dtype: torch.dtype) -> Tensor:
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `x` in `dtype`: what is beyond its limits becomes the largest it holds. May write to `x`."""
     limit = torch.finfo(dtype).max
     return x.clamp_(-limit, limit).to(dtype)

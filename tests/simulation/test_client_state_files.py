@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedq.encoding.state_dict import schema_of
-from fedq.simulation.residuals import ResidualError, Residuals
+from fedq.simulation.client_state_files import ResidualError, Residuals
 
 ELEMENTS = 256
 SIZE = 4 * ELEMENTS

@@ -13,7 +13,7 @@ from fedq.data import Examples
 from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning import evaluate
-from fedq.learning.client import LocalTraining, update_of
+from fedq.learning.local_training import LocalTraining, update_of
 
 
 def by_hand(model, examples, order, lr, momentum=0.0, proximal=0.0):
@@ -84,7 +84,7 @@ def test_training_does_not_load_the_compiler():
 import sys, torch
 from fedq.data import Examples
 from fedq.keys import Key
-from fedq.learning.client import LocalTraining
+from fedq.learning.local_training import LocalTraining
 model = torch.nn.Linear(3, 2)
 examples = Examples(torch.rand(5, 3), torch.zeros(5, dtype=torch.int64))
 weights = {name: value.clone() for name, value in model.state_dict().items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedq.errors import FedqError
 from fedq.keys import Key
-from fedq.learning.client import channels_last
+from fedq.learning.local_training import channels_last
 
 Units = Mapping[str, Tensor]
 """Of each group of units, the sorted numbers (int64) of those in a sub-model."""
@@ -46,11 +46,11 @@ class SubModels:
     ungrouped nn.Conv2d do. Raises FedqError for a model without such a declaration or with one that does not fit.
     """
 
-    def __init__(self, model: nn.Module, dropout: FederatedDropout) -> None:
+    def __init__(self, model: nn.Module, submodel: FederatedDropout) -> None:
         groups, name_of_model = getattr(model, "units", None), type(model).__name__
         if not groups:
             raise FedqError(
-                f"run.dropout: {name_of_model} cannot be trained in parts: it does not say, in an attribute `units`, "
+                f"run.submodel: {name_of_model} cannot be trained in parts: it does not say, in an attribute `units`, "
                 "which axes of its parameters belong to which units"
             )
         tensors = model.state_dict()
@@ -65,10 +65,10 @@ class SubModels:
                 size = size or (shape[axis] if 0 <= axis < len(shape) else 0)
                 if not (size and 0 <= axis < len(shape) and shape[axis] % size == 0):
                     raise FedqError(
-                        f"run.dropout: units[{group!r}] of {name_of_model}: {name!r} has no such axis {axis}"
+                        f"run.submodel: units[{group!r}] of {name_of_model}: {name!r} has no such axis {axis}"
                     )
                 self._axes[name][axis] = group
-            self._sizes[group] = size, max(1, round(dropout.keep * size))
+            self._sizes[group] = size, max(1, round(submodel.keep * size))
 
     def drawn(self, key: Key) -> Units:
         """Returns the units of the sub-model of a client in a round."""

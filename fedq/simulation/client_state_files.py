@@ -24,7 +24,7 @@ class ResidualError(FedqError):
 
 
 class Residuals:
-    """A `fedq.learning.residuals.ResidualStore` in a run's folder.
+    """A `fedq.learning.client_state.ResidualStore` in a run's folder.
 
     A version is a client's residual after the round of one serial number. At most `memory` bytes of tensors are held;
     beyond them the least recently used are written to files, one a version, called CLIENT_SERIAL.residual. A file is
