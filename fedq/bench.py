@@ -1,58 +1,74 @@
-"""Every encoder's place on the plane of rate and distortion, in real bytes: a table, a CSV file and a picture.
+"""Measures each encoder's rate and distortion in real bytes: a table, a CSV file and a picture.
 
-python -m fedq.bench                                  all of conf/encoder, its upload chains, on every source
+python -m fedq.bench                                  the uploads of all of conf/encoder, on every source
 python -m fedq.bench eden qsgd:levels=2 --sources normal,update
 
-The rate is that of a message of one tensor without its frame, tables and side values included: 8 × bytes / elements.
-The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE), of one client and of the mean of several
-that send the same tensor with keys of their own: unbiased schemes gain by the mean, biased ones do not.
+The rate is that of a message of one tensor without its frame: 8 × bytes / elements. Tables and side values count.
+The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE). It is given for one client, and for the
+mean of several clients that send the same tensor with different keys. The mean is better for unbiased schemes only.
 """
 
 import argparse
 import csv
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fedq.config import build, build_encoder, build_run, check, explain
-from fedq.encoding import AdaptiveCoder, Key, StateDictEncoder, TensorSpec, schema_of
+from fedq.encoding import Codec, Key, StateDictEncoder, TensorSpec
 from fedq.encoding.message import OVERHEAD
-from fedq.encoding.state_dict import ByTensor
+from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
+from fedq.learning import ErrorFeedback
 from fedq.train import CONF
 
 if TYPE_CHECKING:  # matplotlib takes a second to load: only the picture waits for it
     from matplotlib.axes import Axes
 
 Draw = Callable[[int], Tensor]
-"""Returns the tensor numbered i of a source: draws of one distribution, or clients' updates of one round."""
+"""Returns tensor number i of a source: a draw from a distribution, or a client's update."""
 
 SHAPE = (1024, 1024)
 SOURCES = ("normal", "laplace", "student", "sparse", "update")
 BITS = (1, 2, 3, 4, 6, 8)
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8")  # of encoders in the picture; C7 is grey
+MOST_BITS = 10  # an element, in the picture
+
+Point = tuple[float, float]
+"""Bits an element, NMSE in decibels."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One encoder on one source. Rates in bits an element; times in milliseconds, once, to give an idea."""
+    """One encoder on one source.
+
+    bits: Bits an element.
+    table_bits: The part of `bits` that a coder's table takes.
+    nmse: Of one client; the mean over clients.
+    nmse_of_mean: Of the mean over clients.
+    encode_ms, decode_ms: Milliseconds of the fastest client.
+    """
 
     encoder: str
     source: str
     bits: float
-    table_bits: float  # of them, what a coder's table takes
+    table_bits: float
     nmse: float
     nmse_of_mean: float
     encode_ms: float
@@ -60,9 +76,9 @@ class Result:
 
 
 def synthetic(name: str) -> Draw:
-    """Returns draws of SHAPE of a distribution with variance 1: normal, laplace, student (3 degrees) or sparse.
+    """Returns draws of SHAPE from a distribution with variance 1.
 
-    sparse: one value in twenty is normal, the others are zero.
+    name: normal, laplace, student (3 degrees of freedom) or sparse (one value in twenty is normal, the others are 0).
     """
 
     def draw(i: int) -> Tensor:
@@ -79,7 +95,7 @@ def synthetic(name: str) -> Draw:
 
 
 def real_updates(rounds: int) -> Draw:
-    """Trains the default configuration for some rounds; returns clients' updates of its largest tensor after them."""
+    """Returns clients' updates of the largest tensor, after `rounds` rounds of training the default configuration."""
     from fedq.learning import FederatedAveraging
     from fedq.learning.local_training import update_of
     from fedq.simulation.loop import rounds as trained
@@ -103,45 +119,39 @@ def real_updates(rounds: int) -> Draw:
 
 
 def measure(name: str, encoder: StateDictEncoder, source: str, draw: Draw, clients: int) -> Result:
-    """Sends one tensor from `clients` clients, however small it is, and returns what it cost and what arrived.
+    """Sends one tensor, of any size, from `clients` clients; returns its bits and its error.
 
-    Adaptive parts have seen one round of another tensor of the source; rate control has seen eight rounds.
+    Adaptive stages have state from one round before, with another tensor of the source; rate control from eight.
     """
-    direction = replace(encoder, threshold=0, rules={}, reference="none", error_feedback=False)
-    schema = {"x": TensorSpec.of(draw(0))}
-    state = direction.initial_state(schema)
-    for warming in range((8 if direction.rate_control else 1) if state else 0):
-        params, key = direction.params(schema, state), Key(0, 0, warming)
-        message, _ = direction.encode({"x": draw(0)}, key, params, report=True, loss=1.0)
-        _, reports = direction.decode(message, key, schema, params, direction.update_spec(schema))
-        state = direction.update_state(schema, state, direction.report(schema, reports))
-    params, x = direction.params(schema, state), draw(1)
+    codec = replace(encoder, threshold=0, rules={}, reference="none").bind({"x": TensorSpec.of(draw(0))})
+    adaptation, state = codec.adaptation, codec.adaptation.initial_state()
+    for warming in range((8 if encoder.rate_control else 1) if state else 0):
+        reports = codec.encode({"x": draw(0)}, Key(0, 0, warming), adaptation.params(state), loss=1.0).reports
+        state = adaptation.update_state(state, adaptation.as_cohort(reports))
+    params, x = adaptation.params(state), draw(1)
     mean, size, errors, encode, decode = torch.zeros(x.shape, dtype=torch.float64), 0, [], [], []
     for client in range(clients):
         key = Key(0, 1, client)
         started = perf_counter()
-        message, _ = direction.encode({"x": x}, key, params, loss=1.0)
+        message, _ = codec.encode({"x": x}, key, params, loss=1.0)
         encode.append(perf_counter() - started)
         started = perf_counter()
-        received, _ = direction.decode(message, key, schema, params)
+        received, _ = codec.decode(message, key, params)
         decode.append(perf_counter() - started)
         size += len(message) - OVERHEAD
         errors.append(_nmse(x, received["x"]))
         mean += received["x"] / clients
     rate = 8 / (x.numel() * clients)
     milliseconds = [1000 * min(times) for times in (encode, decode)]
-    table = 8 / x.numel() * _table(direction, x, params)
+    table = 8 / x.numel() * _table(codec, x / x.square().mean().sqrt() if encoder.common_scale else x, params)
     return Result(name, source, size * rate, table, sum(errors) / clients, _nmse(x, mean), *milliseconds)
 
 
-def _table(direction: StateDictEncoder, x: Tensor, params: ByTensor) -> int:
+def _table(codec: Codec, x: Tensor, params: Tensors) -> int:
     """Returns how many bytes the coder's table takes in a message of `x`."""
-    ((name, (_, chain)),) = direction.chains(schema_of({"x": x})).items()
-    if isinstance(chain.coder, AdaptiveCoder):
-        return 0
-    scaled = x / x.square().mean().sqrt() if direction.common_scale else x
-    parts, _ = chain.encode(scaled, Key(0, 1, 0).fold(name), params.get(name, {}))
-    return chain.coder.model_size(memoryview(parts[-1]))
+    ((name, chain),) = codec.chains.items()
+    parts, _ = chain.encode(x, Key(0, 1, 0).fold(name), params)
+    return chain.encoder.coder.model_size(memoryview(parts[-1]))
 
 
 def _nmse(x: Tensor, received: Tensor) -> float:
@@ -149,37 +159,60 @@ def _nmse(x: Tensor, received: Tensor) -> float:
     return float((wide - received.double()).square().sum() / wide.square().sum())
 
 
-def encoders(choices: list[str], own: Path | None = None) -> dict[str, StateDictEncoder]:
-    """Returns what encodes uploads with each option asked for, such as "eden" or "qsgd:levels=2", all of conf/ if none.
+def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateDictEncoder]:
+    """Returns the upload's encoder of each choice, such as "eden" or "qsgd:levels=2".
 
-    All but those that only set another's knobs, as uint8 does uniform's.
-    `own` is a folder like conf/ with more of them. One with a knob `bits` that is not set gives a chain for each of
-    BITS that it takes. Raises FedqError.
+    A key of the encoder sets both directions where both have it, else the upload. A choice whose `bits` are not set
+    gives an encoder for each of BITS that it takes.
+
+    choices: All of conf/encoder if empty, but those with rate control and those equal to another.
+    folder: One like conf/, with further encoders.
+    Raises FedqError.
     """
     chains: dict[str, StateDictEncoder] = {}
-    if own and not own.is_dir():
-        raise FedqError(f"{own} is no folder")
-    search = [f"hydra.searchpath=[file://{own.resolve()}]"] if own else []
-    files = sorted((CONF / "encoder").glob("*.yaml"))
-    every = [path.stem for path in files if "defaults" not in OmegaConf.load(path)]
+    if folder and not folder.is_dir():
+        raise FedqError(f"{folder} is not a folder")
+    search = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    # those that change another come last: they may be equal to it
+    files = sorted((CONF / "encoder").glob("*.yaml"), key=lambda path: ("defaults" in OmegaConf.load(path), path))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for choice in choices or every:
+        for choice in choices or [path.stem for path in files]:
             name, _, given = choice.partition(":")
-            overrides = [f"encoder.{override}" for override in given.split(",") if override]
+            node = compose("config", [*search, f"encoder={name}"]).encoder
+            if not choices and "rate_control" in node.upload:
+                continue
+            settings = [setting for setting in given.split(",") if setting]
+            overrides = [
+                f"{_path(node, setting.partition('=')[0])}={setting.partition('=')[2]}" for setting in settings
+            ]
             cfg = compose("config", [*search, f"encoder={name}", *overrides])
             check(cfg, overrides)
-            if given or "bits" not in cfg.encoder:
-                chains[choice] = build_encoder(cfg, "upload")
+            if given or "bits" not in node.upload:
+                chains[choice] = _upload(cfg)
                 continue
             for bits in BITS:
-                OmegaConf.update(cfg, "encoder.bits", bits)
+                OmegaConf.update(cfg, _path(node, "bits"), bits)
                 with suppress(FedqError):  # too few or too many for this one
-                    chains[f"{name}:bits={bits}"] = build_encoder(cfg, "upload")
-    return chains
+                    chains[f"{name}:bits={bits}"] = _upload(cfg)
+    if choices:
+        return chains
+    names = list(chains)
+    return {name: chain for i, (name, chain) in enumerate(chains.items()) if chain not in map(chains.get, names[:i])}
+
+
+def _path(node: DictConfig, key: str) -> str:
+    """Returns the path of an encoder's `key`: of both directions where both have it, else of the upload."""
+    return f"encoder.{key}" if key in node or key not in node.upload else f"encoder.upload.{key}"
+
+
+def _upload(cfg: DictConfig) -> StateDictEncoder:
+    """Returns the encoder of uploads, without its error feedback."""
+    upload = build_encoder(cfg, "upload")
+    return upload.encoder if isinstance(upload, ErrorFeedback) else upload
 
 
 def table(results: list[Result]) -> Table:
-    """Returns the results on one source."""
+    """Returns the table of the results on one source."""
     shown = Table(title=results[0].source, box=SIMPLE_HEAD)
     shown.add_column("encoder", no_wrap=True)
     for heading in ("bits", "NMSE", "of mean", "encode ms", "decode ms"):
@@ -190,37 +223,64 @@ def table(results: list[Result]) -> Table:
     return shown
 
 
+def print_table(shown: Table) -> None:
+    """Prints a table in the width that it needs, however narrow the terminal is: nothing is cut."""
+    Console(width=Console(width=10_000).measure(shown).maximum).print(shown)
+
+
 def plot(results: list[Result], path: Path) -> None:
-    """Draws one panel a source: NMSE in decibels against bits an element; Shannon's bound for the normal one."""
+    """Draws one panel a source: NMSE in decibels against bits an element; Shannon's bound for the normal source.
+
+    Of more encoders than COLOURS, `uniform` and those with the most points on the panels' Pareto fronts have colours.
+    The others are grey.
+    """
     from matplotlib.figure import Figure
 
-    sources = list(dict.fromkeys(result.source for result in results))
-    names = list(dict.fromkeys(result.encoder.partition(":")[0] for result in results))
-    rows, columns = -(-len(sources) // 2), min(len(sources), 2)
-    figure = Figure(figsize=(6.4 * columns, 4.8 * rows + 2.5), layout="constrained")
+    by_source: dict[str, dict[str, list[Point]]] = {}
+    for r in results:
+        curves = by_source.setdefault(r.source, {})
+        curves.setdefault(r.encoder.partition(":")[0], []).append((r.bits, 10 * math.log10(max(r.nmse, 1e-12))))
+    on_front = Counter(name for curves in by_source.values() for name in _front(curves))
+    names = list(dict.fromkeys(r.encoder.partition(":")[0] for r in results))
+    if len(names) > len(COLOURS):
+        names = sorted(names, key=lambda name: (name != "uniform", -on_front[name]))[: len(COLOURS)]
+    rows, columns = -(-len(by_source) // 2), min(len(by_source), 2)
+    figure = Figure(figsize=(6.4 * columns, 4.4 * rows + 1), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for source, panel in zip(sources, panels, strict=False):
-        _panel(panel, source, names, [result for result in results if result.source == source])
-    for panel in panels[len(sources) :]:
+    for panel, (source, curves) in zip(panels, by_source.items(), strict=False):
+        _panel(panel, source, curves, names)
+    for panel in panels[len(by_source) :]:
         panel.set_axis_off()
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="x-small", ncols=4 * columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3 * columns)
     figure.savefig(path, dpi=80)
 
 
-def _panel(panel: "Axes", source: str, names: list[str], results: list[Result]) -> None:
-    for i, name in enumerate(names):
-        own = sorted(
-            (r.bits, 10 * np.log10(max(r.nmse, 1e-12))) for r in results if r.encoder.partition(":")[0] == name
-        )
-        own = [point for point in own if point[0] <= 10]
-        bits, decibels = [point[0] for point in own], [point[1] for point in own]
-        marker = "os^vDPX*"[i // 10 % 8]
-        panel.plot(bits, decibels, label=name, color=f"C{i % 10}", marker=marker, markersize=4, linewidth=0.8)
+def _front(curves: dict[str, list[Point]]) -> list[str]:
+    """Returns the encoder of each point that no other point beats in both bits and error."""
+    seen = ((*point, name) for name, curve in curves.items() for point in curve if point[0] <= MOST_BITS)
+    points = sorted(seen)
+    best = list(accumulate((error for _, error, _ in points), min))
+    return [name for i, (_, error, name) in enumerate(points) if not i or error < best[i - 1]]
+
+
+def _panel(panel: "Axes", source: str, curves: dict[str, list[Point]], names: list[str]) -> None:
+    for name in sorted(curves, key=lambda name: name in names):  # grey ones first: colours lie over them
+        style: dict[str, Any] = {"color": "lightgrey", "label": "others", "linewidth": 0.6, "marker": "."}
+        if name in names:
+            i = names.index(name)
+            style = {
+                "color": COLOURS[i],
+                "label": name,
+                "linewidth": 1.2,
+                "marker": "os^vDPX*"[i],
+                "markersize": 5,
+            }
+        panel.plot(*zip(*curves[name], strict=True), **style)
     if source == "normal":
         rates = np.linspace(0, 8)
         panel.plot(rates, -20 * rates * np.log10(2), color="black", linestyle=":", label="Shannon's bound")
-    panel.set(title=source, xlabel="bits an element, measured", ylabel="NMSE (dB)", ylim=(-55, 5))
+    panel.set(title=source, xlabel="bits an element", ylabel="NMSE (dB)", xlim=(0, MOST_BITS), ylim=(-55, 5))
     panel.grid(alpha=0.3)
 
 
@@ -239,24 +299,29 @@ def main() -> None:
         parser.error(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
     if arguments.rounds < 1 or arguments.clients < 1:
         parser.error("--rounds and --clients must be 1 or more")
-    console = Console()
+    console, progress = Console(), Console(stderr=True)
     try:
         chains = encoders(arguments.encoders, arguments.config_dir)
         arguments.out.mkdir(parents=True, exist_ok=True)
     except Exception as error:
         sys.exit(f"fedq: {explain(error)}")
     torch.set_num_threads(1)
-    results = []
-    with console.status("") as status:
+    results: list[Result] = []
+    with progress.status("") as status:
         for source in wanted:
             status.update(f"{source}: preparing")
             draw = real_updates(arguments.rounds) if source == "update" else synthetic(source)
-            for name, encoder in chains.items():
-                status.update(f"{source}: {name}")
+            for number, (name, encoder) in enumerate(chains.items()):
+                line = f"{source}: {name}, {number + 1} of {len(chains)}"
+                status.update(line)
+                if not progress.is_terminal and number % 10 == 0:
+                    progress.print(line, markup=False, highlight=False, soft_wrap=True)
                 try:
                     results.append(measure(name, encoder, source, draw, arguments.clients))
                 except FedqError as error:
                     console.print(f"{source}: {name} is left out: {error}", markup=False, soft_wrap=True)
+            if found := [result for result in results if result.source == source]:
+                print_table(table(found))
     if not results:
         sys.exit("fedq: nothing could be measured")
     with (arguments.out / "bench.csv").open("w", newline="") as file:
@@ -264,10 +329,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(map(asdict, results))
     plot(results, arguments.out / "bench.png")
-    for source in wanted:
-        if found := [result for result in results if result.source == source]:
-            console.print(table(found))
-    console.print(f"{arguments.out}/bench.csv and bench.png hold the same")
+    console.print(f"{arguments.out}/bench.csv and {arguments.out}/bench.png hold the same", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Finished runs in, one table and one picture out.
+"""Compares finished runs in a table and a picture.
 
 python -m fedq.compare outputs/DATE/TIME outputs/multirun/DATE/TIME     (installed: fedq-compare …)
 
-Experiments use its parts: `read_runs`, `group_by_seed`, `differences`, `table`, `plot`.
+Experiments use its parts: `read_runs`, `group_by_seed`, `distinguishing_columns`, `table`, `plot`.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from fedq.config import CHANGES_NOTHING, flat
+from fedq.config import CHANGES_NOTHING, flatten
 from fedq.errors import FedqError
+from fedq.tracking.console import stdout_console
 from fedq.tracking.units import human_bytes
 
 if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for it
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for
     from matplotlib.figure import Figure
 
 IGNORED = ("run.seed", "dataset.path", *CHANGES_NOTHING)
-"""Keys that do not make another experiment: the seed, where files lie, and what changes no result."""
+"""Keys that do not make another experiment: the seed, the folder of a dataset's files, and keys without effect."""
 NEVER = "–"
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -43,36 +43,46 @@ _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True)
 class Run:
-    """A completed run, as its folder tells it."""
+    """A completed run, as read from its folder.
+
+    folder: the run's folder.
+    choices: group → choice, such as "encoder" → "uint8".
+    config: key → value, such as "encoder.bits" → 8. Keys of IGNORED, and keys that refer to them, are None.
+    written: key → value before interpolation, such as "encoder.broadcast.bits" → "${encoder.bits}".
+    given: the keys that the command line set.
+    metrics: for each round the metrics of metrics.jsonl, and `cumulative_bits`, the bits sent both ways so far.
+    summary: summary.json.
+    """
 
     folder: Path
-    choices: dict[str, str]  # group → choice: "encoder" → "uint8"
-    config: dict[str, Any]  # flattened: "encoder.bits" → 8; IGNORED and what refers to it are None
-    written: dict[str, Any]  # the same as it is written: "encoder.broadcast.bits" → "${encoder.bits}"
-    given: frozenset[str]  # the keys that the command line set
-    metrics: list[dict[str, float]]  # of each round, as in metrics.jsonl, and `cumulative_bits`: both ways
+    choices: dict[str, str]
+    config: dict[str, Any]
+    written: dict[str, Any]
+    given: frozenset[str]
+    metrics: list[dict[str, float]]
     summary: dict[str, Any]
 
     @property
     def identity(self) -> str:
-        """What is alike in runs that differ by IGNORED alone."""
+        """Text that is equal for runs that differ in IGNORED alone."""
         return repr((sorted(self.choices.items()), sorted(self.config.items())))
 
     def curve(self, name: str) -> dict[int, float]:
-        """Returns a metric by the number of rounds done; rounds that do not have it are left out."""
+        """Returns rounds done → value of a metric, for the rounds that have the metric."""
         return {done: values[name] for done, values in enumerate(self.metrics, start=1) if name in values}
 
     def reaches(self, target: float) -> tuple[int, float] | None:
-        """Returns the rounds done and the bits sent both ways when a test first showed the target accuracy."""
+        """Returns the rounds done and the bits sent both ways at the first test that reached the target accuracy."""
         done = next((done for done, value in self.curve("test/accuracy").items() if value >= target), None)
         return None if done is None else (done, self.metrics[done - 1]["cumulative_bits"])
 
 
-Group = Sequence[Run]  # runs that differ by IGNORED alone
+Group = Sequence[Run]
+"""Runs that differ in IGNORED alone."""
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run's folder. Raises FedqError with the reason if it is unfinished or its files do not fit together."""
+    """Reads a run's folder. Raises FedqError with the reason if the run is unfinished or its files disagree."""
     if not (folder / "summary.json").exists() and not (folder / "metrics.jsonl").exists():
         raise FedqError("unfinished: it did not begin")
     summary = _read(folder / "summary.json", json.loads, "unfinished")
@@ -102,20 +112,20 @@ def _read(path: Path, parse: Callable[[str], Any], missing: str = "damaged") -> 
 
 
 def _configs(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a configuration flattened: resolved, with None for IGNORED, and as written."""
+    """Returns the fields `config` and `written` of a Run, from the text of config.yaml."""
     cfg = OmegaConf.create(text)
-    written = dict(flat(OmegaConf.to_container(cfg)))
+    written = dict(flatten(OmegaConf.to_container(cfg)))
     for key in set(IGNORED) & set(written):
         OmegaConf.update(cfg, key, None)
-    return dict(flat(OmegaConf.to_container(cfg, resolve=True))), written
+    return dict(flatten(OmegaConf.to_container(cfg, resolve=True))), written
 
 
 def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises FedqError unless every round is there and metrics.jsonl adds up to what summary.json tells."""
+    """Raises FedqError unless metrics.jsonl has every round, and adds up to the totals of summary.json."""
     numbers, rounds = [line["round"] for line in metrics], config["run.rounds"]
     if not numbers or numbers != list(range(rounds)) or len(numbers) != summary["rounds"]:
-        told = f"{len(numbers)} lines; of {rounds} rounds, summary.json has {summary['rounds']}"
-        raise FedqError(f"damaged: metrics.jsonl has not each round once ({told})")
+        found = f"{len(numbers)} lines; of {rounds} rounds, summary.json has {summary['rounds']}"
+        raise FedqError(f"damaged: metrics.jsonl has not each round once ({found})")
     for sent, total in (("broadcast_bits", "broadcasted_bits"), ("aggregated_bits", "aggregated_bits")):
         sums = [line[f"cumulative_{total}"] for line in metrics]
         if sums != list(accumulate(line[sent] for line in metrics)) or sums[-1] != summary[total]:
@@ -129,7 +139,7 @@ def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], c
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Returns the folders of runs at or below `folders`, each once. Raises FedqError where there is no such folder."""
+    """Returns the folders of runs at or below `folders`, each once. Raises FedqError for a folder that is missing."""
     found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -144,10 +154,9 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Reads every completed run at or below `folders`; of one that is left out, a line on stderr tells why.
+    """Reads every completed run at or below `folders`. For each run left out, a line on stderr says why.
 
-    Of runs alike even in their seed, the last is taken: a run done again is no second sample. Raises FedqError if no
-    run is left.
+    Of runs with the same configuration and seed, the last counts. Raises FedqError if no run is left.
     """
     runs: dict[tuple[str, int], Run] = {}
     folders = list(folders)
@@ -167,18 +176,18 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def group_by_seed(runs: Iterable[Run]) -> list[Group]:
-    """Returns the runs in groups that differ by IGNORED alone, in the order in which the first of each comes."""
+    """Returns the runs in groups whose members differ in IGNORED alone, in the order of each group's first run."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.identity, []).append(run)
     return list(groups.values())
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
-    """Returns the groups and the keys that tell the runs apart, such as "encoder" and "client.lr".
+def distinguishing_columns(runs: Sequence[Run]) -> list[str]:
+    """Returns the groups and the keys that distinguish the runs, such as "encoder" and "client.lr".
 
-    A key that follows from another (an interpolation) is left out, and so is one that follows from the choices of
-    groups, unless the command line set it. If nothing differs, the encoder is returned.
+    A key that follows from another key (an interpolation) is left out. A key that follows from the choice of a group is
+    left out too, unless the command line set the key. If nothing differs, the encoder is returned.
     """
 
     def differ(some: Sequence[Run], key: str) -> bool:
@@ -198,13 +207,16 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def value(run: Run, column: str) -> str:
-    """Returns what a run has in one of the columns of `differences`, as a command line would write it."""
+    """Returns a run's cell in a column of `distinguishing_columns`, as a command line would write the value."""
     found = run.choices.get(column) or run.config.get(column, NEVER)
     return found if isinstance(found, str) else json.dumps(found)
 
 
 def table(groups: Sequence[Group], columns: Sequence[str], target: float) -> list[dict[str, str]]:
-    """Returns for each group a row, header → cell: the columns that tell it apart, then the numbers."""
+    """Returns a row for each group, header → cell: first the distinguishing columns, then the numbers.
+
+    target: the test accuracy, from 0 to 1, for the columns "bytes to …" and "rounds to …".
+    """
     rows = []
     for group in groups:
         row = {column: value(group[0], column) for column in columns} | {"runs": str(len(group))}
@@ -225,23 +237,27 @@ def table(groups: Sequence[Group], columns: Sequence[str], target: float) -> lis
 
 
 def spread(numbers: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and standard deviation (of a sample: n − 1), which is 0 for one number."""
+    """Returns the mean and the sample standard deviation (n − 1), which is 0 for one number."""
     return fmean(numbers), stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def show(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
-    """Prints the rows as a table; on a terminal too narrow for it, two numbers stand in one column."""
+    """Prints the rows as a table in which no cell is broken.
+
+    On a narrow terminal two numbers share a column, or each cell has a line of its own.
+    """
     narrow = []
     for row in rows:
         runs, *numbers = [header for header in row if header not in columns]
         pairs = zip(numbers[::2], [*numbers[1::2], runs], strict=True)
         name = "\n".join(f"{column}={row[column]}" for column in columns if row[column] != NEVER)
         narrow.append({"run": name} | {f"{a}\n{b}": f"{row[a]}\n{row[b]}" for a, b in pairs})
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)  # a pipe is wide enough
-    for layout in (rows, narrow):
+    stacked = [{"": header, "run": cell} for row in rows for header, cell in (*row.items(), ("", ""))]
+    console = stdout_console()
+    for layout in (rows, narrow, stacked):
         shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, leading=int(layout is narrow))
         for header in layout[0]:
-            shown.add_column(header, overflow="fold", no_wrap=layout is narrow and header != "run")
+            shown.add_column(header, overflow="fold", no_wrap=layout is not stacked)
         for row in layout:
             shown.add_row(*row.values())
         if Measurement.get(console, console.options.update(max_width=10_000), shown).maximum <= console.width:
@@ -250,7 +266,10 @@ def show(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
 
 
 def plot(axes: "Axes", groups: Sequence[Group], columns: Sequence[str], y: str, x: str = "rounds") -> None:
-    """Draws a metric of each group, mean and a band of ± one standard deviation, by the rounds done or by a metric."""
+    """Draws a curve for each group: the mean of metric `y`, with a band of ± one standard deviation.
+
+    x: "rounds" for the rounds done, or the name of a metric.
+    """
     from matplotlib import colormaps
 
     for i, group in enumerate(groups):
@@ -275,12 +294,12 @@ def plot(axes: "Axes", groups: Sequence[Group], columns: Sequence[str], y: str, 
 
 
 def bytes_ticks(axis: "Axis") -> None:
-    """Labels the ticks of an axis that shows bits as bytes with a unit."""
+    """Labels the ticks of an axis of bits as bytes with a unit."""
     axis.set_major_formatter(lambda bits, _: human_bytes(bits).replace(".00", ""))
 
 
 def save(figure: "Figure", axes: "Axes", path: Path) -> None:
-    """Writes the figure as a PNG, taller by the legend of `axes`, which stands below."""
+    """Writes the figure as a PNG, with the legend of `axes` below."""
     handles, labels = axes.get_legend_handles_labels()
     figure.set_figheight(figure.get_figheight() + 0.25 * sum(1 + text.count("\n") for text in labels))
     figure.legend(handles, labels, loc="outside lower center", frameon=False)
@@ -291,8 +310,8 @@ def save(figure: "Figure", axes: "Axes", path: Path) -> None:
 
 
 def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: Path) -> None:
-    """Writes a PNG: test accuracy by round and by bytes sent."""
-    from matplotlib.figure import Figure  # not pyplot: Agg draws it, and no window opens anywhere
+    """Writes a PNG with two panels: test accuracy over rounds, and over bytes sent."""
+    from matplotlib.figure import Figure  # not pyplot, which may open a window
     from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
@@ -319,7 +338,7 @@ def main() -> None:
         if not 0 < args.target <= 1:
             raise FedqError(f"--target: {args.target} is not an accuracy, such as 0.95")
         groups = group_by_seed(read_runs(args.runs))
-        columns = differences([group[0] for group in groups])
+        columns = distinguishing_columns([group[0] for group in groups])
         show(table(groups, columns, args.target), columns)
         draw(groups, columns, args.target, args.output)
         print(f"picture in {args.output}")

@@ -1,4 +1,8 @@
-"""The base of all errors that a person can mend."""
+"""The base of all errors that a person can mend, and checks of constructors' arguments."""
+
+import math
+from numbers import Integral, Real
+from typing import Any, get_args
 
 
 class FedqError(Exception):
@@ -6,4 +10,50 @@ class FedqError(Exception):
 
 
 class MissingPackage(FedqError, ImportError):
-    """A package is needed that the installation did not ask for; says which extra brings it."""
+    """A package is missing; the text names the extra that installs it."""
+
+
+def check_range(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    integer: bool = False,
+    optional: bool = False,
+) -> None:
+    """Raises ValueError unless `value` is a finite number within the limits.
+
+    name: of the argument, for the error's text.
+    low, high: the smallest and the largest value allowed.
+    above, below: limits that are not allowed themselves.
+    integer: Whether only integers are allowed; True and False are none.
+    optional: Whether None is allowed.
+    """
+    if optional and value is None:
+        return
+    number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
+    number = number and -math.inf < value < math.inf
+    if (
+        number
+        and (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    ):
+        return
+    limits = {"at least": low, "above": above, "at most": high, "below": below}
+    text = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+    if low is not None and high is not None:
+        text = f"from {low} to {high}"
+    kind = "" if number else "an integer" if integer else "a finite number"
+    raise ValueError(f"{name} must be {', '.join(filter(None, (kind, text)))}, not {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raises ValueError unless `value` is one of `choices`, a Literal type."""
+    *others, last = get_args(choices)
+    if (type(value), value) not in [(type(choice), choice) for choice in (*others, last)]:
+        raise ValueError(f"{name} must be {', '.join(map(str, others))} or {last}, not {value!r}")

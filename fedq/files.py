@@ -1,5 +1,7 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent, and a log file that never ends a run."""
 
+import errno
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -7,12 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from typing_extensions import override
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a disk, which name no file."""
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to write that takes the place of `path` once all of it is on the disk; on an error it is deleted.
+    """Opens a file that replaces `path` once all of the file is on the disk.
 
-    Until then its name ends in .tmp, and is no other process's.
+    Until then the file has another name, which ends in .tmp and which no other process uses. On an error the file is
+    deleted. Raises OSError with the path if the disk is full.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -21,6 +29,10 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave a short file under the final name
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -28,3 +40,20 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files of `written_whole` that killed processes left in `folder`."""
+    for path in folder.glob(f"*.{'[0-9a-f]' * 32}.tmp"):
+        path.unlink(missing_ok=True)
+
+
+class LogFile(logging.FileHandler):
+    """A log file in UTF-8, whatever the locale. A full disk costs lines of the log, and never the run."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8")
+
+    @override
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass

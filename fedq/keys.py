@@ -1,8 +1,8 @@
-"""Keys: where every random draw of a run comes from.
+"""Keys: each random draw of a run follows from a key.
 
-Nothing in fedq reads a global random state. Each draw belongs to a key (run seed, round, client or
-broadcast) that is folded by name down to its use, so that it does not depend on which worker draws it,
-when, or after what. Server and client can derive the same draw from the same key, which costs no bytes.
+fedq never reads a global random state. A key holds the run's seed, the round, the client (or the broadcast) and the
+names of the parts that draw. So a draw depends neither on the worker that makes it nor on earlier draws. Server and
+client derive the same draws from the same key, and need not send them.
 """
 
 import hashlib
@@ -12,14 +12,21 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 BROADCAST = 2**64 - 1
-"""The client number of what the server sends to the whole cohort."""
+"""The client number in the key of a broadcast."""
 
 
 class Key(NamedTuple):
-    """Names one stream of random bits; equal keys give equal streams on every machine.
+    """Names one stream of random bits. Equal keys give equal streams on every machine.
 
-    The stream is numpy's SFC64 bit generator seeded from a BLAKE2b hash of the key. numpy never changes
-    the raw stream of a bit generator (NEP 19, 2018), and only raw draws are used by the methods here.
+    The stream is numpy's SFC64 bit generator, seeded by a BLAKE2b hash of the key. numpy never changes the raw stream
+    of a bit generator (NEP 19, 2018). `bits`, `permutation` and `integer` read the raw stream: their draws are the
+    same with every version of numpy. Only `generator` depends on the version.
+
+    Attributes:
+        seed: The run's seed, 0 to 2^64 − 1.
+        round: The number of the round, 0 to 2^64 − 1.
+        client: The number of the client, or BROADCAST.
+        path: The names of the parts that draw, outermost first.
     """
 
     seed: int
@@ -28,11 +35,11 @@ class Key(NamedTuple):
     path: tuple[str, ...] = ()
 
     def fold(self, name: str) -> "Key":
-        """Returns the key of the part called `name`."""
+        """Returns the key of the part `name`."""
         return self._replace(path=(*self.path, name))
 
     def bit_generator(self) -> np.random.SFC64:
-        """Returns a fresh bit generator at the start of this key's stream."""
+        """Returns a new bit generator at the start of the stream. Raises ValueError or struct.error from 2^64 on."""
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
         head = struct.pack("<QQQ", self.seed, self.round, self.client)
@@ -41,19 +48,23 @@ class Key(NamedTuple):
         return np.random.SFC64(np.random.SeedSequence(int.from_bytes(digest, "little")))
 
     def shared(self) -> "Key":
-        """Returns the same key for all clients of a round: what they draw from it, they draw alike."""
+        """Returns the broadcast's key of the same round and part: all clients draw the same from it."""
         return self._replace(client=BROADCAST)
 
     def bits(self, n: int, width: Literal[8, 16, 32, 64]) -> np.ndarray:
-        """Returns n unsigned integers of `width` random bits each (shape (n,)): both sides of the wire agree on them.
+        """Returns n unsigned integers of `width` random bits each, shape (n,).
 
-        They are consecutive bits of the raw stream, least significant first, on every machine and for every device.
+        The bits are consecutive bits of the raw stream, least significant first, on every machine.
         """
         words = self.bit_generator().random_raw(-(-n * width // 64))
         return words.astype("<u8", copy=False).view(f"<u{width // 8}")[:n]
 
     def generator(self) -> np.random.Generator:
-        """Returns a numpy generator, for draws that only one side ever makes (data, sampling)."""
+        """Returns a numpy generator, for draws that one side alone makes (data, sampling).
+
+        Its draws depend on the version of numpy, which may change the methods of Generator (NEP 19). Equal runs
+        therefore need equal versions of numpy and torch, and processors of one kind.
+        """
         return np.random.Generator(self.bit_generator())
 
     def permutation(self, n: int) -> np.ndarray:
@@ -61,5 +72,5 @@ class Key(NamedTuple):
         return np.argsort(self.bit_generator().random_raw(n), kind="stable")
 
     def integer(self) -> int:
-        """Returns one integer below 2⁶³, a seed for a library's own generator."""
+        """Returns one integer below 2⁶³, for example to seed another library's generator."""
         return int(self.bit_generator().random_raw()) >> 1

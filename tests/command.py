@@ -17,16 +17,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 """Where tests start processes: all share one server, and so what it imports."""
 
 PROCESSES.set_forkserver_preload(
-    [
-        *(
-            "command",
-            "fedq.models",
-            "fedq.simulation.loop",
-            "fedq.simulation.ranks",
-            "fedq.simulation.client_state_files",
-        ),
-        *("fedq.simulation.workers", "numba", "torch._dynamo", "torch.utils.tensorboard"),
-    ]
+    ["command", "fedq.models", "fedq.simulation.run", "numba", "torch._dynamo", "torch.utils.tensorboard"]
 )
 
 

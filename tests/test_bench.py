@@ -9,9 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from fedq.bench import SHAPE, encoders, main, measure, real_updates, synthetic
+from fedq.bench import (
+    COLOURS,
+    SHAPE,
+    Result,
+    encoders,
+    main,
+    measure,
+    plot,
+    print_table,
+    real_updates,
+    synthetic,
+    table,
+)
 from fedq.encoding import (
     CABAC,
     Encoder,
@@ -67,13 +80,13 @@ def test_errors_are_those_of_the_formula(rounding, share):
 
 
 def test_the_error_is_that_of_the_bytes_counted():
-    encoder = Encoder([UniformQuantization(2)], FixedWidth())
-    x, errors = uniform(1), []
+    encoder, x, errors = Encoder([UniformQuantization(2)], FixedWidth()), uniform(1), []
+    codec = encoder.bind(TensorSpec.of(x))
     for client in range(3):
         key = Key(0, 1, client)
         key = key.fold("x")
-        parts, _ = encoder.encode(x, key, {})
-        back = encoder.decode(Reader(memoryview(b"".join(parts))), TensorSpec.of(x), key, {}, torch.device("cpu"))
+        parts, _ = codec.encode(x, key, {})
+        back = codec.decode(Reader(memoryview(b"".join(parts))), key, {}, torch.device("cpu"), False)
         errors.append(float((x - back).double().square().sum() / x.double().square().sum()))
     assert len(set(errors)) == 3
     assert measure("", StateDictEncoder(encoder), "", uniform, clients=3).nmse == pytest.approx(
@@ -111,8 +124,11 @@ def test_what_is_measured_is_the_encoder_and_not_its_chain_alone():
 def test_every_option_is_there_with_its_bits():
     chains = encoders([])
     names = {path.stem for path in Path(ROOT, "conf", "encoder").glob("*.yaml")}
-    # these have another's chains
-    assert {label.partition(":")[0] for label in chains} == names - {"uint8", "bit_budget", "follow_loss"}
+    # equal to another, or not the same from round to round
+    assert names - {label.partition(":")[0] for label in chains} == {"uint8", "drive", "bit_budget", "follow_loss"}
+    assert chains["eden:bits=1"] == encoders(["drive:shared=false"])["drive:shared=false"]
+    assert chains["hadamard:bits=4"] == encoders(["hadamard:upload.bits=4"])["hadamard:upload.bits=4"]
+    assert encoders(["uniform:bits=3"])["uniform:bits=3"] == chains["uniform:bits=3"]
     assert chains["uniform:bits=3"] == sent_by(UniformQuantization(3))
     assert chains["float32"].encoder == Encoder()
     (label,) = chosen = encoders(["uniform:upload.bits=5,upload.rounding=nearest"])
@@ -161,9 +177,36 @@ def test_the_command_writes_what_it_prints(tmp_path):
     expected = step**2 * np.mean(fraction * (1 - fraction)) / float(x.square().mean())
     assert float(four["nmse"]) == pytest.approx(expected, rel=0.01)
     assert f"{float(four['nmse']):.3g}" in done.stdout
+    assert "sparse: float32, 1 of 2" in done.stderr  # not a terminal: lines tell the progress
     pixels = imread(tmp_path / "bench.png")[..., :3].reshape(-1, 3)
     drawn = {tuple(colour) for colour in np.unique((pixels * 255).round().astype(int), axis=0).tolist()}
     assert {(31, 119, 180), (255, 127, 14)} <= drawn, "the two encoders' colours are not in the picture"
+
+
+def test_no_name_and_no_number_is_cut_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "uniform:upload.bits=5,upload.rounding=nearest,threshold=0"
+    print_table(table([Result(name, "normal", 12.34567, 0, 2.5678e-5, 1.2345e-10, 123456.78, 98765.43)]))
+    assert [name, "12.3457", "2.57e-05", "1.23e-10", "123456.8", "98765.4"] in map(
+        str.split, capsys.readouterr().out.splitlines()
+    )
+
+
+def test_a_picture_of_many_encoders_has_few_colours_and_shows_the_best(tmp_path):
+    def result(name, bits, nmse):
+        return Result(name, "normal", bits, 0, nmse, nmse, 1, 1)
+
+    good = [result(f"good{i}", i, 10.0**-i) for i in range(1, len(COLOURS))]
+    poor = [result(f"poor{i}", i % 9 + 1, 0.9) for i in range(20)]
+    drawn = []
+    for name, results in (("few", good), ("many", [*poor, result("uniform", 9, 0.5), *good])):
+        plot(results, tmp_path / f"{name}.png")
+        pixels = (imread(tmp_path / f"{name}.png")[..., :3].reshape(-1, 3) * 255).round().astype(int)
+        drawn.append({tuple(colour) for colour in np.unique(pixels, axis=0).tolist()})
+    colours = [tuple(round(255 * part) for part in to_rgb(colour)) for colour in COLOURS]
+    assert [colour in drawn[0] for colour in colours] == [True] * (len(COLOURS) - 1) + [False]
+    assert [colour in drawn[1] for colour in colours] == [True] * len(COLOURS)
+    assert (211, 211, 211) in drawn[1]
 
 
 @pytest.mark.parametrize(
@@ -172,9 +215,9 @@ def test_the_command_writes_what_it_prints(tmp_path):
         (["nothing"], "encoder/nothing"),
         (["uniform:bits=17"], "bits must be from 1 to 16, not 17"),
         (["uniform:bist=7"], "encoder.bist"),
-        (["qsgd:levels=2.5"], "encoder.levels: 2.5 is not allowed; it must be an integer"),
+        (["qsgd:levels=2.5"], "encoder.upload.levels: 2.5 is not allowed; it must be an integer"),
         (["uniform:bits=true"], "encoder.bits: True is not allowed; it must be an integer"),
-        (["--config-dir", "nowhere"], "nowhere is no folder"),
+        (["--config-dir", "nowhere"], "nowhere is not a folder"),
         (["--sources", "cauchy"], "no such source: cauchy"),
     ],
 )
@@ -199,16 +242,18 @@ def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, monkeypatc
     monkeypatch.setattr(
         "sys.argv", ["bench", "ans:bits=4", "float32", "--sources", "sparse", "--clients", "1", "--out", str(tmp_path)]
     )
-    monkeypatch.setitem(sys.modules, "fedq.encoding.coders._kernels", None)
+    for module in [name for name in sys.modules if name.endswith("_loops") or name == "fedq.encoding.compiled"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "numba", None)
     main()
     with (tmp_path / "bench.csv").open() as file:
         assert [row["encoder"] for row in csv.DictReader(file)] == ["float32"]
-    left_out = 'ans:bits=4 is left out: this needs numba, for its compiled loops: pip install -e ".[coders]"'
+    left_out = 'ans:bits=4 is left out: numba is missing, for compiled loops: pip install -e ".[coders]"'
     assert left_out in capsys.readouterr().out
 
 
 def test_encoders_of_ones_own_are_measured(tmp_path):
     (tmp_path / "encoder").mkdir()
     text = (ROOT / "conf" / "encoder" / "uniform.yaml").read_text()
-    (tmp_path / "encoder" / "mine.yaml").write_text(text.replace("bits: 8", "bits: 3"))
+    (tmp_path / "encoder" / "mine.yaml").write_text(text.replace("bits: 8 ", "bits: 3 "))
     assert encoders(["mine:threshold=5"], tmp_path)["mine:threshold=5"].encoder.stages[0].bits == 3

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from fedq import compare
-from fedq.compare import differences, find_runs, group_by_seed, read_run, read_runs, show, table, value
+from fedq.compare import distinguishing_columns, find_runs, group_by_seed, read_run, read_runs, show, table, value
 from fedq.errors import FedqError
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def write_run(
 
 
 def columns_of(*folders: Path) -> list[str]:
-    return differences([read_run(folder) for folder in folders])
+    return distinguishing_columns([read_run(folder) for folder in folders])
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -140,7 +140,7 @@ def test_runs_that_differ_by_seed_workers_and_what_follows_from_the_seed_are_one
     write_run(tmp_path / "2", ["run.seed=2", "dataset.seed=${run.seed}", "client.lr=0.2"])
     groups = group_by_seed(read_runs([tmp_path]))
     assert [[run.folder.name for run in group] for group in groups] == [["0", "1"], ["2"]]
-    assert differences([group[0] for group in groups]) == ["client.lr"]
+    assert distinguishing_columns([group[0] for group in groups]) == ["client.lr"]
 
 
 def test_a_choice_hides_the_keys_that_follow_from_it(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_runs_on_data_that_was_moved_are_one_group(tmp_path: Path) -> None:
     write_run(tmp_path / "3", ["dataset=emnist_digits", "dataset.path=/new", "run.seed=3", "client.lr=0.2"])
     groups = group_by_seed(read_runs([tmp_path]))
     assert [[run.summary["seed"] for run in group] for group in groups] == [[0, 1, 2], [3]]
-    assert differences([group[0] for group in groups]) == ["client.lr"]
+    assert distinguishing_columns([group[0] for group in groups]) == ["client.lr"]
 
 
 def test_values_are_shown_as_a_command_line_would_write_them(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_table_wider_than_the_terminal_is_stacked_and_loses_nothing(
         write_run(tmp_path / f"a{seed}", ["encoder=float32", f"run.seed={seed}"])
         write_run(tmp_path / f"b{seed}", ["encoder=uint8", "client.lr=0.25", f"run.seed={seed}"])
     groups = group_by_seed(read_runs([tmp_path]))
-    columns = differences([group[0] for group in groups])
+    columns = distinguishing_columns([group[0] for group in groups])
     rows = table(groups, columns, target=0.9)
     lines: dict[int, list[str]] = {}
     for width in (80, 160):
@@ -318,6 +318,24 @@ def test_a_table_wider_than_the_terminal_is_stacked_and_loses_nothing(
     monkeypatch.setenv("COLUMNS", "80")
     show(rows, columns)  # into a pipe: the wide form, whatever the terminal
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [line.split() for line in lines[160]]
+
+
+def test_no_cell_is_broken_however_narrow_the_terminal_and_long_the_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a", ["encoder=float32", "dataset=" + "a_dataset_with_a_name_as_long_as_this_one"])
+    write_run(tmp_path / "b", ["encoder=uint8", "client.lr=0.25"])
+    runs = read_runs([tmp_path])
+    columns = distinguishing_columns(runs)
+    rows = table([[run] for run in runs], columns, target=0.9)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for width in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show(rows, columns)
+        lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+        assert max(map(len, lines)) <= width
+        for text in {text for row in rows for pair in row.items() for text in pair}:
+            assert any(text in line for line in lines), text
 
 
 def test_curves_are_the_mean_and_the_band_one_standard_deviation(tmp_path: Path) -> None:

@@ -3,12 +3,30 @@ import re
 from pathlib import Path
 
 import pytest
+from encoding.configured import CONF, DIRECTIONS, NAMES, config
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fedq.config import ConfigError, build, build_encoder, build_run, build_server, check
-from fedq.encoding import Encoder, FixedWidth, Golomb, Raw, ScaledSign, StateDictEncoder, UniformQuantization
-from fedq.train import CONF
+from fedq.config import (
+    ConfigError,
+    build,
+    build_encoder,
+    build_run,
+    build_server,
+    check,
+    explain,
+    flatten,
+)
+from fedq.config_check import overridden
+from fedq.encoding import (
+    Encoder,
+    FixedWidth,
+    Golomb,
+    Raw,
+    ScaledSign,
+    StateDictEncoder,
+    UniformQuantization,
+)
 
 
 def configured(*overrides):
@@ -67,16 +85,17 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("encoder.upload.bits=2.5", "encoder.upload.bits: 2.5 is not allowed; it must be an integer"),
         ("encoder.broadcast.rounding=up", "encoder.broadcast.rounding: 'up' is not allowed; it must be stochastic or nearest"),
         ("encoder.threshold=many", "encoder.threshold: 'many' is not allowed; it must be an integer"),
-        ("encoder=uniform_block +encoder.upload.bits=4", "encoder.upload.bits is not a key; allowed here: stages, coder, rules"),
-        ("encoder=frontier +encoder.step=8", "encoder.step is not a key; allowed here: threshold, broadcast, upload"),
-        ("encoder=uniform encoder.bits=4 encoder.broadcast.bits=8 encoder.upload.bits=2", "encoder.bits is not a key; allowed here: threshold"),
+        ("encoder=float16 +encoder.upload.bits=4", "encoder.upload.bits is not a key; allowed here: stages, coder, rules"),
+        ("encoder=frontier +encoder.step=8", "encoder.step is not a key: use encoder.broadcast.step or encoder.upload.step"),
+        ("encoder=uniform encoder.bits=4 encoder.broadcast.bits=8 encoder.upload.bits=2", "encoder.bits is not a key: use encoder.broadcast.bits or encoder.upload.bits"),
         ("server=adam server.betas=0.9", "server.betas: 0.9 is not allowed; it must be a list of a number, a number"),
         ("server=adam server.betas=[0.9]", "server.betas: [0.9] is not allowed; it must be a list of"),
         ("server=adam server.betas=[0.9,high]", "server.betas: [0.9, 'high'] is not allowed; it must be a list of"),
-        ("encoder=top_k +encoder.upload.fraction=0.01", "encoder.upload.fraction is not a key; allowed here: stages, coder"),
+        ("encoder=top_k +encoder.upload.rank=4", "encoder.upload.rank is not a key; allowed here: stages, coder"),
         ("+encoder.broadcast.stages.0.bist=3", "encoder.broadcast.stages[0].bist is not a key; allowed here: bits, rounding"),
         ("encoder.broadcast.coder._target_=fedq.encoding.Nope", "encoder.broadcast.coder._target_: 'fedq.encoding.Nope' cannot be imported"),
-        ("encoder.upload.rules=[{pattern:x,stages:[]}]", "encoder.upload.rules[0].coder is missing"),
+        ("encoder.upload.rules=[{pattern:x}]", "encoder.upload.rules[0].stages is missing"),
+        ("+encoder.upload.coder.model=adaptive", "encoder.upload.coder._target_ is missing"),
         ("client.lr=nan", "client.lr: nan is not a finite number"),
         ("client.lr=fast", "client.lr: 'fast' is not allowed; it must be a number"),
         ("client.max_examples=true", "client.max_examples: True is not allowed; it must be an integer or null"),
@@ -84,7 +103,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("server.lr=high", "server.lr: 'high' is not allowed; it must be a number"),
         ("+dataset.paht=x", "dataset.paht is not a key; allowed here: clients, alpha, background, seed"),
         ("dataset._target_=no.such.Class", "dataset._target_: 'no.such.Class' cannot be imported"),
-        ("dataset._target_=fedq.data.emnist", "dataset._target_: 'fedq.data.emnist' is no class or function"),
+        ("dataset._target_=fedq.data.emnist", "dataset._target_: 'fedq.data.emnist' is not a class or function"),
         ("encoder.upload.coder._target_=8", "encoder.upload.coder._target_: 8 cannot be imported"),
         ("~run", "run: None is not allowed; it must be keys and values"),
         ("run.rounds=1.5", "run.rounds: 1.5 is not allowed; it must be an integer"),
@@ -106,8 +125,8 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ),
         ("~model._partial_", "model._partial_ must be true"),
         ("+client._partial_=true", "client._partial_ must be false"),
-        ("+model.num_classes=37", "model.num_classes is not a key: it is the dataset's"),
-        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, client, server, run, encoder"),
+        ("+model.num_classes=37", "model.num_classes is not a key: the dataset has it"),
+        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, algorithm, client, server, run, encoder"),
         ("+encoder.upload.eror_feedback=true", "encoder.upload.eror_feedback is not a key; allowed here: stages"),
     ],
 )  # fmt: skip
@@ -142,10 +161,10 @@ def test_what_a_stage_refuses_names_its_place():
     [
         (["encoder.upload.stages=[{_target_:fedq.encoding.FixedWidth}]"], "encoder.upload: FixedWidth() is not a stage"),
         (["encoder.upload.coder._target_=fedq.encoding.ScaledSign"], "encoder.upload: ScaledSign() is not a coder"),
-        (["encoder=best", "encoder.upload.coder.coders=[{_target_:fedq.encoding.LearnedANS}]"], "is not a coder, or one that learns"),
-        (["encoder=frontier", "+encoder.upload.rate_control={_target_:fedq.encoding.FixedWidth}"], "encoder: FixedWidth() is not a rate_control"),
+        (["encoder=best", "encoder.upload.coder.coders=[{_target_:fedq.encoding.ScaledSign}]"], "is not a coder"),
+        (["encoder=frontier", "+encoder.upload.rate_control={_target_:fedq.encoding.FixedWidth}"], "encoder: FixedWidth() is not a rate controller"),
         (["encoder=follow_loss", "encoder.upload.rate_control.patience=1000000000000000"], "patience must be from 1 to 10,000"),
-        (["encoder=kashin", "encoder.redundancy=1e300"], "redundancy must be from 1 to 64"),
+        (["encoder=kashin", "encoder.upload.redundancy=1e300"], "redundancy must be from 1 to 64"),
     ],
 )  # fmt: skip
 def test_chains_that_are_none_are_told_in_one_line(overrides, message):
@@ -210,3 +229,155 @@ def test_the_tutorial_is_to_the_letter():
     assert (cfg.client.batch_size, cfg.client.epochs, cfg.client.max_examples, run.test_batch_size) == (20, 1, 418, 500)
     # and what a person sets on the command line still counts
     assert configured("run=tutorial", "client.lr=0.5", "run.rounds=3").client.lr == 0.5
+
+
+def told(*overrides):
+    """Returns the sentence with which a command is refused."""
+    with pytest.raises(Exception) as error:  # Hydra's, OmegaConf's or a ConfigError: `explain` has a sentence for each
+        cfg = configured(*overrides)
+        check(cfg, overrides)
+        for direction in ("broadcast", "upload"):
+            build_encoder(cfg, direction)
+        build(cfg, "dataset")
+        build(cfg, "model", num_classes=10)
+        build(cfg, "client")
+        build_server(cfg)
+        for part in ("faults", "guard", "submodel"):
+            if cfg.run[part]:
+                build(cfg, f"run.{part}")
+    assert "\n" not in explain(error.value)
+    return explain(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_key_of_the_encoder_sets_both_directions_and_exists_only_where_both_have_it(name):
+    encoder = OmegaConf.to_container(config(name).encoder, resolve=False)
+    knobs = encoder.keys() - {"threshold", *DIRECTIONS}
+    for knob in knobs:
+        assert [encoder[direction][knob] for direction in DIRECTIONS] == [f"${{encoder.{knob}}}"] * 2
+    parts = [(path, value) for direction in DIRECTIONS for path, value in flatten(encoder[direction], direction)]
+    referring = {path: value for path, value in parts if "${encoder." in str(value)}
+    assert referring.keys() == {f"{direction}.{knob}" for direction in DIRECTIONS for knob in knobs}
+
+
+def test_the_encoders_files_are_short():
+    assert sum(len(path.read_text().splitlines()) for path in (CONF / "encoder").glob("*.yaml")) <= 450
+
+
+def test_a_key_of_both_directions_sets_both_or_one():
+    cfg = configured("encoder=frontier", "encoder.rank=8", "encoder.upload.rank=2", "encoder.upload.step=3")
+    first, last = (build_encoder(cfg, direction).encoder.stages for direction in DIRECTIONS)
+    assert (first[0].rank, last[0].rank) == (8, 2)
+    assert [stage.step for stage in (*first, *last)] == [4, 4, 3, 3]
+    cfg = configured("encoder=ans_parametric", "encoder.axis=0", "encoder.broadcast.bits=3")
+    (first,), (last,) = (build_encoder(cfg, direction).encoder.stages for direction in DIRECTIONS)
+    assert (first, last) == (UniformQuantization(3, axis=0), UniformQuantization(8, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["encoder=eden", "encoder.bits=4"], "encoder.bits sets both directions; this encoder has bits in the upload alone: use encoder.upload.bits"),
+        (["encoder=eden", "+encoder.bits=4"], "encoder.bits sets both directions; this encoder has bits in the upload alone: use encoder.upload.bits"),
+        (["encoder=hadamard", "encoder.bits=4"], "use encoder.upload.bits"),
+        (["encoder=threshold", "encoder.limit=2"], "use encoder.upload.limit"),
+        (["encoder=drive", "encoder.shared=true"], "use encoder.upload.shared"),
+        (["encoder=frontier", "encoder.step=2"], "encoder.step is not a key: use encoder.broadcast.step or encoder.upload.step"),
+        (["run/dropout=some"], "run/dropout is now run/submodel"),
+        (["run.dropout.keep=0.5"], "run.dropout is now run.submodel"),
+        (["+run.dropout={_target_:fedq.learning.FederatedDropout}"], "run.dropout is now run.submodel"),
+        (["run/faults=some", "run.faults.dropout=0.5"], "run.faults.dropout is now run.faults.absent"),
+        (["run/faults=some", "+run.faults.dropout=0.5"], "run.faults.dropout is now run.faults.absent"),
+        (["encoder=bit_budget", "encoder.upload.pace.bits=1"], "encoder.upload.pace is now encoder.upload.rate_control"),
+        (["+encoder.broadcast.pace={_target_:fedq.encoding.BitBudget}"], "encoder.broadcast.pace is now encoder.broadcast.rate_control"),
+    ],
+)  # fmt: skip
+def test_a_key_of_the_version_before_is_refused_with_its_new_name(overrides, sentence):
+    assert told(*overrides).endswith(sentence)
+
+
+def test_a_file_of_the_version_before_is_refused_with_the_new_name(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "mine.yaml").write_text("defaults: [eden]\nbits: 3\n")
+    mine = (f"hydra.searchpath=[file://{tmp_path}]", "encoder=mine")
+    assert told(*mine).endswith("use encoder.upload.bits")
+    check(configured(*mine, "encoder.upload.bits=3"), ["encoder.upload.bits=3"])  # what replaces it is no fault
+    (tmp_path / "encoder" / "mine.yaml").write_text("defaults: [frontier]\nupload: {pace: {_target_: X}}\n")
+    assert told(*mine) == "encoder.upload.pace is now encoder.upload.rate_control"
+
+
+STAGE = "{_target_:fedq.encoding."
+
+
+@pytest.mark.parametrize(
+    ("stages", "coder"),
+    [
+        ("[]", Raw()),
+        (f"[{STAGE}Cast,dtype:float16}}]", Raw()),
+        (f"[{STAGE}Cast,dtype:float8_e4m3fn,scale:true}}]", FixedWidth()),
+        (f"[{STAGE}TopK,fraction:0.1}}]", Raw()),
+        (f"[{STAGE}TopK,fraction:0.1}},{STAGE}ScaledSign}}]", FixedWidth()),
+        (f"[{STAGE}ZeroOutliers}}]", Raw()),
+        (f"[{STAGE}ZeroOutliers}},{STAGE}UniformQuantization}}]", FixedWidth()),
+    ],
+)
+def test_a_chain_without_a_coder_gets_the_one_that_fits(stages, coder):
+    rule = f"encoder.upload.rules=[{{pattern:x,stages:{stages}}}]"
+    cfg = configured("encoder=float32", f"encoder.upload.stages={stages}", rule)
+    check(cfg)
+    encoder = build_encoder(cfg, "upload")
+    assert encoder.encoder.coder == encoder.rules["x"].coder == coder
+
+
+def test_a_chain_that_cannot_be_tried_must_name_its_coder(monkeypatch):
+    monkeypatch.setattr(ScaledSign, "encode", lambda self, x, key: x.reshape(2, 3))
+    sentence = r"^encoder.upload.coder must be given, as the stages fail on four numbers: shape '\[2, 3\]' is invalid"
+    with pytest.raises(ConfigError, match=sentence):
+        build_encoder(configured("encoder=sign"), "upload")
+    assert build_encoder(configured("encoder=sign", "encoder.upload.coder._target_=fedq.encoding.Golomb"), "upload")
+
+
+class WithoutTest:
+    num_classes, num_clients = 10, 20
+
+    def client(self, number):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("encoder.bits=${encoder.bits}", "encoder.bits: its ${…} refers to itself"),
+        ("encoder.bits=${encoder.upload.bits}", "encoder.bits: its ${…} refers to itself"),
+        ("encoder.upload.bits=${encoder.upload}", "encoder.upload.bits: Interpolation to parent node detected"),
+        ("run.rounds=${run.rounds}", "run.rounds: its ${…} refers to itself"),
+        ("client.lr=${client.rate}", "client.lr: Interpolation key 'client.rate' not found"),
+        ("dataset.alpha=???", "dataset.alpha: Missing mandatory value: alpha"),
+        ("dataset._target_=builtins.dict", "dataset: a dict has no num_classes, num_clients, client, test"),
+        ("~dataset +dataset={_target_:test_config.WithoutTest}", "dataset: a WithoutTest has no test"),
+        ("dataset._target_=torch.nn.Linear", "dataset.in_features is missing"),
+        ("dataset._target_=null", "dataset._target_ is missing"),
+        ("model._target_=torch.nn.Linear", "model._target_: torch.nn.Linear must take num_classes, which the dataset has"),
+        ("model._target_=builtins.dict", "model: a dict is not a torch.nn.Module"),
+        ("client._target_=builtins.dict", "client: a dict has no train, structured"),
+        ("server._target_=builtins.dict", "server: dictionary update sequence element #0 has length 1; 2 is required"),
+        ("server._target_=torch.nn.Identity", "server: 'Identity' object has no attribute 'step'"),
+        ("encoder.upload.coder={_target_:torch.nn.Linear}", "encoder.upload.coder.in_features is missing"),
+        ("encoder.upload.coder={_target_:builtins.dict}", "encoder.upload: {} is not a coder"),
+        ("encoder.upload.stages=[{_target_:builtins.dict}]", "encoder.upload: {} is not a stage"),
+        ("run.faults={_target_:builtins.dict}", "run.faults: a dict has no client, uplink"),
+        ("run.guard={_target_:builtins.dict}", "run.guard: a dict has no scale"),
+        ("run.submodel={_target_:builtins.dict}", "run.submodel: a dict has no keep"),
+        ("encoder=float32 encoder.upload.coder._target_=fedq.encoding.FixedWidth", "encoder.upload: FixedWidth must stand behind a stage that gives symbols of a known number of levels"),
+        ("encoder=nothing", "In 'config': Could not find 'encoder/nothing' Available options in 'encoder': adaptive_clip"),
+        ("run/guard=nothing", "In 'run/default': Could not find 'run/guard/nothing' Available options in 'run/guard': clip drop none"),
+        ("hydra/launcher=nothing", "(some come with pip install -e \".[sweep]\")"),
+    ],
+)  # fmt: skip
+def test_what_used_to_be_a_traceback_is_a_sentence(override, sentence):
+    assert sentence in told(*override.split())
+
+
+def test_an_override_that_refers_to_itself_does_not_hide_its_fault():
+    given = OmegaConf.create({"encoder": {"bits": "${encoder.bits}"}, "task": ["encoder.bits=${encoder.bits}"]})
+    assert overridden(given.task) == {"encoder.bits"}

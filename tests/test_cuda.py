@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fedq.config import build, build_encoder
 from fedq.encoding import (
+    ANS,
     QSGD,
     AdaptiveQuantileClip,
     Cast,
     ClipByValue,
     Encoder,
     Key,
-    LearnedANS,
     Logarithmic,
     NaturalCompression,
     NormalFloat,
@@ -33,9 +33,8 @@ from fedq.encoding import (
     ZeroOutliers,
     schema_of,
 )
-from fedq.encoding.state_dict import flatten
 from fedq.encoding.testing import raw_bytes
-from fedq.learning import FederatedAveraging, LocalTraining
+from fedq.learning import ErrorFeedback, FederatedAveraging, LocalTraining
 from fedq.learning.guard import NormGuard
 from fedq.models import MLP
 from fedq.simulation import checkpoint
@@ -73,26 +72,37 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], share: float) -> No
 
 def send(encoder: StateDictEncoder, tensors: dict[str, Tensor], device: str) -> tuple[bytes, dict[str, Tensor]]:
     """The message of tensors on a device, and what is decoded there; reports come from the CPU."""
-    schema = schema_of(tensors)
-    params = encoder.params(schema, encoder.initial_state(schema))
-    message, reports = encoder.encode(on(device, tensors), KEY, params, report=True)
-    assert {report.device.type for report in flatten(reports).values()} <= {"cpu"}
-    partly, _ = encoder.decode(message, KEY, schema, params, encoder.update_spec(schema), device, partly=True)
-    decoded = encoder.finish(partly, KEY, schema, params)
+    codec = encoder.bind(schema_of(tensors), reports=True)
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    reference = {
+        name: tensor / 2 if tensor.is_floating_point() else tensor for name, tensor in on(device, tensors).items()
+    }
+    message, reports = codec.encode(on(device, tensors), KEY, params, reference=reference, loss=1.0)
+    assert {report.device.type for report in reports.values()} <= {"cpu"}
+    decode = partial(codec.decode, message, KEY, params, reference=reference, device=device)
+    decoded, attached = decode()
+    assert {report.device.type for report in attached.values()} <= {"cpu"}
+    # a sum of differences is no sum of tensors
+    partly = {} if codec.sends_differences else decode(stop_at_sum=True).tensors
+    decoded = codec.decode_sum(partly, KEY, params) if partly else decoded
     assert {tensor.device.type for tensor in (partly | decoded).values()} == {device}
-    assert schema_of(decoded) == schema
+    assert schema_of(decoded) == codec.schema
     return message, decoded
+
+
+def configured_encoder(name: str, direction: str) -> StateDictEncoder:
+    built = build_encoder(configured(f"encoder={name}", "encoder.threshold=100"), direction)
+    return built.encoder if isinstance(built, ErrorFeedback) else built
 
 
 @gpu
 @pytest.mark.parametrize("direction", ["broadcast", "upload"])
 @pytest.mark.parametrize("name", options("encoder"))
 def test_every_configured_chain_encodes_and_decodes_on_the_device(name, direction):
-    encoder = build_encoder(configured(f"encoder={name}", "encoder.threshold=100"), direction)
-    tensors = given()
+    encoder, tensors = configured_encoder(name, direction), given()
     message, decoded = send(encoder, tensors, DEVICE)
     on_cpu, decoded_on_cpu = send(encoder, tensors, "cpu")
-    stages = [stage for _, chain in encoder.chains(schema_of(tensors)).values() for stage in chain.stages]
+    stages = [stage for chain in encoder.bind(schema_of(tensors)).chains.values() for stage in chain.encoder.stages]
     if all(isinstance(stage, FIXED) for stage in stages):
         assert message == on_cpu
         for key, tensor in decoded.items():
@@ -107,20 +117,22 @@ def test_every_configured_chain_encodes_and_decodes_on_the_device(name, directio
 def test_denormals_are_divided_as_on_the_cpu(name):
     # CUDA would multiply by the reciprocal of a number, which is infinite here
     tensors = {"denormal": given()["matrix"] * 1e-38}
-    encoder = build_encoder(configured(f"encoder={name}", "encoder.threshold=100"), "upload")
+    encoder = configured_encoder(name, "upload")
     assert_close(send(encoder, tensors, DEVICE)[1], send(encoder, tensors, "cpu")[1], 0.05)
 
 
 @gpu
 @pytest.mark.parametrize(
-    "chain", [Encoder([AdaptiveQuantileClip(), UniformQuantization()], LearnedANS()), Encoder([PowerSGD()])], ids=str
+    "chain", [Encoder([AdaptiveQuantileClip(), UniformQuantization()], ANS()), Encoder([PowerSGD()])], ids=str
 )
-@pytest.mark.parametrize("told", [{}, {"error_feedback": True}, {"reference": "last"}], ids=str)
-def test_rounds_stay_on_the_device_and_go_on_from_a_checkpoint(chain, told, tmp_path):
+@pytest.mark.parametrize(
+    "wrap", [lambda e: e, ErrorFeedback, lambda e: replace(e, reference="last")], ids=["plain", "feedback", "last"]
+)
+def test_rounds_stay_on_the_device_and_go_on_from_a_checkpoint(chain, wrap, tmp_path):
     dataset = build(configured(*SMALL), "dataset")
     clients = [dataset.client(number) for number in range(3)]
     encoder, client = StateDictEncoder(chain), LocalTraining(lr=0.02, momentum=0.9, proximal=0.01, epochs=2)
-    parts = (partial(MLP, 10), client, partial(torch.optim.Adam, lr=0.01), replace(encoder, **told), encoder)
+    parts = (partial(MLP, 10), client, partial(torch.optim.Adam, lr=0.01), wrap(encoder), encoder)
     process, on_cpu = (FederatedAveraging(*parts, device=device, guard=NormGuard("clip")) for device in (DEVICE, "cpu"))
 
     first, _ = process.next(process.initialize(), clients)
@@ -131,7 +143,7 @@ def test_rounds_stay_on_the_device_and_go_on_from_a_checkpoint(chain, told, tmp_
     for state in (first, second, resumed):
         moments = [each[name] for each in state.optimizer["state"].values() for name in ("exp_avg", "exp_avg_sq")]
         assert {tensor.device.type for tensor in (*state.weights.values(), *moments)} == {DEVICE}
-        learned = flatten(state.broadcast) | flatten(state.upload)
+        learned = state.broadcast | state.upload
         assert {tensor.device.type for tensor in learned.values()} == {"cpu"}
     assert_close(resumed.weights, second.weights, 1e-3)
 

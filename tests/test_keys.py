@@ -1,4 +1,4 @@
-"""Keys: the streams are frozen, do not depend on each other, and come from nowhere else."""
+"""Keys: the streams are frozen, are independent, and follow from the key alone."""
 
 import hashlib
 import itertools
@@ -12,7 +12,7 @@ import torch
 from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, TensorSpec, UniformQuantization
 from fedq.keys import BROADCAST, Key
 
-# Never to change: whoever has a seed gets these numbers, on every machine and in every version.
+# These never change: a seed gives these numbers on every machine and in every version.
 FROZEN = {
     Key(0): [15117258140996911894, 5010202867557806195, 18194173822857872519],
     Key(1): [11503121881644948551, 8947543852376969690, 9717872120602936464],
@@ -138,9 +138,9 @@ def test_no_global_random_state_is_used() -> None:
 
     def everything() -> tuple[object, ...]:
         x = torch.linspace(-1, 1, 500)
-        encoder = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), threshold=10)
-        message, _ = encoder.encode({"x": x}, key)
-        decoded, _ = encoder.decode(message, key, {"x": spec})
+        codec = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), threshold=10).bind({"x": spec})
+        message = codec.encode({"x": x}, key).message
+        decoded, _ = codec.decode(message, key)
         return (
             words(key),
             key.generator().random(5).tolist(),

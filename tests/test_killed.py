@@ -96,7 +96,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
         text=True,
     ) as running:
         log = []
-        while "round 5 " not in (log[-1] if log else ""):
+        while "round 5: " not in (log[-1] if log else ""):
             log.append(running.stderr.readline())
             assert log[-1], "".join(log)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
@@ -104,7 +104,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
         os.kill(int(second), signal.SIGKILL)
         log += running.stderr.read()
     assert running.returncode == 0, "".join(log)
-    assert "going on after " in "".join(log)
+    assert "resumed after " in "".join(log)
     (folder,) = run_folders(ranks)  # rank 0 alone writes files, and finds its folder again
     fedq(tmp_path, *command, "run.workers=1", f"hydra.run.dir={tmp_path}/alone")
     assert_same_run(folder, tmp_path / "alone")

@@ -10,13 +10,13 @@ from contextlib import closing, suppress
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from time import sleep
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from command import fedq
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
@@ -99,25 +99,27 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
     tutorial = {"loss", "sparse_categorical_accuracy", "cumulative_broadcasted_bits", "cumulative_aggregated_bits"}
     assert tutorial | {"train/loss", "test/accuracy"} <= set(curves.Tags()["scalars"])
     assert [e.value for e in curves.Scalars("loss")] == pytest.approx([line["train/loss"] for line in lines])
-    assert [e.step for e in curves.Scalars("test/accuracy")] == [1, 2]
-    assert lines[0].keys() - {"round"} <= set(curves.Tags()["scalars"])
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(curves.summary_metadata)
-    told = curves.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert all(name in told for name in (b"encoder.bits", b"run.seed", b"client.lr", b"server.lr", b"uint8"))
+    # clients begin a round with the weights of the rounds before; weights are tested after the round
+    assert [e.step for e in curves.Scalars("loss")] == [0, 1, 2]
+    assert [e.step for e in curves.Scalars("test/accuracy")] == [2, 3]
+    hparams = curves.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert all(name in hparams for name in (b"run.seed", b"model", b"encoder", b"uint8"))
 
     assert checkpoint.load(folder / "checkpoints" / "round_000003.pt")[0].round == 3
-    assert "round 2" in (folder / "train.log").read_text()
+    assert "round 3: train loss" in (folder / "train.log").read_text()
     assert (folder / ".hydra" / "config.yaml").exists()
-    for word in ("test accuracy", "bytes down", "bytes up", "less than float32", "tensorboard --logdir"):
+    for word in ("test accuracy", "bytes down", "bytes up", "less than uncompressed"):
         assert word in done.stdout
-    assert done.stderr.count("round ") >= 3  # not on a terminal: a line a round
+    assert f"tensorboard --logdir {tmp_path}/outputs\n" in done.stdout
+    assert f"{message / 1024:.2f} KiB down, {message / 1024:.2f} KiB up" in done.stdout
+    assert done.stderr.count("round ") == 3  # not on a terminal: a line a round
 
 
 def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep(tmp_path):
-    axes = ("run/guard=clip,none", "encoder.upload.stages.0.rounding=nearest,stochastic", "encoder.upload.bits=2,4")
+    axes = ("run/guard=clip,none", "encoder.upload.stages.0.rounding=nearest,stochastic")
     whole = (
-        "encoder.broadcast.stages=[{_target_:fedq.encoding.UniformQuantization,bits:7}]",
-        "+encoder.broadcast.rate_control={_target_:fedq.encoding.BitBudget,bits:3}",
+        "encoder.broadcast.stages=[{_target_:fedq.encoding.UniformQuantization,bits:7}],"
+        "[{_target_:fedq.encoding.UniformQuantization,bits:6}]",
         "+encoder.broadcast.common_scale=true",
     )
     fedq(tmp_path, "-m", *SMALL, "run.rounds=1", *axes, *whole, f"hydra.sweep.dir={tmp_path}")
@@ -125,19 +127,16 @@ def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep
     for events in tmp_path.rglob("events.out.tfevents.*"):
         metadata = EventAccumulator(str(events)).Reload().summary_metadata["_hparams_/session_start_info"]
         hparams = parse_session_start_info_plugin_data(metadata.plugin_data.content).hparams
-        rounding, bits = (hparams[f"encoder.upload.{key}"] for key in ("stages[0].rounding", "bits"))
-        told.append((hparams["run/guard"].string_value, rounding.string_value, bits.number_value))
-        choices = {"dataset": "writers", "client": "sgd", "encoder": "uint8"}
+        rounding = hparams["encoder.upload.stages[0].rounding"].string_value
+        broadcast = hparams["encoder.broadcast.stages[0].bits"].number_value
+        told.append((hparams["run/guard"].string_value, rounding, broadcast))
+        choices = {"dataset": "writers", "model": "mlp", "encoder": "uint8"}
         assert {group: hparams[group].string_value for group in choices} == choices
-        numbers = {
-            "run.clients_per_round": 3,
-            "encoder.broadcast.stages[0].bits": 7,
-            "encoder.broadcast.rate_control.bits": 3,
-        }
-        assert {name: hparams[name].number_value for name in numbers} == numbers
-        assert {"run.seed", "client.lr", "server.lr", "encoder.threshold"} <= hparams.keys()
-        assert "dataset.background" not in hparams
-    assert sorted(told) == sorted(product(("clip", "none"), ("nearest", "stochastic"), (2, 4)))
+        assert "run.seed" in hparams
+        # constants would hide, in the five columns that TensorBoard shows, the keys that differ
+        assert not {"client.lr", "encoder.threshold", "run.rounds", "run.evaluate_every"} & hparams.keys()
+        assert not any("common_scale" in name for name in hparams)
+    assert sorted(told) == sorted(product(("clip", "none"), ("nearest", "stochastic"), (6, 7)))
 
 
 def test_the_same_seed_gives_the_same_whatever_runs_it(tmp_path):
@@ -192,8 +191,8 @@ def test_a_sweep_is_checked_whole_before_its_first_job(tmp_path):
     assert "encoder.bits: 'eight' is not allowed; it must be an integer" in done.stderr
     assert "Traceback" not in done.stderr
     assert not run_folders(tmp_path)
-    done = fedq(tmp_path, "-m", *SMALL, "run.seed=0,1", "+encoder.rounding=nearest", code=1)
-    assert "encoder.rounding is not a key" in done.stderr
+    done = fedq(tmp_path, "-m", *SMALL, "run.seed=0,1", "+encoder.step=2", code=1)
+    assert "encoder.step is not a key" in done.stderr
     assert not run_folders(tmp_path)
     done = fedq(tmp_path, "-m", *SMALL, "encoder=uint8,uint9", code=1)
     assert "Could not find 'encoder/uint9'" in done.stderr
@@ -213,10 +212,10 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("encoder.bist=8", "encoder.bist is not a key; allowed here: bits, broadcast, threshold, upload\n"),
-        ("+encoder.rounding=nearest", "encoder.rounding is not a key; allowed here: threshold, broadcast, upload"),
+        ("encoder.bist=8", "encoder.bist is not a key; allowed here: axis, bits, block, broadcast, "),
+        ("+encoder.step=2", "encoder.step is not a key; allowed here: threshold, broadcast, upload"),
         ("client.rate=1", "client.rate is not a key; allowed here: _target_, batch_size, epochs, lr, "),
-        ("client.rate=1", ", and with +client.rate=… what its class takes beside\n"),
+        ("client.rate=1", ", and with +client.rate=… the other arguments of its class\n"),
         ("encoder=uint9", "Could not find 'encoder/uint9' Available options in 'encoder': adaptive_clip ans "),
         ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),
         ("server.lr=-1", "server: Invalid learning rate: -1"),
@@ -232,6 +231,12 @@ def test_a_wrong_command_fails_with_one_line(tmp_path, argument, message):
     for folder in run_folders(tmp_path):
         assert metrics_of(folder) == []
         assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
+def test_an_encoder_that_compresses_nothing_says_so(tmp_path):
+    done = fedq(tmp_path, *SMALL, "run.rounds=1", "encoder=uint8", "encoder.threshold=1000000")
+    for way in ("broadcast", "upload"):
+        assert f"encoder.{way} compresses nothing: no tensor has more than encoder.threshold elements" in done.stderr
 
 
 def test_training_that_diverges_ends_with_a_sentence_and_keeps_what_it_had(tmp_path):
@@ -353,22 +358,48 @@ def test_what_json_has_no_word_for_is_null(tmp_path):
 
 
 def test_curves_that_begin_again_are_forgotten(tmp_path):
-    """A run that ended before its second checkpoint goes on from round 0, into the same folder."""
-    for going_on, losses in ((None, [3.0, 2.0]), (0, [1.0])):
-        board = TensorBoard(tmp_path, "run", {}, going_on)
-        with board:
-            for number, loss in enumerate(losses):
-                board.write({"round": number, "train/loss": loss})
-        if going_on is None:
-            sleep(1.1)  # a file's name has the second
-    curve = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")
-    assert [(event.step, event.value) for event in curve] == [(0, 1.0)]
+    """A killed run resumes from an earlier round than the last that TensorBoard has."""
+    for done, losses in (([], [3.0, 2.0]), ([], [4.0]), ([a_round(0, 4.0)], [5.0])):
+        with TensorBoard(tmp_path, "run", {}, done) as board:
+            for number, loss in enumerate(losses, start=len(done)):
+                board.write(a_round(number, loss))
+        assert len(list((tmp_path / "run").iterdir())) == 1
+        for accumulator in (event_accumulator, plugin_event_accumulator):
+            events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+            curve = events.Scalars("loss") if accumulator is event_accumulator else events.Tensors("loss")
+            assert [event.step for event in curve] == list(range(len(done) + len(losses)))
+    assert [event.value for event in EventAccumulator(str(tmp_path / "run")).Reload().Scalars("loss")] == [4.0, 5.0]
+
+
+def a_round(number: int, loss: float, **more: float) -> dict[str, float]:
+    sent = {f"cumulative_{way}_bits": 2.0**23 * (number + 1) for way in ("broadcasted", "aggregated")}
+    return {"round": number, "train/loss": loss, "seconds": 1.0} | sent | more
+
+
+def test_tensorboards_first_screen_shows_accuracy_and_bytes(tmp_path):
+    tested = {"test/accuracy": 0.5, "test/loss": 1.5, "clients": 3, "a_new_metric": 7}
+    with TensorBoard(tmp_path, "run", {}) as board:
+        board.write(a_round(0, 3.0, **tested))
+    curves = EventAccumulator(str(tmp_path / "run")).Reload()
+    tags = sorted(curves.Tags()["scalars"])
+    first = [tag for tag in tags if tag.startswith("at_a_glance/")]
+    assert tags[: len(first)] == first  # TensorBoard sorts groups by name, and opens the first two
+    points = {tag.removeprefix("at_a_glance/"): curves.Scalars(tag)[0] for tag in first}
+    assert {tag: (point.step, point.value) for tag, point in points.items()} == {
+        "sent_MiB": (1, 2),
+        "test_accuracy_by_KiB": (2048, 0.5),
+        "test_accuracy": (1, 0.5),
+        "test_loss": (1, 1.5),
+    }
+    groups = {tag.split("/")[0] for tag in tags}
+    tutorial = {"loss", "cumulative_broadcasted_bits", "cumulative_aggregated_bits"}
+    assert groups == tutorial | {"at_a_glance", "round", "seconds", "test", "train"}
 
 
 def test_only_a_run_that_ended_well_is_called_a_success(tmp_path):
     for name in ("well", "badly"):
         with suppress(OSError), TensorBoard(tmp_path, name, {"client.lr": 0.1}) as board:
-            board.write({"round": 0, "train/loss": 1.0})
+            board.write(a_round(0, 1.0))
             if name == "badly":
                 raise OSError("the disk is gone")
     ended = [
@@ -385,7 +416,11 @@ def test_a_checkpoint_of_a_model_that_has_changed_is_told_of(tmp_path):
     content["weights"]["dense1.bias"] = content["weights"]["dense1.bias"][:-1].clone()
     torch.save(content, newest)
     done = fedq(tmp_path, *SMALL, "run.rounds=4", "hydra.run.dir=run", code=1)
-    assert "its checkpoint is of another model: this one has other tensors" in done.stderr
+    assert "its checkpoint is of another model: the tensors differ" in done.stderr
+    content["weights"]["dense1.bias"] = torch.zeros(200)
+    torch.save(content | {"upload": {"dense1.weight": {0: {"x": torch.ones(1)}}}}, newest)
+    done = fedq(tmp_path, *SMALL, "run.rounds=4", "hydra.run.dir=run", code=1)
+    assert "its checkpoint holds another state of encoder.upload" in done.stderr
 
 
 def test_help_names_the_groups_and_three_commands(tmp_path):
@@ -400,6 +435,7 @@ def test_help_names_the_groups_and_three_commands(tmp_path):
     ):
         assert word in text
     assert text.count("python -m fedq.train") == 3
+    assert 'eval "$(fedq-train -sc install=bash)"' in text
 
 
 def test_real_writers_cost_what_the_tutorial_should(tmp_path):
@@ -430,7 +466,7 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
     done = fedq(tmp_path, *command)
     assert "sweep/0 holds this run, finished: nothing to do" in done.stderr
     assert "round_000003.pt cannot be used" in done.stderr
-    assert "going on after 2 rounds of" in done.stderr
+    assert "resumed after 2 rounds of" in done.stderr
     assert kept == {name: (tmp_path / "sweep" / "0" / name).read_bytes() for name in kept}
     assert_same_run(second, whole)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (second, whole)]
@@ -441,6 +477,7 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
     (events,) = {path.parent for path in second.rglob("events.out.tfevents.*")}
     curves = EventAccumulator(str(events)).Reload()
     assert [e.step for e in curves.Scalars("train/loss")] == [0, 1, 2]
+    assert [e.step for e in curves.Scalars("test/accuracy")] == [2, 3]
 
 
 def test_a_rank_tells_how_it_ended(tmp_path, monkeypatch):
@@ -448,7 +485,7 @@ def test_a_rank_tells_how_it_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     done = fedq(tmp_path, *SMALL, "run.rounds=1")
-    assert "test accuracy" in done.stdout and "round 0 " in done.stderr
+    assert "test accuracy" in done.stdout and "round 1: " in done.stderr
     done = fedq(tmp_path, *SMALL, "run.clients_per_round=7", code=1)
     assert done.stderr.count("run.clients_per_round: 7 is more than the 6 clients") == 1
     done = fedq(tmp_path, *SMALL, "encoder=uint9", code=1)
@@ -488,7 +525,7 @@ def test_a_run_goes_on_where_its_data_was_moved_but_none_is_taken_for_done(tmp_p
     fedq(tmp_path, *command, "run.rounds=1", f"dataset.path={tmp_path}/here")
     (tmp_path / "here").rename(tmp_path / "there")
     done = fedq(tmp_path, *command, "run.rounds=2", f"dataset.path={tmp_path}/there")
-    assert "going on after 1 rounds" in done.stderr
+    assert "resumed after 1 rounds" in done.stderr
     (tmp_path / "there").rename(tmp_path / "elsewhere")  # the same name could as well be other data
     done = fedq(tmp_path, *command, "run.rounds=2", f"dataset.path={tmp_path}/elsewhere", code=1)
     assert f"dataset.path was {tmp_path}/there, not {tmp_path}/elsewhere" in done.stderr
@@ -500,18 +537,18 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_way_to_go_on(tmp_path, nu
     folder = f"hydra.run.dir={tmp_path}/run"
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen([*command, folder], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as running:
-        while "round 3 " not in running.stderr.readline():
+        while "round 3: " not in running.stderr.readline():
             pass
         running.send_signal(number)
         rest = running.stderr.read()
     assert running.returncode == 128 + number
-    assert f"to go on, give the same command again with {folder}" in rest
+    assert f"to resume, give the same command again with {folder}" in rest
     assert "the run stops at the next client; once more, and it stops at once" in rest
     assert "Traceback" not in rest
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
     rounds = checkpoint.load(newest)[0].round
-    assert rounds == len(metrics_of(tmp_path / "run")) >= 4
+    assert rounds == len(metrics_of(tmp_path / "run")) >= 3
     fedq(tmp_path, *SMALL, f"run.rounds={rounds + 1}", "run.checkpoint_every=100000", folder)
     fedq(tmp_path, *SMALL, f"run.rounds={rounds + 1}", f"hydra.run.dir={tmp_path}/whole")
     assert weights_equal(tmp_path / "run", tmp_path / "whole")
@@ -560,7 +597,7 @@ def test_fewer_rounds_than_are_done_are_refused(tmp_path):
     assert f"run.rounds: 4 rounds are done already, in {tmp_path}/a; ask for more than 2" in done.stderr
     (tmp_path / "a" / "summary.json").write_text("[]\n")  # of another program: not believed, not fatal
     done = fedq(tmp_path, *SMALL, "run.rounds=4", "run.evaluate_every=4", f"hydra.run.dir={tmp_path}/a")
-    assert "going on after 4 rounds of" in done.stderr
+    assert "resumed after 4 rounds of" in done.stderr
 
 
 def test_a_finished_run_is_not_one_with_other_demands_on_its_cohorts(tmp_path):

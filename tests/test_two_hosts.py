@@ -107,7 +107,7 @@ def test_two_hosts_whose_cable_is_cut_end_with_the_weights_of_one(hosts, tmp_pat
     assert ip("-n", HOSTS[1], "link", "set", "fedq-vb", "up").returncode == 0
     for process in start(tmp_path, 29872):
         assert process.wait(200) == 0, (tmp_path / f"{HOSTS[0]}.log").read_text()
-    assert "going on after " in (tmp_path / f"{HOSTS[0]}.log").read_text()
+    assert "resumed after " in (tmp_path / f"{HOSTS[0]}.log").read_text()
     assert run_folders(tmp_path) == [tmp_path / "run"]
     assert not list((tmp_path / HOSTS[1]).iterdir())  # rank 0 alone writes files
     fedq(tmp_path, *COMMAND, f"hydra.run.dir={tmp_path}/alone")

@@ -1,7 +1,7 @@
-"""Times encoding and decoding against copying the same tensor, float32, with torch: one thread, alternating.
+"""Times encoding and decoding of a float32 tensor against a copy of the tensor by torch, with one thread.
 
-Each row is timed directly behind a copy, the second of two, so that a machine whose speed drifts treats both alike, and
-the copy finds its memory in the cache where it fits; printed are the median time and the median of the ratios.
+Each row is timed directly after the second of two copies. A drift of the machine's speed then affects both alike, and
+the copy finds its memory in the cache, if the tensor fits. Prints the median time and the median of the ratios.
 
 python -m experiments.encoder_speed.encoder_speed [--repeats 31] [--large]
 """
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from time import perf_counter
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from experiments.tables import show
 from fedq.encoding import (
     ANS,
     QSGD,
@@ -38,9 +38,10 @@ from fedq.encoding import (
     UniformQuantization,
     Zstandard,
 )
+from fedq.encoding.encoder import TensorCodec
 from fedq.encoding.message import Reader
 
-SIZES = (1_605_632, 10_000_000)  # the CNN's largest layer, and one that no cache holds
+SIZES = (1_605_632, 10_000_000)  # the CNN's largest layer, and a tensor larger than any cache
 LARGE = 100_000_000
 KEY = Key(0)
 
@@ -74,18 +75,19 @@ CODERS: list[tuple[str, Coder, int]] = [
 
 
 def rows(x: Tensor) -> list[tuple[str, Callable[[], object]]]:
-    """Lists what is timed on a tensor: name and what to call."""
-    # what decoding cannot do without: memory that the system has yet to give
+    """Returns name and function of each row."""
+    # decoding needs memory that the system has not handed out yet
     listed: list[tuple[str, Callable[[], object]]] = [("copy into fresh memory", x.clone)]
     spec = TensorSpec.of(x)
     for name, encoder in CHAINS.items():
-        payload = b"".join(encoder.encode(x, KEY, {})[0])
+        codec = encoder.bind(spec)
+        payload = b"".join(codec.encode(x, KEY, {})[0])
 
-        def encode(encoder: Encoder = encoder) -> object:
-            return encoder.encode(x, KEY, {})
+        def encode(codec: TensorCodec = codec) -> object:
+            return codec.encode(x, KEY, {})
 
-        def decode(encoder: Encoder = encoder, payload: bytes = payload) -> object:
-            return encoder.decode(Reader(memoryview(payload)), spec, KEY, {}, x.device)
+        def decode(codec: TensorCodec = codec, payload: bytes = payload) -> object:
+            return codec.decode(Reader(memoryview(payload)), KEY, {}, x.device, False)
 
         listed += [(f"{name}: encode", encode), (f"{name}: decode", decode)]
     for name, coder, levels in CODERS:
@@ -105,14 +107,14 @@ def rows(x: Tensor) -> list[tuple[str, Callable[[], object]]]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Returns how long `work` takes."""
+    """Returns the seconds that `work` takes."""
     started = perf_counter()
     work()
     return perf_counter() - started
 
 
 def timed(x: Tensor, target: Tensor, work: Callable[[], object]) -> tuple[float, float]:
-    """Returns how long a copy and `work` take, one after the other."""
+    """Returns the seconds of a copy and of `work`, one after the other."""
     target.copy_(x)
     return seconds(lambda: target.copy_(x)), seconds(work)
 
@@ -121,7 +123,7 @@ def main() -> None:
     """Prints a table for each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--large", action="store_true", help=f"{LARGE:,} elements too")
+    parser.add_argument("--large", action="store_true", help=f"also time {LARGE:,} elements")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for size in (*SIZES, *([LARGE] if arguments.large else [])):
@@ -136,7 +138,7 @@ def main() -> None:
             ratio = statistics.median(b / a for a, b in pairs)
             table.add_row(name, f"{own * 1000:.2f}", f"{ratio:.1f}")
         table.add_row("copy", f"{copy * 1000:.3f}", "1")
-        Console().print(table)
+        show(table)
 
 
 if __name__ == "__main__":

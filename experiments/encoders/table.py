@@ -1,4 +1,4 @@
-"""The table and the picture of this experiment, from a sweep's runs.
+"""Draws the picture and prints the table of this experiment, from the runs of a sweep.
 
 python -m experiments.encoders.table RUN… --output FIGURE.png > TABLE.md
 """
@@ -15,7 +15,7 @@ from fedq.errors import FedqError
 
 
 def row(group: Group) -> dict[str, str]:
-    """Returns what the table tells of the runs of one encoder; shares of time without the first round, which loads."""
+    """Returns the table's row of one encoder; shares of time leave out the first round, which loads."""
     accuracies = [run.summary["final_test_accuracy"] for run in group]
     spread = f" ± {100 * stdev(accuracies):.2f}" if len(group) > 1 else ""
     seconds = {
@@ -41,7 +41,7 @@ def _bits(group: Group, way: str) -> float:
 
 
 def figure(groups: list[Group], path: Path) -> None:
-    """Draws bits and accuracies side by side, a row an encoder, fewest bits up first."""
+    """Draws bits and accuracies side by side, one row an encoder, fewest bits up first."""
     groups = sorted(groups, key=lambda group: -_bits(group, "upload"))
     rows = range(len(groups))
     picture = Figure(figsize=(10, 1 + 0.2 * len(groups)), dpi=110, layout="constrained")
@@ -63,7 +63,7 @@ def figure(groups: list[Group], path: Path) -> None:
 
 
 def _name(group: Group) -> str:
-    """Returns the encoder, and the client where it is not the default."""
+    """Returns the name of the encoder, with the client if it is not the default."""
     choices = group[0].choices
     return choices["encoder"] + ("" if choices["client"] == "sgd" else f", client={choices['client']}")
 
@@ -71,7 +71,7 @@ def _name(group: Group) -> str:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a sweep's folder, or any above")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a sweep, or a folder above it")
     parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png", help="the picture")
     args = parser.parse_args()
     failed = {}

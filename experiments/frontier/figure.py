@@ -1,10 +1,11 @@
-"""Accuracy against real bytes: the picture and the table of all runs so far.
+"""Accuracy against bytes: draws the picture and prints the table of all runs so far.
 
 python -m experiments.frontier.figure [RUN…] --output FIGURE.png > TABLE.md
 
-RUN… are sweeps' folders, or any above. Their runs go into results.csv beside this file, the seeds of one scheme on one
-dataset in a row, in place of an earlier row of the same, unless that has more runs. Picture and table are of all rows.
-Bits are those of a parameter, of the messages of all clients and rounds.
+RUN… are folders of sweeps, or folders above them. The command adds their runs to results.csv beside this file. A row
+has all seeds of one scheme on one dataset. A new row replaces an earlier row of the same scheme, unless the earlier
+row has more runs. Picture and table show all rows. Bits are bits a parameter, of the messages of all clients and
+rounds.
 """
 
 import argparse
@@ -28,7 +29,7 @@ RESULTS = Path(__file__).with_name("results.csv")
 DATASETS = {"mnist5k": "mnist5k", "writers": "writers, drawn", "emnist_digits": "120 real writers"}
 NAMED = ("float32", "uint8", "drive", "eden_half", "powersgd", "stc", "bit_budget", "follow_loss", "frontier")
 CLAIMS = {"TFF's tutorial: 3.5 ×": 2 * 32 / 3.5, "Caldas 2018: 14 ×, 28 ×": 32 / 14 + 32 / 28}
-# what makes no other scheme: with the dataset and the rounds it is a row's key
+# keys that do not change the scheme; dataset, rounds and scheme are a row's key
 _SAME = tuple(f"{key}=" for key in (*IGNORED, "run.evaluate_every", "run.rounds", "dataset"))
 
 Key = tuple[str, int, str]  # dataset, rounds, scheme
@@ -36,26 +37,23 @@ Key = tuple[str, int, str]  # dataset, rounds, scheme
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one scheme on one dataset: how many, bits a parameter each way, accuracies in per cent.
-
-    encode, decode: their shares of a round's time without evaluation, in per cent. None: not known, or of one run.
-    """
+    """The runs of one scheme on one dataset. None: not known, or there is one run."""
 
     dataset: str
     rounds: int
     scheme: str
     runs: int
-    down: float
-    up: float
-    accuracy: float
-    spread: float | None
-    encode: float | None
+    down: float  # bits a parameter
+    up: float  # bits a parameter
+    accuracy: float  # mean, per cent
+    spread: float | None  # standard deviation, per cent
+    encode: float | None  # per cent of a round's time without evaluation
     decode: float | None
-    commit: str  # all that ran them, with + between
+    commit: str  # commits that ran the runs, joined by +
 
     @property
     def key(self) -> Key:
-        """What results.csv has in one row at most."""
+        """Identifies a row of results.csv."""
         return self.dataset, self.rounds, self.scheme
 
     @property
@@ -65,15 +63,15 @@ class Result:
 
 
 def scheme(overrides: list[str]) -> str:
-    """Returns the name of what a command's overrides make of the encoder, and of all else that changes a result."""
+    """Returns the encoder and the other overrides of a command that change a result, as one name."""
     ordered = sorted(overrides, key=lambda override: (not override.startswith("encoder="), override))
     return ",".join(o.removeprefix("encoder=") for o in ordered if not o.startswith(_SAME))
 
 
 def by_row(runs: Iterable[Run]) -> dict[Key, list[Run]]:
-    """Returns the runs of each row.
+    """Returns the runs of each row; `run.evaluate_every` may differ within a row.
 
-    How often they were tested may differ. Raises FedqError if a row would have a seed twice, or unlike configurations.
+    Raises FedqError if a row would have a seed twice, or two configurations.
     """
     found: dict[Key, list[Run]] = {}
     for run in runs:
@@ -91,10 +89,10 @@ def by_row(runs: Iterable[Run]) -> dict[Key, list[Run]]:
 
 
 def result(key: Key, group: Group) -> Result:
-    """Returns what the runs of a row come to."""
+    """Returns the row of some runs."""
     accuracies = [100 * run.summary["final_test_accuracy"] for run in group]
     down, up = (fmean(32 / run.summary[f"{way}_ratio"] for run in group) for way in ("broadcast", "upload"))
-    seconds = {  # without the first round, which loads
+    seconds = {  # the first round loads, and is left out
         phase: sum(line[f"seconds/{phase}"] for run in group for line in run.metrics[1:])
         for phase in ("train", "encode", "decode", "aggregate")
     }
@@ -124,9 +122,9 @@ def load() -> list[Result]:
 
 
 def add(results: Mapping[Key, Result], new: Iterable[Result], fewer: bool = False) -> dict[Key, Result]:
-    """Returns the results with new ones in place of those of the same key.
+    """Returns the results, with each new result in place of the result of the same key.
 
-    Raises FedqError if a new one has fewer runs than what it would replace, unless `fewer`.
+    Raises FedqError if a new result has fewer runs than the one that it would replace, unless `fewer` is true.
     """
     added = dict(results)
     for one in new:
@@ -146,7 +144,7 @@ def save(results: list[Result]) -> None:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Draws bits and accuracies, a panel a dataset: the mean, and the spread over seeds as a bar."""
+    """Draws bits and accuracies, one panel a dataset: means, and standard deviations over seeds as bars."""
     shown = [name for name in DATASETS if any(one.dataset == name for one in results)]
     picture = Figure(figsize=(4.6 * len(shown), 4.8), dpi=110, layout="constrained")
     panels = picture.subplots(1, len(shown), squeeze=False)[0]
@@ -186,7 +184,7 @@ def _panel(axes: Axes, results: list[Result]) -> None:
 
 
 def table(results: list[Result]) -> str:
-    """Returns a table of Markdown of all encoders as they are configured: a row each, a column a dataset."""
+    """Returns a Markdown table of all encoders without overrides: a row an encoder, a column a dataset."""
     cells: dict[tuple[str, int], dict[str, str]] = {}
     for one in results:
         if "," not in one.scheme:
@@ -207,9 +205,11 @@ def table(results: list[Result]) -> str:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="sweeps' folders, or any above, to add")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="folders of sweeps to add, or folders above them"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png", help="the picture")
-    parser.add_argument("--fewer", action="store_true", help="let a row be replaced by one of fewer runs")
+    parser.add_argument("--fewer", action="store_true", help="allow rows of fewer runs to replace rows of more")
     args = parser.parse_args()
     results = {one.key: one for one in load()}
     try:

@@ -13,7 +13,7 @@ from fedq.models import FedAvgCNN
 
 
 class Models:
-    """BlazeFL's way to make a model; the server's has the plain layout, which its flat messages need."""
+    """Makes the server's model, in PyTorch's default layout, which BlazeFL's flat messages need."""
 
     def select_model(self, name: str) -> FedAvgCNN:
         """Returns a new model; there is only one kind."""
@@ -21,7 +21,7 @@ class Models:
 
 
 class Trainer(ThreadPoolClientTrainer):  # type: ignore[misc] # the package has no types here
-    """Keeps a model per thread, rather than a new one per client as the package's own example does."""
+    """Keeps one model a thread. The package's own example makes a new model for each client."""
 
     def __init__(self) -> None:
         self.num_parallels, self.device = WORKERS, "cpu"
@@ -32,7 +32,7 @@ class Trainer(ThreadPoolClientTrainer):  # type: ignore[misc] # the package has 
 
     def worker(self, cid: int, device: str, payload: Any, stop_event: threading.Event) -> Any:
         """Returns the trained weights of client `cid` as one flat tensor."""
-        # BlazeFL starts new threads every round; the models outlive them
+        # BlazeFL starts new threads every round; the models stay
         model = self._idle.pop()
         parameters = list(model.parameters())
         sizes = [parameter.numel() for parameter in parameters]
@@ -46,7 +46,7 @@ class Trainer(ThreadPoolClientTrainer):  # type: ignore[misc] # the package has 
 
 
 def main() -> None:
-    """Runs rounds until told to stop."""
+    """Runs rounds until standard input ends."""
     torch.set_num_threads(1)
     rounds = Rounds(version("blazefl"))
     server = FedAvgBaseServerHandler(Models(), "", None, 1_000_000, CLIENTS, 1.0, "cpu", 0, 0)

@@ -1,4 +1,4 @@
-"""What contestants share: the work, the check that it was done, the protocol. Needs torch and fedq.models only."""
+"""The work, its check and the protocol of all contestants. Needs only torch and fedq.models."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def make_data() -> list[tuple[Tensor, Tensor]]:
 
 
 def make_model() -> FedAvgCNN:
-    """Returns the model in the memory layout that is faster for it, whoever trains it."""
+    """Returns the model in channels_last, which is faster for all contestants."""
     return FedAvgCNN(10).to(memory_format=torch.channels_last)
 
 
@@ -44,9 +44,9 @@ def train(model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, float]:
 
 
 class Rounds:
-    """The contestant's side: reads a line for each round, answers in JSON how long the round took.
+    """The contestant's side of the protocol: reads a line for each round, and answers its seconds in JSON.
 
-    Once made, whatever a library prints goes to standard error.
+    From then on, the output of libraries goes to standard error.
     """
 
     def __init__(self, version: str) -> None:
@@ -57,10 +57,14 @@ class Rounds:
         self._started = 0.0
 
     def boundary(self, weights: Iterable[Tensor], steps: int = 0, loss: float = math.nan) -> bool:
-        """Ends a round, checks and reports it, and returns when the next is to start; false if there is none.
+        """Ends a round, checks and reports it, and waits; returns whether another round follows.
 
-        Call it before the first round too. `weights` are the server's now, `steps` and `loss` the round's. Raises
-        RuntimeError if the round did not do its work.
+        Call it before the first round too. Raises RuntimeError if the round did not do its work.
+
+        Args:
+            weights: the server's weights.
+            steps: number of local steps of the round.
+            loss: last loss of the round.
         """
         seconds = perf_counter() - self._started
         after = torch.cat([value.detach().flatten().clone() for value in weights])

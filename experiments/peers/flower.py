@@ -1,6 +1,6 @@
 """Flower's simulation: FedAvg and the Message API, Ray workers with one core each.
 
-Ray's workers import this module, so it must not be run as __main__: that would be pickled with every message.
+Ray's workers import this module. It must not run as __main__, which would be pickled with every message.
 """
 
 import logging
@@ -38,7 +38,7 @@ def make_client() -> Any:
 
 
 def main() -> None:
-    """Runs rounds until told to stop."""
+    """Runs rounds until standard input ends."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     rounds = Rounds(f"{version('flwr')}, ray {version('ray')}")
     steps, loss = 0, 0.0

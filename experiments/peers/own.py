@@ -17,14 +17,14 @@ from fedq.simulation.workers import Workers
 
 
 def counted(logits: list[Tensor]) -> FedAvgCNN:
-    """Returns a model that adds to `logits` at every step, from whatever thread."""
+    """Returns a model that appends to `logits` at every step, from any thread."""
     model = make_model()
     model.register_forward_hook(lambda module, images, output: logits.append(output.detach()))
     return model
 
 
 def bare(data: list[tuple[Tensor, Tensor]]) -> None:
-    """Local SGD of all clients in two threads, always from the same weights; nothing is averaged."""
+    """Runs local SGD of all clients in two threads, always from the same weights, without averaging."""
     rounds = Rounds(f"torch {version('torch')}")
     models = [make_model() for _ in range(WORKERS)]
     weights = {name: value.clone() for name, value in models[0].state_dict().items()}
@@ -46,7 +46,7 @@ def bare(data: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def fedq(data: list[tuple[Tensor, Tensor]], encoder: StateDictEncoder) -> None:
-    """Rounds of federated averaging with real messages made by `encoder`, both ways."""
+    """Runs rounds of federated averaging, with real messages of `encoder` both ways."""
     rounds = Rounds(f"torch {version('torch')}")
     logits: list[Tensor] = []
     with Workers(WORKERS) as workers:

@@ -1,9 +1,9 @@
 """Times the same round of federated averaging in fedq, Flower, BlazeFL and pfl.
 
-Every contestant is a process of its own, peers in virtual environments of their own, made where absent. All live at
-once and take turns round by round, so that a machine whose speed drifts treats all alike. Prints the median seconds a
-round, the median of the ratios to fedq's uint8 round of the same turn, and the time from the
-start of the process to the end of its first round.
+Each contestant is a process. Peers have virtual environments of their own, which the script makes if they are missing.
+All live at once and take turns round by round, so that a drift of the machine's speed affects all alike. Prints the
+median seconds a round, and the median of the ratios to fedq's uint8 round of the same turn. `start-up` is the time
+from the start of a process to the end of its first round.
 
 python -m experiments.peers.peers --environments FOLDER [--repeats 15] [--blazefl-python python3.13]
 """
@@ -19,8 +19,9 @@ from time import perf_counter, sleep
 from typing import IO
 
 import torch
-from rich.console import Console
 from rich.table import Table
+
+from experiments.tables import show
 
 HERE = Path(__file__).parent
 OWN = ("bare PyTorch", "fedq float32", "fedq uint8")
@@ -29,7 +30,7 @@ WARM_UP = 2
 
 
 def environment(folder: Path, peer: str, python: str, requirements: Path = HERE) -> Path:
-    """Returns the Python of the peer's virtual environment, made first if it is not there.
+    """Returns the Python of a peer's virtual environment, and makes the environment if it is missing.
 
     `requirements` is the folder of PEER.txt.
     """
@@ -45,7 +46,7 @@ def environment(folder: Path, peer: str, python: str, requirements: Path = HERE)
 
 
 class Contestant:
-    """A process that runs a round when told to."""
+    """A process that runs a round on request."""
 
     def __init__(self, name: str, python: Path | str, log: IO[str]) -> None:
         started = perf_counter()
@@ -81,7 +82,7 @@ class Contestant:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended before its time: see the end of contestants.log")
+            raise SystemExit(f"{self.name} ended too early: see the end of contestants.log")
         return str(json.loads(line))
 
 
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, required=True, help="folder of the virtual environments")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
-    parser.add_argument("--blazefl-python", default=sys.executable, help="BlazeFL wants Python 3.12 or later")
+    parser.add_argument("--blazefl-python", default=sys.executable, help="Python for BlazeFL, 3.12 or later")
     options = parser.parse_args()
     folder: Path = options.environments.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def main() -> None:
                 took = contestant.round()
                 if not repeat:
                     contestant.start_up += took
-                sleep(0.2)  # for its threads to fall asleep
+                sleep(0.2)  # its threads fall asleep
                 if repeat >= WARM_UP:
                     seconds[contestant.name].append(took)
         table = Table(
@@ -124,7 +125,7 @@ def main() -> None:
             ratio = statistics.median(a / b for a, b in zip(own, seconds["fedq uint8"], strict=True))
             cells = [f"{value:.3f}" for value in (statistics.median(own), ratio, min(own), max(own))]
             table.add_row(contestant.name, contestant.version, *cells, f"{contestant.start_up:.1f} s")
-        Console().print(table)
+        show(table)
         for contestant in contestants:
             contestant.stop()
 

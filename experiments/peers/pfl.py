@@ -1,4 +1,4 @@
-"""pfl: its simulated backend in one process, with as many intra-op threads as the others have workers."""
+"""pfl: its simulated backend in one process, with as many intra-op threads as other contestants have workers."""
 
 from importlib.metadata import version
 from typing import Any
@@ -38,7 +38,7 @@ class Model(FedAvgCNN):
 
 
 class BetweenRounds:
-    """A callback of pfl that waits for the word before each round."""
+    """A callback of pfl that waits for a request before each round."""
 
     def __init__(self) -> None:
         self._rounds = Rounds(version("pfl"))
@@ -49,7 +49,7 @@ class BetweenRounds:
         return Metrics()
 
     def after_central_iteration(self, metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Any]:
-        """Waits after a round; stops the training if there is to be no other."""
+        """Waits after a round; stops the training if no other round follows."""
         network = model.pytorch_model
         steps, network.steps = network.steps, 0
         return not self._rounds.boundary(network.parameters(), steps, float(network.last_loss)), Metrics()
@@ -59,7 +59,7 @@ class BetweenRounds:
 
 
 def main() -> None:
-    """Runs rounds until told to stop."""
+    """Runs rounds until standard input ends."""
     torch.set_num_threads(WORKERS)
     between = BetweenRounds()
     data = make_data()

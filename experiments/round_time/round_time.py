@@ -1,15 +1,16 @@
-"""Times rounds of federated averaging against the same local SGD in bare PyTorch, and both against the machine.
+"""Times rounds of federated averaging against the same local SGD in bare PyTorch, and both against the machine's peak.
 
-All in one process and alternating, so that a machine whose speed drifts treats all alike. Threads have one intra-op
-thread each. In a turn:
-- products of two 1024 × 1024 matrices, as many threads at once as there are workers: the machine's peak;
-- the bare loop: every client from the same weights, over its examples in random order; no fedq, no messages, no
+All run in turn, in one process, so that a drift of the machine's speed affects all alike. Each worker thread has one
+intra-op thread. A turn has:
+- products of two 1024 × 1024 matrices, in as many threads as there are workers: the machine's peak;
+- the bare loop: every client trains from the same weights, over its examples in random order, without fedq, messages or
   averaging;
-- rounds: float32, uint8 both ways, drive (8 bits down; a rotation and one bit up) with a rotation for each client and
-  with one for all, frontier (singular vectors and arithmetic coding), and float32 computed in bfloat16;
+- rounds: float32; uint8 both ways; drive (8 bits down; a rotation and one bit up) with a rotation for each client and
+  with one for all; frontier (singular vectors and arithmetic coding); float32 computed in bfloat16;
 - an evaluation of 1,000 examples.
-Prints medians, median ratios within a turn, and where the time goes. A round takes 24.5 MFLOP an example
-forward, three times that with backward. At last a new process starts: `start` is the time until its first round begins.
+Prints medians, median ratios within a turn, and the time of each phase. A round takes 24.5 MFLOP an example forward,
+and three times as much with backward. At the end a new process starts: `start` is the time until its first round
+begins.
 
 python -m experiments.round_time.round_time [--repeats 15] [--compile]
 """
@@ -28,10 +29,10 @@ from time import perf_counter, sleep
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from experiments.tables import show
 from fedq.data import Client, Examples
 from fedq.encoding import (
     CABAC,
@@ -66,7 +67,7 @@ DOWN, UP = (StateDictEncoder(FRONTIER, 0, reference=reference, common_scale=True
 
 
 def side_by_side(work: Callable[[int], None]) -> None:
-    """Runs `work` in WORKERS threads of one intra-op thread each; it is told which one it is."""
+    """Runs `work` in WORKERS threads of one intra-op thread each; `work` takes the number of its thread."""
 
     def one(i: int) -> None:
         torch.set_num_threads(1)
@@ -80,7 +81,7 @@ def side_by_side(work: Callable[[int], None]) -> None:
 
 
 def products() -> Callable[[], None]:
-    """Returns a function that multiplies matrices, in memory that is there already."""
+    """Returns a function that multiplies matrices into memory that exists already."""
     matrices = [[torch.rand(SIDE, SIDE) for _ in range(3)] for _ in range(WORKERS)]
 
     def work(i: int) -> None:
@@ -92,8 +93,8 @@ def products() -> Callable[[], None]:
 
 
 def bare_round(data: list[Examples], compiled: bool = False) -> Callable[[], None]:
-    """Returns a function that trains every client from the same weights: local SGD and nothing else."""
-    # the bare loop gets the faster memory layout too
+    """Returns a function that trains every client from the same weights, by local SGD only."""
+    # the faster memory layout, which fedq uses too
     models: list[nn.Module] = [FedAvgCNN(10).to(memory_format=torch.channels_last) for _ in range(WORKERS)]
     weights = {name: value.clone() for name, value in models[0].state_dict().items()}
     forwards = [torch.compile(model) if compiled else model for model in models]
@@ -111,14 +112,14 @@ def bare_round(data: list[Examples], compiled: bool = False) -> Callable[[], Non
                 optimizer.step()
 
     if compiled:
-        work(0)  # torch compiles in one thread at a time
+        work(0)  # torch.compile works in one thread at a time
     return partial(side_by_side, work)
 
 
 def fedq_round(
     broadcast: StateDictEncoder, upload: StateDictEncoder, precision: Precision, data: list[Examples], workers: Workers
 ) -> tuple[Callable[[], dict[str, float]], Callable[[], dict[str, float]]]:
-    """Returns a function that runs the second round and returns its metrics; one that evaluates."""
+    """Returns two functions: one runs the second round and returns its metrics, one evaluates."""
     process = FederatedAveraging(
         partial(FedAvgCNN, 10),
         LocalTraining(lr=RATE, batch_size=BATCH),
@@ -133,13 +134,13 @@ def fedq_round(
         return data[i]
 
     clients = [Client(i, partial(load, i)) for i in range(CLIENTS)]
-    state, _ = process.next(process.initialize(), clients)  # a difference from the initial weights is nothing at first
+    state, _ = process.next(process.initialize(), clients)  # the first broadcast of a difference is empty
     test = Examples(torch.cat([part.x for part in data]), torch.cat([part.y for part in data]))
     return lambda: process.next(state, clients)[1], lambda: process.evaluate(state, test)
 
 
 def start() -> tuple[float, float]:
-    """Starts a training of one round; returns the seconds until that begins, and those that it takes."""
+    """Starts a training of one round; returns the seconds until the round begins, and the seconds of the round."""
     with tempfile.TemporaryDirectory() as folder:
         path, begun = Path(folder) / "metrics.jsonl", perf_counter()
         command = [sys.executable, "-m", "fedq.train", "run.rounds=1", f"hydra.run.dir={folder}"]
@@ -157,7 +158,7 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="the bare loop through torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="also time the bare loop under torch.compile")
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     data = [
@@ -187,7 +188,7 @@ def main() -> None:
             for name, task in tasks.items():
                 started = perf_counter()
                 metrics = task()
-                if repeat >= 2:  # the first two warm up
+                if repeat >= 2:  # the first two turns warm up
                     seconds[name].append(perf_counter() - started)
                     phases[name].append(metrics or {})
 
@@ -210,13 +211,12 @@ def main() -> None:
                 if "seconds/train" in phases[name][0]
             ),
         )
-    console = Console()
-    console.print(table)
+    show(table)
     peak = work["products"] / statistics.median(seconds["products"])
-    console.print(f"peak: {peak / 1e9:.0f} GFLOP/s in float32, {WORKERS} threads")
+    print(f"peak: {peak / 1e9:.0f} GFLOP/s in float32, {WORKERS} threads")
     starts = [start() for _ in range(3)]
     before, first = (statistics.median(column) for column in zip(*starts, strict=True))
-    console.print(f"start: {before:.1f} s until the first round; that takes {first:.1f} s")
+    print(f"start: {before:.1f} s until the first round; that takes {first:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Measures what a run costs against its cohort and its population, and carries that on to many machines.
+"""Measures the cost of a run against its cohort and its population, and extrapolates to many machines.
 
 Each point is a training in a process of its own, with 8-bit messages both ways:
-- start-up: from the start of the process until its first round begins, by the clock of the process that started it;
-- seconds a client: a round's wall time without evaluation, by its clients; median of the rounds after the first.
-  Beside it the processor time of the same rounds, of all threads: that other work on the machine hardly touches;
-- peak memory: the largest resident set of the process, over all it does (evaluation and checkpoints, too).
-Then, without training: what drawing a large cohort takes, and what ranks would send each other.
+- start-up: time from the start of the process until its first round begins, by the clock of the parent process;
+- seconds a client: wall time of a round without evaluation, by its clients; median of the rounds after the first.
+  The processor time of the same rounds, of all threads, hardly depends on other work on the machine;
+- peak memory: largest resident set of the process, with evaluation and checkpoints.
+Then, without training: the cost of drawing a large cohort, and the bytes that ranks would send one another.
 
 python -m experiments.scaling.scaling [--output experiments/scaling/scaling.png]
 """
@@ -29,8 +29,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
+
+from experiments.tables import show
 
 COHORTS = {10: 8, 100: 3, 1000: 2}  # clients a round: rounds
 POPULATION = 10**6
@@ -43,7 +44,7 @@ T = TypeVar("T")
 
 
 class Point(NamedTuple):
-    """A training: its population and cohort, and what was measured, in seconds and MB."""
+    """The measurements of one training, in seconds and MB."""
 
     population: int
     cohort: int
@@ -55,13 +56,13 @@ class Point(NamedTuple):
 
 
 def processor_time(pid: int) -> float:
-    """Returns the seconds that a process has computed, with all its threads."""
+    """Returns the processor seconds of a process, with all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(population: int, cohort: int) -> Point:
-    """Trains in a new process and measures that."""
+    """Trains in a new process and returns the measurements."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedq.train", "dataset=writers", f"dataset.clients={population}"]
         command += ["model=fedavg_cnn", "encoder=uint8", f"run.clients_per_round={cohort}"]
@@ -90,7 +91,7 @@ def measure(population: int, cohort: int) -> Point:
 
 
 def cost(work: Callable[[], T]) -> tuple[float, float]:
-    """Returns the seconds that `work` takes, and the MB it holds at most (torch's memory aside)."""
+    """Returns the seconds and the peak MB of `work`, without torch's memory."""
     started = perf_counter()
     work()
     seconds = perf_counter() - started
@@ -101,17 +102,17 @@ def cost(work: Callable[[], T]) -> tuple[float, float]:
     return seconds, peak / 1e6
 
 
-def told(numbers: list[int]) -> str:
-    """Returns what ranks tell each other of so many clients besides sums; writes and reads it."""
-    from fedq.learning.round import Record
+def records(numbers: list[int]) -> str:
+    """Returns the JSON text of clients' records, which ranks send beside sums; writes and reads the text."""
+    from fedq.learning.round import ClientRecord
 
-    text = json.dumps({number: asdict(Record(number, norm=0.123456789012)) for number in numbers})
+    text = json.dumps({number: asdict(ClientRecord(number, norm=0.123456789012)) for number in numbers})
     json.loads(text)
     return text
 
 
 def sent(cohort: int, ranks: int) -> list[int]:
-    """Returns the most partial sums that one rank sends another, for each step in which ranks add up theirs."""
+    """Returns the largest number of partial sums that one rank sends another, for each step of joining ranks."""
     from fedq.learning.aggregation import PairwiseTree
     from fedq.simulation.ranks import split
 
@@ -132,9 +133,9 @@ def sent(cohort: int, ranks: int) -> list[int]:
     return most
 
 
-def carried_on(client: float) -> Table:
-    """Returns a table of one round on many machines, by calculation; `client`: seconds that one takes for a client."""
-    # torch is loaded after the trainings: a new process's peak memory is at least that of the one it came from
+def extrapolated(client: float) -> Table:
+    """Returns a table of one round on many machines, by calculation; `client`: seconds a client on one machine."""
+    # torch is imported after the trainings: a new process inherits the peak memory of its parent
     from fedq.data.writers import Writers
     from fedq.simulation.loop import cohort
 
@@ -154,7 +155,7 @@ def carried_on(client: float) -> Table:
                 "{:.2f} s, {:.1f} MB".format(*making),
                 " ".join(map(str, sums)),
                 f"{sum(sums) * SUM / 1e6:.0f} MB, {sum(sums) * SUM / LINK:.2f} s",
-                f"{len(told(numbers)) / 1e6:.1f} MB, {cost(partial(told, numbers))[0]:.2f} s",
+                f"{len(records(numbers)) / 1e6:.1f} MB, {cost(partial(records, numbers))[0]:.2f} s",
             ]
         )
     names = "training|drawing the cohort|making its clients|partial sums, a step|their way to rank 0|clients' records"
@@ -200,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, metavar="PICTURE.png")
     output = parser.parse_args().output
-    console, points = Console(), []
+    points = []
     pairs = [(POPULATION, cohort) for cohort in COHORTS]
     pairs += [(population, COHORT) for population in POPULATIONS if population != POPULATION]
     table = Table(
@@ -219,12 +220,12 @@ def main() -> None:
             f"{point.memory:.0f}",
             f"{point.memory - points[0].memory:+.0f}",
         )
-    console.print(table)
+    show(table)
     largest = max(points, key=lambda point: point.cohort)
-    console.print(f"decoding takes {largest.decode:.1%} of the time of a client, of {largest.cohort:,} a round")
+    print(f"decoding takes {largest.decode:.1%} of the time of a client, of {largest.cohort:,} a round")
     if output:
         draw(points, output)
-    console.print(carried_on(largest.cpu / len(os.sched_getaffinity(0))))
+    show(extrapolated(largest.cpu / len(os.sched_getaffinity(0))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture and the table of this experiment, from runs' files.
+"""Draws the picture and prints the table of this experiment, from the files of runs.
 
 python -m experiments.tutorial.figure RUN… --output FIGURE.png > TABLE.md
 """
@@ -12,7 +12,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from fedq.compare import bytes_ticks, differences, group_by_seed, plot, read_runs, save, table
+from fedq.compare import bytes_ticks, distinguishing_columns, group_by_seed, plot, read_runs, save, table
 from fedq.errors import FedqError
 
 PANELS = {
@@ -26,18 +26,20 @@ PANELS = {
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Draws the picture and writes the table, as Markdown, to stdout.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a sweep's, or any above")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep, or a folder above it"
+    )
     parser.add_argument("--target", type=float, default=0.95, help="test accuracy to reach (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="FIGURE.png", help="the picture")
     args = parser.parse_args()
     try:
         groups = group_by_seed(read_runs(args.runs))
-        columns = differences([group[0] for group in groups])
+        columns = distinguishing_columns([group[0] for group in groups])
         figure = Figure(figsize=(11, 7.5), dpi=150, layout="constrained")
         for axes, (metric, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
             plot(axes, groups, columns, metric)
             axes.set_ylabel(title)
-        # the last panel is linear, since every round sends as much as the one before
+        # the last panel is linear, because every round sends the same number of bytes
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MultipleLocator(2.0 ** round(log2(axes.get_ylim()[1] / 5))))
         bytes_ticks(axes.yaxis)

@@ -1,4 +1,4 @@
-"""Federated datasets: client numbers → tensors. Knows nothing of learning, encoding or the simulation."""
+"""Federated datasets: a client's number gives its tensors. Imports no learning, encoding or simulation."""
 
 from fedq.data.dataset import Client, Examples, FederatedDataset
 

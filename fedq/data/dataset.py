@@ -1,45 +1,70 @@
-"""What a federated dataset is: a population of clients, each with its own examples, and a test set."""
+"""The interface of a federated dataset: a population of clients, each with its own examples, and a test set."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from fedq.errors import FedqError
+from fedq.keys import BROADCAST
+
 
 class Examples(NamedTuple):
-    """What a model takes, and the classes that it is to tell.
+    """Inputs of a model and their labels.
 
-    x: shape (N, …), of any dtype that the model takes; images are float32, (N, 1, 28, 28), values in [0, 1]. y: int64,
-    shape (N,), the class of each.
+    Attributes:
+        x: inputs, shape (N, …), of any dtype that the model takes. Images: float32, (N, 1, 28, 28), values in [0, 1].
+        y: class of each input, int64, shape (N,).
     """
 
     x: Tensor
     y: Tensor
 
 
+def plain_integer(name: str, value: Any, least: int, below: int) -> int:
+    """Returns `value`, an integer of Python, numpy or torch, as an int; `name` is for the error.
+
+    Raises FedqError if `value` is no integer, or is not from `least` to `below` − 1.
+    """
+    try:
+        number = int(operator.index(value))
+    except TypeError:
+        raise FedqError(f"{name} must be an integer, not {value!r}.") from None
+    if not least <= number < below:
+        raise FedqError(f"{name} must be from {least} to {below - 1}, not {number}.")
+    return number
+
+
 @dataclass(frozen=True)
 class Client:
-    """One client: its number in the population, and how to read its examples when it is sampled.
+    """One client of a population. Integers of numpy and torch become ints; other values raise FedqError.
 
-    The number names the client's random draws. `load` may be called from any worker thread; it
-    gives the same each time, and what OSError and FedqError it raises ends the run. `examples`, the number of
-    its examples, is for sharing out the work; 0 where that is not known without reading.
+    Attributes:
+        number: the client's number in the population, 0 to 2^64 − 2. The client's random draws depend on it.
+        load: reads the examples, the same at each call, from any thread. Its OSError and FedqError end the run.
+        examples: number of examples, 0 if unknown. Ranks and workers use it to share out the work.
     """
 
     number: int
     load: Callable[[], Examples]
     examples: int = 0
 
+    def __post_init__(self) -> None:
+        for name, below in (("number", BROADCAST), ("examples", 2**63)):
+            plain = plain_integer(f"a client's {name}", getattr(self, name), 0, below)
+            object.__setattr__(self, name, plain)
+
 
 class FederatedDataset(Protocol):
-    """What the simulation asks of a dataset. Clients are numbered from 0 and read only when asked for."""
+    """A population of clients, numbered from 0, and a test set. A client's examples are read when they are needed."""
 
     num_classes: int
     num_clients: int
 
     def client(self, number: int) -> Client:
-        """Returns client `number`; reads nothing yet."""
+        """Returns client `number`, without reading its examples."""
         ...
 
     def test(self) -> Examples:

@@ -1,4 +1,4 @@
-"""Where datasets lie on disk and how they come there: fetched once, checked, and put in place whole."""
+"""The cache folder, and downloads into it: each archive is fetched once, checked and unpacked."""
 
 import fcntl
 import hashlib
@@ -21,20 +21,27 @@ CONSOLE = Console(stderr=True)  # stdout is for results
 
 
 class DatasetError(FedqError):
-    """A dataset cannot be had or is damaged; the message is one sentence that says what and where."""
+    """A dataset is missing or damaged; the message is one sentence that names the file and the fault."""
 
 
 def cache_folder() -> Path:
-    """Returns the folder for what is kept: $FEDQ_CACHE, else $XDG_CACHE_HOME/fedq, else ~/.cache/fedq."""
+    """Returns the cache folder: $FEDQ_CACHE, else $XDG_CACHE_HOME/fedq, else ~/.cache/fedq."""
     xdg = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(os.environ.get("FEDQ_CACHE") or xdg / "fedq").expanduser().absolute()
 
 
 def obtain(url: str, sha256: str, names: tuple[str, ...]) -> Path:
-    """Returns the cache folder, in which the files `names` of the .tar.bz2 archive at `url` now lie.
+    """Returns the cache folder, after fetching and unpacking the archive at `url` if files are missing.
 
-    Nothing is fetched if they are there, or the archive is (put there by hand); it is removed once unpacked.
-    Raises DatasetError if the archive cannot be fetched, is not the one expected, or lacks a file.
+    An archive that a user put into the cache folder is unpacked without a download. The archive is deleted
+    once it is unpacked. Processes that start at the same time fetch it once.
+
+    Args:
+        url: address of a .tar.bz2 archive.
+        sha256: the archive's SHA-256, in hexadecimal.
+        names: the files of the archive that the dataset needs.
+
+    Raises DatasetError if the download fails, the archive has another hash, or a file is not in the archive.
     """
     folder = cache_folder()
     archive = folder / url.rpartition("/")[2]
@@ -43,7 +50,7 @@ def obtain(url: str, sha256: str, names: tuple[str, ...]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{archive.name}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here; a killed one lets go
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here; the lock of a killed process is free
             if not all((folder / name).exists() for name in names):
                 fetch(url, sha256, archive)
                 extract(archive, names)
@@ -59,61 +66,57 @@ def obtain(url: str, sha256: str, names: tuple[str, ...]) -> Path:
 
 
 def fetch(url: str, sha256: str, destination: Path) -> None:
-    """Downloads `url` to `destination`, which appears only once its SHA-256 (hex) is the one expected.
+    """Downloads `url` to `destination`, a file that appears only when its SHA-256 (hexadecimal) is `sha256`.
 
-    What came before a failure stays in a .part file beside it, where the next call resumes.
-    Raises DatasetError on another hash, OSError or http.client.HTTPException if the transfer fails.
+    After a broken transfer the bytes stay in a .part file beside `destination`, and the next call resumes there.
+    Raises DatasetError if the hash differs, and OSError or http.client.HTTPException if the transfer fails.
     """
     if destination.exists():
         if (found := _sha256(destination)) != sha256:
             raise DatasetError(f"{destination} has SHA-256 {found}, not {sha256}: delete or replace it.")
         return
     part = destination.with_name(f"{destination.name}.part")
-    resumed = True
-    while resumed:  # a resumed part may have begun with another file: then once more, from zero
-        resumed = _download(url, part)
+    while True:
+        start = part.stat().st_size if part.exists() else 0
+        _append(url, part, start)
         if (found := _sha256(part)) == sha256:
             os.replace(part, destination)
             return
         part.unlink()
-    raise DatasetError(f"{url} has SHA-256 {found}, not {sha256}: what was fetched is deleted.")
+        if not start:  # otherwise the .part file may be of another archive: fetch once more, from byte 0
+            raise DatasetError(f"{url} has SHA-256 {found}, not {sha256}: the download is deleted.")
 
 
-def _download(url: str, part: Path) -> bool:
-    """Adds to `part` what it lacks of `url`; returns whether it began with bytes fetched earlier."""
-    start = part.stat().st_size if part.exists() else 0
+def _append(url: str, part: Path, start: int) -> None:
+    """Downloads `url` from byte `start` to the end of `part`."""
     try:
         response = urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=30)
     except HTTPError as error:
         error.close()
-        if start and error.code == 416:  # nothing lies beyond `start`: complete or too long, the hash decides
-            return True
+        if start and error.code == 416:  # the archive ends at or before `start`; its hash decides
+            return
         raise
-    with response:
-        if response.status != 206:  # the server ignores Range and sends all of it
-            start = 0
-        columns = (*progress.Progress.get_default_columns(), progress.DownloadColumn())
-        with progress.Progress(*columns, console=CONSOLE) as bar, open(part, "ab" if start else "wb") as file:
-            total = None if response.length is None else start + response.length
-            task = bar.add_task(f"fetching {url.rpartition('/')[2]}", total=total, completed=start)
-            while chunk := response.read(1 << 18):
-                file.write(chunk)
-                bar.advance(task, len(chunk))
-        if response.length:  # a broken connection reads like the end
+    mode = "ab" if response.status == 206 else "wb"  # a server that ignores Range sends the whole archive
+    label = f"fetching {url.rpartition('/')[2]}"
+    with (
+        response,
+        progress.wrap_file(response, response.length or 0, description=label, console=CONSOLE) as body,
+        open(part, mode) as file,
+    ):
+        shutil.copyfileobj(body, file)
+        if response.length:  # read() returns b"" both at the end and when the connection breaks
             raise ConnectionError(f"the connection broke {response.length} bytes before the end")
-    return start > 0
 
 
 def extract(archive: Path, names: tuple[str, ...]) -> None:
-    """Writes the files `names` of a .tar.bz2 archive beside it; raises DatasetError if one is missing.
+    """Writes the files `names` of a .tar.bz2 archive beside the archive; raises DatasetError if one is missing.
 
-    Only bytes of regular members are read, and written under the names given, so that no path or link
-    in the archive matters.
+    Only regular members are read, and files are written only under `names`: paths and links in the archive are ignored.
     """
     missing = set(names)
     with (
         progress.open(archive, "rb", description=f"unpacking {archive.name}", console=CONSOLE) as packed,
-        tarfile.open(fileobj=packed, mode="r|bz2") as members,  # a stream: everything is unpacked only once
+        tarfile.open(fileobj=packed, mode="r|bz2") as members,  # a stream unpacks each byte once
     ):
         for member in members:
             name = posixpath.normpath(member.name)

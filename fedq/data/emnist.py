@@ -1,4 +1,4 @@
-"""Federated EMNIST: handwritten characters, one client for each writer."""
+"""Federated EMNIST: handwritten characters, one client a writer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,17 +21,20 @@ LAYOUT = {"pixels": (np.dtype(np.float32), (28, 28)), "label": (np.dtype(np.int3
 
 
 class Emnist:
-    """EMNIST by writer, as TensorFlow Federated distributes it (Caldas et al., "LEAF", 2018).
+    """EMNIST by writer, in the files of TensorFlow Federated (Caldas et al., "LEAF", 2018).
 
-    Clients are numbered in the sorted order of their ids (`client_ids`), and read from the file each time
-    they are loaded, from any thread. `test()` reads the examples of all clients in the test file, in the
-    sorted order of their ids. With 62 classes: digits, upper case, lower case.
+    Clients are numbered in the sorted order of their ids (`client_ids`). Each load reads the client from the file, in
+    any thread. `test()` reads all clients of the test file, in the sorted order of their ids. The 62 classes are
+    digits, upper case and lower case. A train file is `fed_emnist_digitsonly_train.h5`, or `fed_emnist_train.h5` for
+    62 classes; the test file has `test` in place of `train`. Each holds `examples/<client id>/pixels` (float32,
+    N×28×28, in [0, 1]) and `label` (int32, N).
 
-    path: a folder with `fed_emnist_digitsonly_train.h5` and `…_test.h5`, or `fed_emnist_train.h5` and
-    `…_test.h5` for 62 classes. Each holds `examples/<client id>/pixels` (float32, N×28×28, in [0, 1]) and
-    `label` (int32, N). None: the files in the cache folder, downloaded to it if they are not there.
-    background: 1.0 as in the files, 0.0 for MNIST's polarity (1 − pixel); anything else is a ValueError.
-    Raises DatasetError, here or when examples are read, if the files cannot be had or are damaged.
+    Args:
+        path: folder of both files. None: the cache folder, to which missing files are downloaded.
+        only_digits: 10 classes instead of 62.
+        background: pixel value of the page: 1.0 as in the files, or 0.0 as in MNIST (1 − pixel).
+
+    Raises ValueError for another background. Raises DatasetError, here or in a load, if a file is missing or damaged.
     """
 
     def __init__(self, path: str | None = None, only_digits: bool = True, background: float = 1.0) -> None:
@@ -50,19 +53,15 @@ class Emnist:
         if not 0 <= number < self.num_clients:
             raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
         client_id = self.client_ids[number]
-        label = self._train.get(f"{client_id}/label")  # whether all is in order is seen when it is read
+        with _reading(f"{self._train.file.filename}: client {client_id!r}"):
+            label = self._train.get(f"{client_id}/label")
         examples = label.shape[0] if isinstance(label, h5py.Dataset) and label.shape else 0
         return Client(number, partial(self._read, self._train, client_id), examples)
 
     def test(self) -> Examples:
-        """Returns the test examples of all clients, read afresh."""
-        sizes = [len(_arrays(self._test, client_id)[1]) for client_id in self._test_ids]
-        ends = np.cumsum(sizes).tolist()
-        # Room for all at once: parts and then their concatenation would take twice the memory.
-        whole = Examples(torch.empty(ends[-1], 1, 28, 28), torch.empty(ends[-1], dtype=torch.int64))
-        for client_id, size, end in zip(self._test_ids, sizes, ends, strict=True):
-            whole.x[end - size : end], whole.y[end - size : end] = self._read(self._test, client_id)
-        return whole
+        """Returns the test examples of all clients; each call reads the file."""
+        parts = [self._read(self._test, client_id) for client_id in self._test_ids]
+        return Examples(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _read(self, clients: h5py.Group, client_id: str) -> Examples:
         where = f"{clients.file.filename}: client {client_id!r}"
@@ -80,12 +79,12 @@ class Emnist:
 def _reading(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's, on a damaged file
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:  # h5py, on damaged files
         raise DatasetError(f"{where} cannot be read ({error}).") from error
 
 
 def _open(path: Path) -> tuple[h5py.Group, list[str]]:
-    """Returns a file's group of clients, which keeps the file open, and their sorted ids."""
+    """Returns the group of clients, which keeps the file open, and their sorted ids."""
     if not path.is_file():
         raise DatasetError(f"{path} is missing.")
     with _reading(str(path)):
@@ -96,7 +95,7 @@ def _open(path: Path) -> tuple[h5py.Group, list[str]]:
 
 
 def _arrays(clients: h5py.Group, client_id: str) -> list[h5py.Dataset]:
-    """Returns a client's pixels and label, not yet read, but of the right types and shapes."""
+    """Returns a client's pixels and label, unread, after a check of dtypes and shapes."""
     where = f"{clients.file.filename}: client {client_id!r}"
     with _reading(where):
         arrays = [clients.get(f"{client_id}/{name}") for name in LAYOUT]

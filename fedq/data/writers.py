@@ -1,8 +1,8 @@
-"""Procedural handwriting: the ten digits as any number of writers would draw them, each in their own style.
+"""Procedural handwriting: the ten digits by any number of writers, each with a style.
 
-A digit is a pen's path: a smooth curve through a few knots (`_GLYPHS`). A writer has one way of drawing each
-digit and moves its knots by habit; slant, proportions, bends, size and pen are the writer's too. Every
-example adds the unsteadiness of a hand. The paths of all examples are then inked at once by a round soft pen.
+A digit is the path of a pen: a smooth curve through a few knots (`_GLYPHS`). A writer draws each digit in one way and
+moves its knots by habit. Slant, proportions, bends, size and pen are habits too. Each example adds small random
+changes. A round soft pen then inks the paths of all examples at once.
 """
 
 import math
@@ -16,8 +16,8 @@ from fedq.keys import Key
 SIDE = 28
 """Height and width of an image in pixels."""
 
-# One row per way to draw a digit: knots "x,y" in hundredths of the digit's box, y downwards. The curve is
-# smooth through its knots, except at "!" (a corner); "/" lifts the pen.
+# One row a way to draw a digit: knots "x,y" in hundredths of the digit's box, y downwards. The curve is smooth at its
+# knots, except at "!" (a corner); "/" lifts the pen.
 _GLYPHS = [
     (0, "55,3 27,12 12,50 25,88 52,97 78,85 88,48 75,14 52,3"),
     (0, "66,10 40,2 18,25 12,60 32,95 65,92 88,55 78,16 50,4 38,16"),
@@ -47,29 +47,29 @@ _GLYPHS = [
     (9, "72,35 45,48 22,28 40,5 70,10 76,40 70,70 55,98"),
 ]
 _POINTS = 64  # points along a digit's path: closer together than the pen is wide
-_KNOTS = 14  # room for the longest row above
+_KNOTS = 14  # at least the knots of the longest row above
 
-# The mean writer, and how far writers differ from it (standard deviations). Fitted by measuring: pixel mean
-# and deviation, how often the nearest image is by the same writer, rounds FedAvg needs on unseen writers.
-# The warp maps the digit's x, y, x², xy, y² (a row each, in boxes around its centre) to its new x and y:
-# proportions, slant and bends.
+# The mean writer, and the standard deviations of writers. They are fitted to measurements of real writers: mean and
+# deviation of pixels, how often the nearest image is by the same writer, and rounds of FedAvg on unseen writers. The
+# warp maps x, y, x², xy and y² of the digit (a row each, in boxes around its centre) to new x and y: proportions,
+# slant, bends.
 _WARP = np.array([[0.90, 0], [-0.28, 1], [0, 0], [0, 0], [0, 0]], np.float32)
 _WARP_SPREAD = np.array([[0.17, 0.08], [0.21, 0], [0.18, 0.18], [0.18, 0.18], [0.18, 0.18]], np.float32)
-_KNOT_SPREAD = 0.048  # of each half of a knot's shift, in boxes; neighbours share a half: paths stay smooth
+_KNOT_SPREAD = 0.048  # of each half of a knot's shift, in boxes; neighbours share a half, so paths stay smooth
 _SIZE, _SIZE_SPREAD = 18.0, 0.05  # of the path's longer side: pixels, relative
 _PEN, _PEN_SPREAD = 0.51, 0.2  # of the pen's radius: pixels, relative
 _INK = 8.0  # optical depth in the middle of a line
 _SHIFT = 0.5  # of an example on its page, in pixels
-_UNSTEADY = 0.64  # how far one writer's examples differ, as a share of how far writers differ
+_UNSTEADY = 0.64  # deviation of one writer's examples, as a share of the deviation of writers
 _TEST_EXAMPLES_PER_WRITER = 10
 
 
 def _curve(row: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads a row of `_GLYPHS`.
+    """Returns the knots of a row of `_GLYPHS`, the matrix from knots to points, and where the pen is down.
 
-    Returns its knots (_KNOTS, 2) around 0, the matrix (_POINTS, _KNOTS) that makes points of knots, and where
-    the pen is down from a point to the next (_POINTS - 1,). The points lie about evenly on a Catmull-Rom
-    spline (1974): each is a fixed mean of four knots, wherever these are moved.
+    Shapes: knots (_KNOTS, 2) around 0, matrix (_POINTS, _KNOTS), pen (_POINTS - 1,): true where the pen is down between
+    a point and the next. The points lie about evenly on a Catmull-Rom spline (1974). Each is a fixed mean of four
+    knots, so moved knots move the points.
     """
     knots: list[list[float]] = []
     pieces: list[tuple[int, ...]] = []  # from knot to knot: the stroke, and the four knots that shape it
@@ -92,7 +92,7 @@ def _curve(row: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 _PARTS = [_curve(row) for _, row in _GLYPHS]
 _BOXES, _CURVES, _DOWN = (np.array(part, np.float32) for part in zip(*_PARTS, strict=True))
-_WAYS = np.bincount([digit for digit, _ in _GLYPHS])  # how many ways there are to draw each digit
+_WAYS = np.bincount([digit for digit, _ in _GLYPHS])  # number of ways to draw each digit
 _FIRST_WAY = np.cumsum(_WAYS) - _WAYS
 
 
@@ -131,8 +131,8 @@ def _write(key: Key, n: int) -> tuple[np.ndarray, np.ndarray]:
 def _ink(points: np.ndarray, pen: np.ndarray, down: np.ndarray) -> np.ndarray:
     """Returns images (n, 28, 28) of paths (n, P, 2) in pixels, inked where the pen is down (n, P - 1).
 
-    A line is a row of Gaussian blots of radius `pen` (n,), each as dark as its piece of path is long. A blot
-    is the outer product of its profiles across and down the page: one matrix product lays all of an image.
+    A line is a row of Gaussian blots of radius `pen` (n,). The darkness of a blot is the length of its piece of path.
+    A blot is the outer product of its profiles across and down the page, so one matrix product inks an image.
     """
     start, end = points[:, :-1], points[:, 1:]
     darkness = _INK / math.sqrt(2 * math.pi) / pen[:, None] * np.linalg.norm(end - start, axis=2) * down
@@ -144,13 +144,19 @@ def _ink(points: np.ndarray, pen: np.ndarray, down: np.ndarray) -> np.ndarray:
 
 
 class Writers:
-    """A population of writers of the ten digits, each drawn when loaded; nothing is kept of any of them.
+    """A population of writers of the ten digits. Each load draws a writer's examples; nothing is kept.
 
-    Client c's examples follow from (seed, c) alone. Their number is uniform within a quarter of
-    `examples_per_client`; their labels are independent and uniform, so a writer's digits are as uneven as
-    chance makes them. The test set is by further writers, ten examples each. `background` 1.0: ink is 0.0 on
-    1.0, as in federated EMNIST; 0.0: ink is 1.0 on 0.0, as in MNIST. Raises ValueError for any other
-    background, for a number below 1, for 2^63 clients or more and for a seed that is not from 0 to 2^64 - 1.
+    The examples of client c follow from the seed and c alone. Their labels are independent and uniform. The test set
+    is by other writers, ten examples each.
+
+    Args:
+        clients: number of writers, 1 to 2^63 − 1.
+        examples_per_client: mean number of examples, at least 1. A client's number is uniform within a quarter of it.
+        test_examples: at least 1.
+        background: pixel value of the page: 1.0 as in federated EMNIST, or 0.0 as in MNIST.
+        seed: 0 to 2^64 − 1.
+
+    Raises ValueError if an argument is out of range.
     """
 
     def __init__(
@@ -168,7 +174,7 @@ class Writers:
                 raise ValueError(f"{name} must be at least {minimum}, not {value}.")
         if seed >= 2**64:
             raise ValueError(f"seed must be below 2^64, not {seed}.")
-        if clients >= 2**63:  # numpy's generator draws no more
+        if clients >= 2**63:  # the limit of numpy's generator
             raise ValueError(f"clients must be below 2^63, not {clients}.")
         if background not in (0.0, 1.0):
             raise ValueError(f"background must be 1.0 (federated EMNIST) or 0.0 (MNIST), not {background}.")
@@ -180,7 +186,7 @@ class Writers:
         self.seed = seed
 
     def client(self, number: int) -> Client:
-        """Returns writer `number`, who writes when loaded; IndexError unless 0 <= number < num_clients."""
+        """Returns writer `number`, whose examples are drawn when loaded; raises IndexError if there is none."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"client {number} is not one of {self.num_clients} writers, numbered from 0.")
         return Client(number, lambda: self._load(number), self._count(number))

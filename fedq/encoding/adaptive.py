@@ -1,4 +1,4 @@
-"""State that the server keeps for a stage or a coder, and that follows the rounds."""
+"""State on the server that learns over the rounds, for a stage or for rate control."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,9 +11,11 @@ Aggregation = Literal["sum", "min", "max", "stack"]
 
 @dataclass(frozen=True)
 class StateUpdate:
-    """What a client's encode reports to the state: its spec and how a cohort's are combined.
+    """One tensor of a client's report to the state.
 
-    `stack` puts the clients' tensors behind each other along a new first dimension, in the cohort's order.
+    spec: The tensor's spec.
+    aggregation: How the reports of a cohort are combined. `stack` joins the clients' tensors along a new first
+        dimension, in the cohort's order.
     """
 
     spec: TensorSpec
@@ -27,12 +29,14 @@ class StateUpdate:
 
 
 class Adaptive(ABC):
-    """What AdaptiveEncodingStage and AdaptiveCoder share: state on the server that learns over the rounds.
+    """The common interface of adaptive stages and rate control.
 
-    Each round the server sends `params(state)` to the clients, in the broadcast, where they are counted. Each
-    client's `encode` may report tensors (`update_spec`), which travel exact in its upload, are combined over the
-    cohort as declared, and give the next state. `spec` is that of the tensor that enters the chain. State, params and
-    aggregated reports are on the CPU, whatever device the tensor is on.
+    Each round the server sends `params(state)` to the clients. The params travel in the broadcast and are counted.
+    Each client's `encode` may report tensors (`update_spec`). Reports travel exact in the client's upload. The server
+    combines the reports of the cohort as declared, and computes the next state from them.
+
+    `spec` is the spec of the tensor that enters the chain. State, params and aggregated reports are on the CPU,
+    whatever the tensor's device.
     """
 
     @abstractmethod
@@ -41,12 +45,12 @@ class Adaptive(ABC):
 
     @abstractmethod
     def params(self, state: Tensors) -> Tensors:
-        """Returns what encode and decode need this round; shapes and dtypes are the same every round."""
+        """Returns this round's params, for encode and decode. Shapes and dtypes are the same in every round."""
 
     @abstractmethod
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
-        """Returns the next round's state, after each that is done; without reports `aggregated` is empty."""
+        """Returns the state after a round. `aggregated` is empty if nothing is reported."""
 
     def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
-        """Returns what `encode` reports, in this order."""
+        """Returns the tensors that `encode` reports, in this order."""
         return {}

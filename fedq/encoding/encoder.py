@@ -1,173 +1,195 @@
-"""An encoder: a chain of stages and one coder; one tensor ↔ one payload."""
+"""An encoder: a chain of stages and one coder. Bound to a tensor's spec, it turns that tensor into bytes and back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedq.encoding.adaptive import Adaptive
-from fedq.encoding.coders import AdaptiveCoder, Coder, Raw
+from fedq.encoding.adaptation import by_part
+from fedq.encoding.coders import Coder, Raw
 from fedq.encoding.coders.coder import Buffer
-from fedq.encoding.message import Reader, length
-from fedq.encoding.schema import Tensors, TensorSpec
-from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
+from fedq.encoding.message import Reader, varint
+from fedq.encoding.numerics import finite, is_finite
+from fedq.encoding.schema import Tensors, TensorSpec, canonical_text
+from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage, Stage
 from fedq.keys import Key
-
-ByPlace = Mapping[int, Tensors]
-"""Tensors of the adaptive parts of a chain, by their place in it; the coder's is behind the last stage's."""
 
 _EXACT = Raw()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A chain of stages, applied in order, and the coder of what the last one gives.
+    """A chain of stages and one coder. Without stages and coder, tensors travel exact.
 
-    A payload is: for each stage its side values; then the coder's bytes. Whatever has a length that the spec does
-    not tell stands behind that length (see message.length). An encoder without stages and coder sends the tensor exact.
+    stages: The stages, in the order of encoding.
+    coder: Encodes the last stage's result: symbols ↔ bytes.
     """
 
+    canonical_name: ClassVar[str] = "Encoder"
+
     stages: Sequence[EncodingStage | AdaptiveEncodingStage] = ()
-    coder: Coder | AdaptiveCoder = _EXACT
+    coder: Coder = _EXACT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         for stage in self.stages:
             if not isinstance(stage, EncodingStage | AdaptiveEncodingStage):
                 raise TypeError(f"{stage!r} is not a stage")
-        if not isinstance(self.coder, Coder | AdaptiveCoder):
+        if not isinstance(self.coder, Coder):
             raise TypeError(f"{self.coder!r} is not a coder")
+        if self.coder.needs_levels and not self.stages:
+            raise ValueError(
+                f"{type(self.coder).__name__} must stand behind a stage that gives symbols of a known number of levels"
+            )
         for part in (*self.stages, self.coder):
             if not dataclasses.is_dataclass(part):
                 raise TypeError(f"{type(part).__name__} must be a dataclass: its arguments are part of the schema")
-            described(part)  # raises TypeError for arguments that a schema cannot hold
+            canonical_text(part)  # raises TypeError for arguments that a schema cannot hold
 
-    def adaptive(self) -> dict[int, Adaptive]:
-        """Returns the adaptive stages, and the coder if it is adaptive, by their place in the chain."""
-        return {i: part for i, part in enumerate((*self.stages, self.coder)) if isinstance(part, Adaptive)}
+    def bind(self, spec: TensorSpec, name: str = "x", summable: bool = True) -> "TensorCodec":
+        """Returns the codec of the tensor `name`, which has this spec.
 
-    def encode(self, x: Tensor, key: Key, params: ByPlace) -> tuple[list[Buffer], ByPlace]:
-        """Returns the payload of `x` (finite, any shape and dtype the stages take), in parts, and the state updates.
+        summable: Whether the server may add up payloads before it decodes them, if the stages allow a sum.
+        """
+        return TensorCodec(self, spec, name, summable)
 
-        Raises ValueError for an `x` that a stage does not take.
+
+class _Step(NamedTuple):
+    """A stage at its place in a chain. Only an adaptive stage takes params and returns a report."""
+
+    stage: Any
+    name: str
+    place: str
+    path: str
+    adaptive: bool
+
+
+class TensorCodec:
+    """An encoder bound to one tensor: tensor ↔ payload.
+
+    A payload holds the side values of each stage, then the coder's bytes. If the length of a part does not follow from
+    the spec, its length comes first (see `message.varint`).
+
+    compresses: Whether the tensor is floating and passes stages. All other tensors travel exact.
+    adaptive: The adaptive stages, by their path `name/place`.
+    summable_prefix: One spec for each first stage that the server can decode after a sum over clients: the spec of the
+        stage's input.
+    """
+
+    def __init__(self, encoder: Encoder, spec: TensorSpec, name: str, summable: bool) -> None:
+        self.encoder, self.spec = encoder, spec
+        self._coder = encoder.coder
+        self._steps = [
+            _Step(stage, type(stage).__name__, str(place), f"{name}/{place}", isinstance(stage, AdaptiveEncodingStage))
+            for place, stage in enumerate(encoder.stages)
+        ]
+        self.adaptive: dict[str, AdaptiveEncodingStage] = {
+            step.path: step.stage for step in self._steps if step.adaptive
+        }
+        self._reported = {
+            path: {own: update.spec for own, update in stage.update_spec(spec).items()}
+            for path, stage in self.adaptive.items()
+        }
+        self.compresses = bool(encoder.stages) and spec.dtype.is_floating_point
+        self.summable_prefix = _summable_prefix(encoder.stages, spec) if summable else []
+
+    def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[list[Buffer], dict[str, Tensor]]:
+        """Returns the parts of the payload of `x`, and the reports of the adaptive stages.
+
+        `x` is finite and has the codec's spec. Raises ValueError if a stage cannot encode `x`.
         """
         parts: list[Buffer] = []
-        updates: dict[int, Tensors] = {}
-        x = x.resolve_conj().resolve_neg()  # views of torch's that numpy does not read
-        first = spec = TensorSpec.of(x)
-        for i, stage in enumerate(self.stages):
-            name, side_spec = type(stage).__name__, stage.side_spec(spec)
-            if isinstance(stage, AdaptiveEncodingStage):
-                y, side, update = _returned(name, 3, stage.encode(x, key.fold(str(i)), params.get(i, {})))
-                updates[i] = _declared(stage, update, first)
-            else:
-                y, side = _returned(name, 2, stage.encode(x, key.fold(str(i))))
+        reports: dict[str, Tensor] = {}
+        own_params = by_part(params) if self.adaptive else {}
+        x = x.resolve_conj().resolve_neg()  # numpy cannot read these views
+        spec = self.spec
+        for step in self._steps:
+            stage, name = step.stage, step.name
+            side_spec = stage.side_spec(spec)
+            result = stage.encode(x, key.fold(step.place), *([own_params.get(step.path, {})] if step.adaptive else []))
+            if not isinstance(result, tuple) or len(result) != 2 + step.adaptive:
+                returns = ("the encoded tensor", "side values", "state updates")[: 2 + step.adaptive]
+                raise TypeError(f"{name}.encode must return {', '.join(returns)}")
+            x, side = result[:2]
+            if step.adaptive:
+                report, declared = result[2], self._reported[step.path]
+                check_declared(f"{name}.encode", report, declared)
+                reports |= {f"{step.path}/{own}": report[own].cpu() for own in declared}
             check_declared(f"{name}.encode", side, side_spec)
             spec = stage.encoded_spec(spec, side)
-            check_declared(f"{name}.encode", {"encoded": y}, {"encoded": spec})
-            for value, tensor in [(value, side[value]) for value in side_spec] + [("encoded", y)]:
+            check_declared(f"{name}.encode", {"encoded": x}, {"encoded": spec})
+            for value, tensor in [(value, side[value]) for value in side_spec] + [("encoded", x)]:
                 if not is_finite(tensor):
                     raise ValueError(f"{name} makes {value} NaN or infinite")
-            for value, own_spec in side_spec.items():
-                coder = stage.side_coder(value)
-                parts += _framed(coder, coder.encode(side[value], own_spec), own_spec)
-            x = y
-        if isinstance(self.coder, AdaptiveCoder):
-            body, update = self.coder.encode(x, spec, params.get(len(self.stages), {}))
-            updates[len(self.stages)] = _declared(self.coder, update, first)
-        else:
-            body = self.coder.encode(x, spec)
-        return [*parts, *_framed(self.coder, body, spec)], updates
+            for value, its_spec in side_spec.items():
+                parts += write(side[value], its_spec, stage.side_coder(value))
+        return [*parts, *write(x, spec, self._coder)], reports
 
-    def front(self, spec: TensorSpec) -> list[TensorSpec]:
-        """Returns what enters each of the first stages, as far as these can be decoded once, after a sum over clients.
+    def decode(self, reader: Reader, key: Key, params: Tensors, device: torch.device, stop_at_sum: bool) -> Tensor:
+        """Reads one payload and returns the tensor; the caller checks that the tensor is finite.
 
-        A weighted sum needs a floating dtype, and one no narrower than what enters the stage. There are no such stages
-        for less than 32 bits: they cut off what they decode at its dtype's limits, and a weighted sum is soon there.
+        stop_at_sum: Whether to leave the stages of the summable prefix to `decode_sum`.
+
+        Raises ValueError for bytes that `encode` never makes.
         """
-        specs: list[TensorSpec] = []
-        for stage in self.stages:
-            # only then can the stage be asked what it makes of it
-            if not (stage.commutes_with_sum and spec.dtype.is_floating_point and spec.dtype.itemsize >= 4):
-                break
-            encoded = stage.encoded_spec(spec, {})
-            if not (encoded.dtype.is_floating_point and encoded.dtype.itemsize >= spec.dtype.itemsize):
-                break
-            specs.append(spec)
-            spec = encoded
-        return specs
-
-    def decode(
-        self, reader: Reader, spec: TensorSpec, key: Key, params: ByPlace, device: torch.device, until: int = 0
-    ) -> Tensor:
-        """Reads one payload and returns the tensor of `spec`, or what entered stage number `until` on the way there.
-
-        Raises ValueError for bytes never encoded.
-        """
-        specs, sides = [spec], []
-        for stage in self.stages:
-            side = {
-                name: read(reader, value, stage.side_coder(name)) for name, value in stage.side_spec(specs[-1]).items()
-            }
-            specs.append(stage.encoded_spec(specs[-1], side))
+        specs, sides = [self.spec], []
+        for step in self._steps:
+            side_spec = step.stage.side_spec(specs[-1])
+            side = {name: read(reader, spec, step.stage.side_coder(name)) for name, spec in side_spec.items()}
+            specs.append(step.stage.encoded_spec(specs[-1], side))
             sides.append(side)
-        if isinstance(self.coder, AdaptiveCoder):
-            x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1], params.get(len(self.stages), {}))
-        else:
-            x = self.coder.decode(_unframed(reader, self.coder, specs[-1]), specs[-1])
-        # a stage may cut infinity off at what its dtype holds, and all that is decoded is finite
-        x = finite(x) if self.stages else x
-        return self._back(x.to(device), specs, sides, key, params, until)
+        x = read(reader, specs[-1], self._coder).to(device)
+        stop = len(self.summable_prefix)
+        x = self._decode_stages(x, specs, sides, key, params, len(sides), stop)
+        return x if stop_at_sum or not stop else self.decode_sum(x, key, params)
 
-    def finish(self, x: Tensor, spec: TensorSpec, key: Key, params: ByPlace) -> Tensor:
-        """Returns the tensor of `spec` from a sum of what `decode` gives with `until` behind the `front`.
+    def decode_sum(self, x: Tensor, key: Key, params: Tensors) -> Tensor:
+        """Decodes `x`, a sum over clients of results of `decode` with `stop_at_sum`.
 
-        `x` itself where that is all. Raises ValueError for NaN and infinity.
+        Without a summable prefix the method returns `x` itself. Raises ValueError for NaN and infinity.
         """
-        specs = self.front(spec)
-        return finite(self._back(finite(x), specs, [{}] * len(specs), key, params, 0)) if specs else finite(x)
+        specs = self.summable_prefix
+        if not specs:
+            return finite(x)
+        return finite(self._decode_stages(finite(x), specs, [{}] * len(specs), key, params, len(specs), 0))
 
-    def _back(
-        self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: ByPlace, until: int
+    def _decode_stages(
+        self,
+        x: Tensor,
+        specs: Sequence[TensorSpec],
+        sides: Sequence[Tensors],
+        key: Key,
+        params: Tensors,
+        start: int,
+        stop: int,
     ) -> Tensor:
-        """Decodes `x` by as many stages as there are `sides`, from the last back to number `until`."""
-        for i in reversed(range(until, len(sides))):
-            stage, folded = self.stages[i], key.fold(str(i))
-            if isinstance(stage, AdaptiveEncodingStage):
-                x = stage.decode(x, sides[i], specs[i], folded, params.get(i, {}))
-            else:
-                x = stage.decode(x, sides[i], specs[i], folded)
-            check_declared(f"{type(stage).__name__}.decode", {"decoded": x}, {"decoded": specs[i]})
+        """Decodes `x` by the stages from place `start` − 1 down to place `stop`."""
+        own_params = by_part(params) if self.adaptive else {}
+        for i in reversed(range(stop, start)):
+            step = self._steps[i]
+            arguments = [own_params.get(step.path, {})] if step.adaptive else []
+            x = step.stage.decode(x, sides[i], specs[i], key.fold(step.place), *arguments)
+            check_declared(f"{step.name}.decode", {"decoded": x}, {"decoded": specs[i]})
         return x
 
 
+def write(tensor: Tensor, spec: TensorSpec, coder: Coder = _EXACT) -> list[Buffer]:
+    """Returns the bytes of one tensor of `spec`. If their length does not follow from `spec`, it comes first."""
+    body = coder.encode(tensor, spec)
+    return [body] if coder.size(spec) is not None else [varint(memoryview(body).nbytes), body]
+
+
 def read(reader: Reader, spec: TensorSpec, coder: Coder = _EXACT) -> Tensor:
-    """Reads one exact tensor of `spec`, on the CPU. Raises ValueError where it holds NaN or infinity."""
-    return finite(coder.decode(_unframed(reader, coder, spec), spec))
-
-
-def finite(tensor: Tensor) -> Tensor:
-    """Returns `tensor`. Raises ValueError where it holds NaN or infinity."""
-    if not is_finite(tensor):
-        raise ValueError("a value is NaN or infinite")
-    return tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Tells whether `tensor` holds no NaN and no infinity; integers never do."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.dtype.itemsize == 1:  # float8, which torch cannot add up
-        tensor = tensor.float()
-    # One NaN or infinity makes the sum one too, in a fifth of the time; the reverse may be an overflow.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    """Reads a tensor that `write` wrote, on the CPU. Raises ValueError for NaN and infinity."""
+    size = coder.size(spec)
+    return finite(coder.decode(reader.read(reader.read_varint() if size is None else size), spec))
 
 
 def check_declared(who: str, given: Tensors, declared: Mapping[str, TensorSpec]) -> None:
-    """Raises TypeError, naming the author's method, where it gives other tensors than the stage declares."""
+    """Raises TypeError, naming the method `who`, if its tensors are not as the stage declares."""
     if given.keys() != declared.keys():
         raise TypeError(f"{who} gives {sorted(given)}, but {sorted(declared)} are declared")
     for name, spec in declared.items():
@@ -180,58 +202,20 @@ def check_declared(who: str, given: Tensors, declared: Mapping[str, TensorSpec])
             )
 
 
-def described(part: Any) -> str:
-    """Returns text that tells `part` from others: as repr, but arguments with their default value are left out.
+def _summable_prefix(stages: Sequence[Stage], spec: TensorSpec) -> list[TensorSpec]:
+    """Returns the spec of each stage's input, for the first stages that can be decoded after a weighted sum.
 
-    So a new option of a stage leaves the messages of all who do not use it as they are. Raises TypeError for what has
-    no such text.
+    The sum needs a floating dtype of at least 32 bits that is no narrower than the stage's input. A weighted sum would
+    overflow a narrower dtype.
     """
-    if dataclasses.is_dataclass(part):
-        given = []
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if value is not None and field.type in (float, "float", float | None, "float | None"):  # 1 is 1.0
-                value = float(value)
-            try:
-                text = described(value)
-            except TypeError as error:
-                raise TypeError(f"{type(part).__name__}.{field.name}: {error}") from error
-            if value != field.default:
-                given.append(f"{field.name}={text}")
-        return f"{type(part).__name__}({', '.join(given)})"
-    if isinstance(part, Mapping):
-        return described(list(part.items()))
-    if isinstance(part, list | tuple):
-        return f"[{', '.join(map(described, part))}]"
-    if not isinstance(part, str | int | float | torch.dtype | None):
-        raise TypeError(f"arguments must be plain values, stages or coders, not {type(part).__name__}")
-    return repr(float(part) if isinstance(part, float) else part)  # numpy's is one, with a repr of its own
-
-
-def _declared(part: Adaptive, update: Tensors, spec: TensorSpec) -> dict[str, Tensor]:
-    """Returns the state updates in the order declared, on the CPU; raises TypeError where they are others."""
-    declared = {name: value.spec for name, value in part.update_spec(spec).items()}
-    check_declared(f"{type(part).__name__}.encode", update, declared)
-    return {name: update[name].cpu() for name in declared}
-
-
-def _returned(name: str, count: int, result: Any) -> Any:
-    """Returns what a stage's encode gave; raises TypeError where that is not a tuple of `count`."""
-    if not isinstance(result, tuple) or len(result) != count:
-        parts = ("the encoded tensor", "side values", "state updates")[:count]
-        raise TypeError(f"{name}.encode must return {', '.join(parts)}")
-    return result
-
-
-def _framed(coder: Coder | AdaptiveCoder, body: Buffer, spec: TensorSpec) -> list[Buffer]:
-    """Returns `body` behind its length, where `coder` cannot tell it from `spec`."""
-    fixed = isinstance(coder, Coder) and coder.size(spec) is not None
-    return [body] if fixed else [length(memoryview(body).nbytes), body]
-
-
-def _unframed(reader: Reader, coder: Coder | AdaptiveCoder, spec: TensorSpec) -> memoryview:
-    """Reads what `_framed` made."""
-    size = coder.size(spec) if isinstance(coder, Coder) else None
-    if size is None:
-        size = reader.read_length()
-    return reader.read(size)
+    specs: list[TensorSpec] = []
+    for stage in stages:
+        # other stages may need side values for encoded_spec
+        if not (stage.commutes_with_sum and spec.dtype.is_floating_point and spec.dtype.itemsize >= 4):
+            break
+        encoded = stage.encoded_spec(spec, {})
+        if not (encoded.dtype.is_floating_point and encoded.dtype.itemsize >= spec.dtype.itemsize):
+            break
+        specs.append(spec)
+        spec = encoded
+    return specs

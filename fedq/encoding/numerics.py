@@ -1,4 +1,4 @@
-"""What stages that send a scale share: the dtype to work in, sums, and scales of blocks."""
+"""Numerics of stages: working dtypes, exact division, saturation, sums, and blocks of elements."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fedq.encoding.schema import TensorSpec
 
-CHUNK = 1 << 17  # elements worked on at a time: the working set stays in the cache
+CHUNK = 1 << 17  # elements at a time, which stay in the cache
 _ROW = 1 << 10
 LARGEST_BLOCK = 1 << 14
-"""torch adds up rows no longer than this in one thread, so that sums are the same on every number of threads."""
+"""torch sums rows up to this length in one thread: sums are then the same on any number of threads."""
 
 
 def working_dtype(who: object, spec: TensorSpec) -> torch.dtype:
@@ -21,28 +21,30 @@ def working_dtype(who: object, spec: TensorSpec) -> torch.dtype:
 
 
 def largest_magnitude(x: Tensor) -> float:
-    """Returns max |x|; 0 of an empty tensor."""
+    """Returns max |x|, or 0 for an empty tensor."""
     return max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
 
 
 def exact_divide(x: Tensor, by: float) -> Tensor:
-    """Returns x / by, of `x` float32 or float64, with the same bits on every device.
+    """Returns x / by (float32 or float64), with the same bits on every device.
 
-    CUDA multiplies by a number's reciprocal, which is off in the last bit, and infinite for a denormal: not a tensor's.
+    For a Python number CUDA multiplies by the reciprocal, which differs in the last bit and is infinite for a denormal.
+    For a tensor it divides.
     """
     return x / torch.tensor(by, dtype=x.dtype, device=x.device)
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns `x` in `dtype`: what is beyond its limits becomes the largest it holds. May write to `x`."""
+    """Returns `x` in `dtype`, clamped to its range. May write to `x`."""
     limit = torch.finfo(dtype).max
     return x.clamp_(-limit, limit).to(dtype)
 
 
 def sums(x: Tensor, *terms: Callable[[Tensor], Tensor]) -> list[float]:
-    """Returns the sum over all elements of each of `terms`, which take float64 and write nothing.
+    """Returns, for each of `terms`, the sum of its values over all elements.
 
-    Squares of a float32 neither overflow nor underflow here; those of a float64 may.
+    A term takes a float64 vector and does not write to it. Squares of float32 elements never overflow or underflow;
+    squares of float64 elements may.
     """
     flat, totals = x.reshape(-1), [0.0] * len(terms)
     for start in range(0, len(flat), CHUNK):
@@ -55,32 +57,44 @@ def sums(x: Tensor, *terms: Callable[[Tensor], Tensor]) -> list[float]:
 
 
 def chunks(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the elements of `x`, and with them those of `out` (contiguous) to be written, CHUNK at a time."""
+    """Yields views of `x` and `out` (contiguous), CHUNK elements at a time."""
     return zip(torch.split(x.reshape(-1), CHUNK), torch.split(out.view(-1), CHUNK), strict=True)
 
 
-def blocks(x: Tensor, block: int) -> Iterator[Tensor]:
-    """Yields the elements of `x` in rows of `block`, some rows at a time, float32 or float64.
+def blocks(x: Tensor, block: int, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields some elements of `x` at a time, in rows of `block` and in float32 or float64, and their part of `out`.
 
-    The last row is filled up with zeros. The tensors may share the memory of `x`.
+    Zeros fill the last row up. The rows may share the memory of `x`; the parts are vectors of `out` (contiguous).
     """
-    flat, step = x.reshape(-1), max(1, CHUNK // (4 * block)) * 4 * block
-    for start in range(0, len(flat), step):
-        yield in_rows(flat[start : start + step].to(torch.promote_types(x.dtype, torch.float32)), block)
+    work, step = torch.promote_types(x.dtype, torch.float32), max(1, CHUNK // (4 * block)) * 4 * block
+    for part, own in zip(torch.split(x.reshape(-1), step), torch.split(out.view(-1), step), strict=True):
+        if len(part):
+            yield in_rows(part.to(work), block), own
 
 
 def in_rows(flat: Tensor, block: int) -> Tensor:
-    """Returns `flat` in rows of `block`, the last filled up with zeros; it may share its memory."""
+    """Returns `flat` in rows of `block`; zeros fill the last row up. The rows may share the memory of `flat`."""
     return (torch.nn.functional.pad(flat, (0, -len(flat) % block)) if len(flat) % block else flat).view(-1, block)
 
 
-def check_block(name: str, block: int) -> None:
-    """Raises ValueError where `block` is not a length that `blocks` takes."""
-    if not 1 <= block <= LARGEST_BLOCK:
-        raise ValueError(f"{name} must be from 1 to {LARGEST_BLOCK}, not {block}")
-
-
 def check_scale(scale: Tensor, spec: TensorSpec) -> None:
-    """Raises ValueError where a side value is not a magnitude, or magnitudes, that the dtype of `spec` holds."""
+    """Raises ValueError unless all scales, a side value, are from 0 to the largest number of `spec`'s dtype."""
     if scale.numel() and not 0 <= float(scale.min()) <= float(scale.max()) <= torch.finfo(spec.dtype).max:
         raise ValueError(f"a scale is not from 0 to the largest {spec.dtype}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether `tensor` holds neither NaN nor infinity. Integers never do."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.dtype.itemsize == 1:  # torch cannot add up float8
+        tensor = tensor.float()
+    # One NaN or infinity makes the sum NaN or infinite, in a fifth of the time. The reverse may be an overflow.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Returns `tensor`. Raises ValueError if it holds NaN or infinity."""
+    if not is_finite(tensor):
+        raise ValueError("a value is NaN or infinite")
+    return tensor

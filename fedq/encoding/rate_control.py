@@ -1,4 +1,4 @@
-"""How coarse a direction is, following earlier rounds: factors of the common scale, and so of every step."""
+"""Rate control: the server scales the steps of one direction after each round, by a bit budget or by the loss."""
 
 import math
 from abc import abstractmethod
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.adaptive import Adaptive, StateUpdate
 from fedq.encoding.schema import Tensors, TensorSpec
@@ -14,42 +15,53 @@ _NUMBER = TensorSpec((), torch.float32)
 
 
 class RateController(Adaptive):
-    """State on the server that gives `factor`, what the common scale of a StateDictEncoder is multiplied with.
+    """State on the server that yields `factor`, by which a StateDictEncoder multiplies its common scale.
 
-    Clients report one number a message, 4 bytes, and are sent the factor, 4 bytes, in each broadcast.
+    The factor scales every step of the direction. Each broadcast carries the factor, and each client's message carries
+    one report: 4 bytes each.
     """
 
     reports: str
-    """What is reported: "bits", of payloads for each parameter, or "loss", that of local training."""
+    """The report: "bits" of payloads for each parameter, or the "loss" of local training."""
 
+    def report(self, bits: float, loss: float | None) -> dict[str, Tensor]:
+        """Returns a client's report, from the bits a parameter of its message and its training loss."""
+        number = bits if self.reports == "bits" else loss
+        if number is None:
+            raise TypeError("rate control that follows the training loss must be given it: loss=")
+        return {self.reports: torch.tensor(number, dtype=torch.float32)}
+
+    @override
     def params(self, state: Tensors) -> Tensors:
-        """As Adaptive.params: the factor."""
         return {"factor": state["factor"]}
 
+    @override
     def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
-        """As Adaptive.update_spec: one number a client."""
         return {self.reports: StateUpdate(_NUMBER, "stack")}
 
+    @override
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
-        """As Adaptive.update_state; what is not a positive number is not believed."""
-        reported = aggregated[self.reports].double()
-        believed = reported[(reported > 0) & reported.isfinite()]
-        return self.followed(state, float(believed.median())) if len(believed) else state
+        reports = aggregated[self.reports].double()
+        valid = reports[(reports > 0) & reports.isfinite()]
+        return self.followed(state, float(valid.median())) if len(valid) else state
 
     @abstractmethod
     def followed(self, state: Tensors, reported: float) -> Tensors:
-        """Returns the state after a round whose clients' reports have this median."""
+        """Returns the next round's state; `reported` is the median of the clients' positive, finite reports."""
 
 
 @dataclass(frozen=True)
 class BitBudget(RateController):
-    """Has the tensors of messages take `bits` a parameter, whatever the model and however it changes over the rounds.
+    """Scales all steps together so that messages take `bits` a parameter, in every round and for every model.
 
-    The steps of all tensors grow and shrink together, which is where the squared error is least for the bits that they
-    take in all ("equal slope", Shoham and Gersho 1988). How the bits depend on the factor is learnt: as its power,
-    through the last two rounds (the secant method).
+    At a given number of bits the squared error is least when all tensors have the same step ("equal slope", Shoham and
+    Gersho 1988). After each round the factor moves by the secant method: bits are taken as a power of the factor,
+    fitted to the last two rounds. At high rates bits change more slowly than a power: halving the step costs at most
+    one bit a parameter. For a budget above one bit, the factor therefore at least doubles or halves for each bit too
+    many or too few.
 
-    bits: above 0.
+    Attributes:
+        bits: budget in bits a parameter, above 0.
     """
 
     bits: float
@@ -59,32 +71,37 @@ class BitBudget(RateController):
         if not 0 < self.bits < math.inf:
             raise ValueError(f"bits must be above 0, not {self.bits}")
 
+    @override
     def initial_state(self, spec: TensorSpec) -> Tensors:
-        """As Adaptive.initial_state; `before` are the last round's factor and bits, to which `power` led."""
+        # before: factor and bits of the round before; power: fitted to that round and the one before it
         return {"factor": torch.tensor(1.0), "before": torch.zeros(2), "power": torch.tensor(-1.5)}
 
+    @override
     def followed(self, state: Tensors, reported: float) -> Tensors:
-        """As RateController.followed."""
         factor, power, before = float(state["factor"]), float(state["power"]), state["before"].tolist()
         if before[0] and abs(step := math.log(factor / before[0])) > 0.01:
-            # few bits fall off steeply; where training itself moved them, the power must stay believable
+            # low rates fall steeply; the limits hold when training, not the factor, changed the bits
             power = min(max(math.log(reported / before[1]) / step, -5.0), -0.7)
-        aim = factor * 2 ** min(max((math.log2(self.bits) - math.log2(reported)) / power, -3), 3)
-        aim = min(max(aim, 2.0**-20), 2.0**20)
-        now = {"factor": aim, "before": [factor, reported], "power": power}
-        return {name: torch.tensor(value) for name, value in now.items()}
+        doublings = min(max((math.log2(self.bits) - math.log2(reported)) / power, -3), 3)
+        if self.bits > 1:
+            doublings = max(doublings, min(max(reported - self.bits, -40), 40), key=abs)
+        aim = min(max(factor * 2**doublings, 2.0**-20), 2.0**20)
+        after = {"factor": aim, "before": [factor, reported], "power": power}
+        return {name: torch.tensor(value) for name, value in after.items()}
 
 
 @dataclass(frozen=True)
 class FollowLoss(RateController):
-    """Halves the steps whenever training stalls (DAdaQuant, Hönig 2021, §3.4), for uploads.
+    """Halves the steps of uploads whenever training stalls (DAdaQuant, Hönig 2021, §3.4).
 
-    It starts with steps `start` times as large and ends with them as they are. The median over a cohort of its clients'
-    training losses (there: the weighted mean of those before it) is averaged over the rounds, with `memory`, the weight
-    of what was before; where that average is no lower than it was `patience` rounds ago the factor is halved, and as
-    many rounds pass before it may be again.
+    Each round, the median of the clients' training losses enters a moving average. (The paper takes their weighted
+    mean.) Training stalls when the average is no lower than `patience` rounds before. The factor stays at least
+    `patience` rounds as it is.
 
-    start: 1 to 2^20. memory: from 0 to below 1. patience: 1 to 10,000 rounds.
+    Attributes:
+        start: first factor of the steps, 1 to 2^20. The factor is never below 1.
+        memory: weight of the earlier average, from 0 to below 1.
+        patience: rounds between the averages that are compared, 1 to 10,000.
     """
 
     start: float = 8.0
@@ -100,12 +117,13 @@ class FollowLoss(RateController):
         if not 1 <= self.patience <= 10_000:
             raise ValueError(f"patience must be from 1 to 10,000, not {self.patience}")
 
+    @override
     def initial_state(self, spec: TensorSpec) -> Tensors:
-        """As Adaptive.initial_state: averages of the last rounds, the newest last."""
+        # losses: averages of the last rounds, newest last
         return {"factor": torch.tensor(float(self.start)), "losses": torch.full((self.patience + 1,), math.inf)}
 
+    @override
     def followed(self, state: Tensors, reported: float) -> Tensors:
-        """As RateController.followed."""
         before, factor = state["losses"], float(state["factor"])
         newest = float(before[-1])
         average = reported if math.isinf(newest) else self.memory * newest + (1 - self.memory) * reported

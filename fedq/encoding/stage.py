@@ -11,12 +11,12 @@ from fedq.keys import Key
 
 
 class Stage:
-    """What both kinds of stage declare. Make a stage a frozen dataclass.
+    """What both kinds of stage declare.
 
-    Its constructor's arguments become part of the schema that both sides must agree on.
+    A stage is a frozen dataclass. Both sides must agree on its arguments.
 
-    A stage says what it can do, as `unbiased = True` in its class, or as a property where it depends on the arguments.
-    Each claim is tested.
+    A stage may claim to be `lossless` or `unbiased`, or that it `commutes_with_sum`. Write `unbiased = True` in the
+    class, or a property if the claim depends on the arguments. `fedq.encoding.testing.check_stage` tests each claim.
     """
 
     @property
@@ -33,58 +33,66 @@ class Stage:
     def commutes_with_sum(self) -> bool:
         """Whether decode(encode(x) + encode(y)) == decode(encode(x)) + decode(encode(y)).
 
-        With keys that differ at most in the client, and no side values.
+        The keys of x and y differ in the client only. Such a stage has no side values.
         """
         return False
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """Returns the specs of the side values for an input of `spec`; they travel exact, in this order.
+        """Returns the specs of the side values for an input of `spec`. They travel exact, in this order.
 
-        Raises ValueError for a `spec` that the stage does not take.
+        Raises ValueError if the stage cannot encode tensors of `spec`.
         """
         return {}
 
     def side_coder(self, name: str) -> Coder:
-        """Returns the coder of a side value: exact as it is, unless it is a stream of symbols, such as a mask."""
+        """Returns the coder of a side value. Override the method for side values of symbols, such as a mask."""
         return Raw()
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """Returns the spec of what `encode` makes of an input of `spec`; its length may depend on `side`.
+        """Returns the spec of the encoded tensor for an input of `spec`. Its shape may depend on `side`.
 
-        On the receiving side `side` comes from the wire: raise ValueError for values that `encode` never makes.
+        The receiver reads `side` from a message. Raise ValueError for values that `encode` never makes.
         """
         return spec
 
 
 class EncodingStage(Stage, ABC):
-    """One step of a chain: a pure function from a tensor to a smaller one, and back.
+    """One step of a chain: a pure function from a tensor to a smaller tensor, and back.
 
-    All a stage may use beside its input is its constructor's arguments and the key. `decode` sees only what
-    travelled (`y` and `side`), the agreed `spec` of the original, and the key.
+    `encode` uses the input, the key and the stage's arguments, and nothing else. `decode` uses the encoded tensor, the
+    side values, the spec of the original, the key and the stage's arguments.
     """
 
     @abstractmethod
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """Returns the encoded tensor and its side values. `x` is finite and must not be changed.
+        """Returns the encoded tensor and its side values.
+
+        x: A finite tensor of any shape. Do not write to it.
+        key: The key of the stage's random draws.
 
         Raises ValueError for values that the stage cannot encode.
         """
 
     @abstractmethod
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """Returns the approximation of the `x` of `spec` that `encode` was given.
+        """Returns a tensor of `spec` that is near the original.
+
+        y: The encoded tensor.
+        side: The side values.
+        spec: The spec of the original.
+        key: The key of `encode`.
 
         Raises ValueError for values that `encode` never makes.
         """
 
 
 class AdaptiveEncodingStage(Stage, Adaptive):
-    """An encoding stage that learns over the rounds from state which the server keeps (see Adaptive)."""
+    """An encoding stage with state on the server that learns over the rounds; see Adaptive."""
 
     @abstractmethod
     def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        """Returns the encoded tensor, its side values, and the state-update tensors."""
+        """Returns the encoded tensor, its side values, and the report (`update_spec`). `params` are this round's."""
 
     @abstractmethod
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key, params: Tensors) -> Tensor:
-        """As EncodingStage.decode, with this round's params."""
+        """Returns a tensor of `spec` that is near the original; see EncodingStage.decode. `params` are this round's."""

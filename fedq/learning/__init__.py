@@ -1,25 +1,32 @@
 """The algorithm as pure steps: initialize() → state, next(state, clients) → state, metrics."""
 
+from fedq.learning.algorithm import FedAvg
+from fedq.learning.algorithms import FedNova, Scaffold
+from fedq.learning.error_feedback import ErrorFeedback
 from fedq.learning.evaluation import evaluate
-from fedq.learning.failures import ClientFailure
-from fedq.learning.federated_averaging import Diverged, FederatedAveraging, TooFewClients
+from fedq.learning.failures import ClientFailure, Diverged, TooFewClients
+from fedq.learning.federated_averaging import FederatedAveraging
 from fedq.learning.local_training import LocalTraining, TrainingMetrics
-from fedq.learning.round import Contribution, Gather, Record, Share, Task
+from fedq.learning.round import Broadcast, ClientRecord, CohortResult, Gather, Summand
 from fedq.learning.server import ServerState
 from fedq.learning.submodel import FederatedDropout
 
 __all__ = [
+    "Broadcast",
     "ClientFailure",
-    "Contribution",
+    "ClientRecord",
+    "CohortResult",
     "Diverged",
+    "ErrorFeedback",
+    "FedAvg",
+    "FedNova",
     "FederatedAveraging",
     "FederatedDropout",
     "Gather",
     "LocalTraining",
-    "Record",
+    "Scaffold",
     "ServerState",
-    "Share",
-    "Task",
+    "Summand",
     "TooFewClients",
     "TrainingMetrics",
     "evaluate",

@@ -10,11 +10,13 @@ T = TypeVar("T")
 
 
 class PairwiseTree(Generic[T]):
-    """Folds values 0, 1, 2, … with `combine` over a fixed binary tree, as they come and in any order.
+    """Combines values 0, 1, 2, … over a fixed binary tree; they may arrive in any order.
 
-    Floating-point addition is not associative: over a tree fixed by the values' places the result is the same,
-    bit for bit, whoever computed them and whenever. A value may be missing (None): its place stays empty. In order,
-    at most log₂(n) + 1 partial results are held.
+    Floating-point addition is not associative. The tree depends on the values' places alone, so that the result is the
+    same, bit for bit, for any number of workers and ranks. A missing value is None. If n values arrive in order, at
+    most log₂(n) + 1 partial results are in memory.
+
+    combine: Returns the combination of a left and a right value.
     """
 
     def __init__(self, combine: Callable[[T, T], T]) -> None:
@@ -22,7 +24,7 @@ class PairwiseTree(Generic[T]):
         self._waiting: dict[tuple[int, int], T | None] = {}
 
     def add(self, place: int, value: T | None, level: int = 0) -> None:
-        """Takes the value of one place, or a partial result of another tree; each place once."""
+        """Adds the value of one place, or a partial result of another tree. Each place may be added once."""
         while (level, place ^ 1) in self._waiting:
             sibling = self._waiting.pop((level, place ^ 1))
             value = self._join(value, sibling) if place % 2 == 0 else self._join(sibling, value)
@@ -30,17 +32,18 @@ class PairwiseTree(Generic[T]):
         self._waiting[level, place] = value
 
     def partial_results(self) -> list[tuple[int, int, T | None]]:
-        """Returns (level, place, value) of each partial result: that of places place · 2^level and 2^level − 1 more.
+        """Returns (level, place, value) of each partial result, for another tree's `add`.
 
-        Of n places in a row at most 2 · log₂(n) are left. Another tree goes on from them with `add`.
+        A partial result combines 2^level places, from place · 2^level on. A row of n places has at most 2 · log₂(n)
+        partial results.
         """
         return [(level, place, value) for (level, place), value in self._waiting.items()]
 
     def result(self) -> T | None:
-        """Returns the fold of all values, None without any. Call it once, after all places are taken."""
+        """Returns the combination of all values, or None if there are none. Call it once, after the last `add`."""
         total = None
         for _, value in sorted(self._waiting.items(), key=lambda item: item[0]):
-            # the smallest subtree is the rightmost: fold the rest from the right
+            # the smallest subtree is the rightmost: combine from right to left
             total = self._join(value, total)
         return total
 
@@ -52,7 +55,7 @@ class PairwiseTree(Generic[T]):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Gives the calling thread one intra-op thread: floating sums depend on how many threads share them."""
+    """Limits torch to one intra-op thread: floating sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

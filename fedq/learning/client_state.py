@@ -1,4 +1,4 @@
-"""What clients keep between their rounds for error feedback."""
+"""State that clients keep between their rounds: residuals of error feedback, control variates."""
 
 import threading
 from collections.abc import Mapping
@@ -6,42 +6,42 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedq.encoding.state_dict import Schema
+from fedq.encoding.schema import Schema
 
 
-class ResidualStore(Protocol):
-    """Keeps each client's residual. Called from several threads, of one client from one at a time."""
+class ClientStore(Protocol):
+    """Keeps each client's tensors. Threads may call it for different clients at the same time."""
 
-    def load(self, client: int, serial: int, schema: Schema) -> Mapping[str, Tensor]:
-        """Returns the residual of `schema` that the client's last round before number `serial` left, empty if none."""
+    def begin(self, attempt: int) -> None:
+        """Drops what rounds from number `attempt` on committed. Called before a round, which may be a repetition."""
 
-    def save(self, client: int, serial: int, residual: Mapping[str, Tensor]) -> None:
-        """Keeps a residual, exact and on the CPU, which the round of number `serial` leaves."""
+    def load(self, client: int, attempt: int, schema: Schema) -> Mapping[str, Tensor]:
+        """Returns the tensors of `schema` that the client last committed before `attempt`; empty if there are none."""
+
+    def commit(self, client: int, attempt: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps the tensors of the client's round `attempt`: finite, on the CPU, and never changed again."""
 
 
 class InMemory:
-    """Keeps each client's last two residuals: a round can be given again, and one before the last cannot.
-
-    Call `begin` before each round.
-    """
+    """Keeps each client's last two versions in memory, so that the last round can be repeated."""
 
     def __init__(self) -> None:
         self._kept: dict[int, dict[int, Mapping[str, Tensor]]] = {}
         self._lock = threading.Lock()
 
-    def begin(self, serial: int) -> None:
-        """Forgets what rounds from number `serial` on left: they are given again, or another training begins."""
-        self._kept = {c: {s: r for s, r in own.items() if s < serial} for c, own in self._kept.items()}
+    def begin(self, attempt: int) -> None:
+        """Forgets what rounds from number `attempt` on committed."""
+        self._kept = {c: {a: t for a, t in own.items() if a < attempt} for c, own in self._kept.items()}
 
-    def load(self, client: int, serial: int, schema: Schema) -> Mapping[str, Tensor]:
-        """As ResidualStore.load."""
+    def load(self, client: int, attempt: int, schema: Schema) -> Mapping[str, Tensor]:
+        """Returns what the client's last round before number `attempt` committed."""
         with self._lock:
             own = self._kept.get(client, {})
-            return own[max(before)] if (before := [s for s in own if s < serial]) else {}
+            return own[max(before)] if (before := [a for a in own if a < attempt]) else {}
 
-    def save(self, client: int, serial: int, residual: Mapping[str, Tensor]) -> None:
-        """As ResidualStore.save."""
+    def commit(self, client: int, attempt: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps what the client's round of number `attempt` leaves."""
         with self._lock:
             own = self._kept.get(client, {})
-            last = max((s for s in own if s < serial), default=None)
-            self._kept[client] = {serial: residual} if last is None else {last: own[last], serial: residual}
+            last = max((a for a in own if a < attempt), default=None)
+            self._kept[client] = {attempt: tensors} if last is None else {last: own[last], attempt: tensors}

@@ -1,4 +1,4 @@
-"""How good a model is."""
+"""Loss and accuracy of a model on examples."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,19 +12,26 @@ from fedq.errors import FedqError
 from fedq.learning.local_training import Precision, wide
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-"""Applies a function to each item and gives the results in order: Python's `map`, or a pool's."""
+"""Applies a function to each item and yields the results in order, as Python's `map` or a pool's does."""
 
 
 def evaluate(
     model: nn.Module, examples: Examples, batch_size: int = 50, map: Map = map, precision: Precision = "float32"
 ) -> dict[str, float]:
-    """Returns the mean cross entropy ("loss", in nats) and the accuracy of `model` on `examples`.
+    """Returns the mean cross entropy ("loss", in nats) and the share of right classes ("accuracy", 0 to 1).
 
-    precision: as LocalTraining.train's. Raises FedqError where there are no examples.
+    model: The model, on any device; evaluation mode stays on.
+    examples: At least one example.
+    batch_size: The number of examples in a forward pass.
+    map: Evaluates the batches; a pool's `map` evaluates them side by side, with the same result.
+    precision: The precision of forward passes.
+
+    Raises FedqError if there are no examples.
     """
 
     def batch(start: int) -> tuple[float, int]:
-        x, y = (part[start : start + batch_size].to(device) for part in examples)
+        # a copy: a model may write to its input
+        x, y = (part[start : start + batch_size].to(device, copy=True) for part in examples)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = wide(model(x))
             return float(F.cross_entropy(logits, y, reduction="sum")), int((logits.argmax(1) == y).sum())

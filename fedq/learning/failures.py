@@ -1,11 +1,20 @@
 """Why a client is left out of a round."""
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-FailureKind = Literal["silent", "late", "refused", "outlier", "unable"]
-"""silent: no answer came. late: it came beyond the deadline. refused: its bytes are no message of this round. outlier:
-its update's norm is far out of line. unable: it has no examples, an error came up in its training, or its update cannot
-be encoded."""
+from fedq.errors import FedqError
+
+if TYPE_CHECKING:  # server.py imports this file
+    from fedq.learning.server import ServerState
+
+FailureKind = Literal["silent", "late", "refused", "outlier", "unable", "lost"]
+"""silent: no answer came.
+late: The answer came after the deadline.
+refused: The answer's bytes are damaged, or not of this round and client.
+outlier: The update's norm is far out of line.
+unable: The client has no examples, its training raised an error, or its update cannot be encoded.
+lost: The client does not hold the weights that the broadcast builds on; the server sends them whole next time.
+"""
 
 FAILURES: tuple[FailureKind, ...] = get_args(FailureKind)
 
@@ -16,3 +25,19 @@ class ClientFailure(Exception):
     def __init__(self, kind: FailureKind, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
+
+
+class Diverged(FedqError):
+    """The server's weights hold NaN or infinity and cannot be sent; names the tensor."""
+
+
+class TooFewClients(FedqError):
+    """Fewer clients than required sent a usable update; says how many, and why the first did not.
+
+    state: The state to continue from: as before the round, with this cohort's bits counted, and with other keys.
+    counts: The metrics of the cohort that add up over cohorts: failures, uploads, seconds.
+    """
+
+    def __init__(self, text: str, state: "ServerState", counts: dict[str, float]) -> None:
+        super().__init__(text)
+        self.state, self.counts = state, counts

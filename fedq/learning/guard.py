@@ -13,22 +13,27 @@ from fedq.learning.failures import ClientFailure
 
 
 def norm(update: Mapping[str, Tensor]) -> float:
-    """Returns the Euclidean norm over all floating tensors together, infinity where it is beyond float32."""
+    """Returns the Euclidean norm over all floating tensors; infinity if a tensor's norm overflows float32."""
     floating = [tensor for tensor in update.values() if tensor.is_floating_point()]
     return math.hypot(*(float(torch.linalg.vector_norm(tensor.float())) for tensor in floating))
 
 
 @dataclass(frozen=True)
 class NormGuard:
-    """Clips (Sun 2019) or drops updates whose norm is more than `multiple` times a quantile of earlier rounds' norms.
+    """Clips (Sun 2019) or drops updates whose norm is above a limit that follows the rounds.
 
-    The limit follows the rounds, as in adaptive clipping (Andrew 2021, §2), which moves its estimate by how many
-    clients were below it, for want of their norms. This server decodes every update: it takes the `quantile` of the
-    round's norms itself and mixes it in geometrically, with a share of `rate`. The estimate q is off by no more than
-    the norms of honest clients differ as long as outliers are fewer than a share of 1 − quantile. The norm is that of
-    what the server adds up, so that a chain's front stages which commute with the sum are not undone for it.
+    The limit is `multiple` times an estimate of a quantile of the norms. After each round the server takes the quantile
+    of the round's norms, and moves the estimate towards it (geometric mean). Adaptive clipping (Andrew 2021, §2)
+    estimates the quantile from counts of clients below it, because there no client shows its norm. If outliers are
+    fewer than a share of 1 − quantile, the estimate stays within the range of honest norms.
 
-    `initial` is the estimate before the first round; without it no update of that round is out of line.
+    The norm is that of the tensors that the server adds up: stages that commute with the sum are not decoded first.
+
+    action: "clip" scales an update down to the limit, "drop" leaves the client out.
+    quantile: The quantile of the round's norms, 0 to 1.
+    multiple: The limit in multiples of the estimate.
+    rate: The weight of a round in the estimate, above 0 and at most 1.
+    initial: The estimate before the first round; if None, the first round has no limit.
     """
 
     action: Literal["clip", "drop"]
@@ -48,9 +53,12 @@ class NormGuard:
             raise ValueError("multiple and initial must be above 0, and initial finite")
 
     def scale(self, norm: float, estimate: float) -> float:
-        """Returns what to multiply an update of this `norm` with; `estimate` is 0 before the first round.
+        """Returns the factor for an update of this norm: 1, or less if the update is clipped.
 
-        Raises ClientFailure where the update is to be dropped, or cannot be clipped because its norm is infinite.
+        norm: The update's norm.
+        estimate: The estimate after the last round; 0 before the first.
+
+        Raises ClientFailure if the update is dropped. An infinite norm cannot be clipped.
         """
         limit = self.multiple * (estimate or self.initial or math.inf)
         if math.isfinite(norm) and norm <= limit:
@@ -60,8 +68,8 @@ class NormGuard:
         return limit / norm
 
     def update(self, estimate: float, norms: Sequence[float]) -> float:
-        """Returns the estimate after a round with updates of these norms, those dropped or clipped included."""
-        # an order statistic, not a mean of two: one of them may be infinite
+        """Returns the estimate after a round. `norms` are those of all updates, also of clipped and dropped ones."""
+        # "lower" takes one of the norms: a mean of two could be infinite
         found = float(np.quantile(norms, self.quantile, method="lower")) if norms else 0.0
         before = estimate or self.initial
         if not 0 < found < math.inf:

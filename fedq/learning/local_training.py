@@ -1,4 +1,4 @@
-"""What a client does: local training."""
+"""Local training: the steps of a client's optimizer."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -15,28 +15,44 @@ from fedq.errors import FedqError
 from fedq.keys import Key
 
 Projection = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""From the gradients of a model's parameters to what a client can send of them."""
+"""Returns what a client can send of the gradients of a model's parameters."""
 
 Precision = Literal["float32", "bf16"]
-"""What products of matrices and convolutions are computed in: as the model is, or in bfloat16 by torch.autocast."""
+"""The precision of matrix products and convolutions: "float32" is the model's own, "bf16" is torch.autocast's."""
+
+Correction = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
+"""Changes the gradients of a step in place, given the parameters that the step starts from."""
 
 
 class TrainingMetrics(NamedTuple):
-    """Sums over all examples seen in local training, in the model's state when it saw them."""
+    """What a client reports of its local training.
+
+    loss: The sum of the losses over all examples seen, in the model's state at that time.
+    correct: The number of examples seen that were classified right.
+    seen: The number of examples seen.
+    steps: The number of optimizer steps.
+    """
 
     loss: float
     correct: int
     seen: int
+    steps: int
 
 
 @dataclass(frozen=True)
 class LocalTraining:
     """Local SGD (McMahan 2016, ClientUpdate) with heavy-ball momentum and FedProx's proximal term (Li 2020, eq. 2).
 
-    Each epoch goes once over the client's examples in an order of its own; the last batch may be smaller. `lr` and
-    `momentum` are torch.optim.SGD's; `proximal` is μ, which pulls towards the weights received. Of a client with more
-    than `max_examples` a random choice of so many is used each round. `structured` keeps every step within what the
-    client's upload can send, so that nothing of its update is lost (Konečný 2016, §2).
+    Each epoch takes the client's examples once, in a random order. The last batch may be smaller.
+
+    lr: The learning rate, as of torch.optim.SGD.
+    epochs: The number of epochs in a round.
+    batch_size: The number of examples of a step.
+    momentum: The momentum, as of torch.optim.SGD.
+    proximal: FedProx's μ, which pulls towards the received weights.
+    max_examples: The most examples that a client uses in a round, chosen at random; None for all.
+    structured: Whether each step stays within what the client's upload can send, so that the upload loses nothing
+        (structured updates, Konečný 2016, §2).
     """
 
     lr: float
@@ -67,12 +83,20 @@ class LocalTraining:
         key: Key,
         project: Projection | None = None,
         precision: Precision = "float32",
+        correct_gradients: Correction | None = None,
     ) -> TrainingMetrics:
-        """Sets `model` to `weights` and trains it in place on `examples`, on the model's device.
+        """Loads `weights` into `model`, trains it in place on the model's device, and returns the metrics.
 
-        With `project`, a projection on a linear subspace, each step takes the projected gradient. `precision` is that
-        of products of matrices and convolutions, where "bf16" has 8 bits instead of 24; weights, their gradients and
-        steps are the model's dtype in either. Raises FedqError for a model that draws from torch's generator.
+        model: The network.
+        weights: The state_dict to start from.
+        examples: The client's examples, at least one.
+        key: The key of the examples' order.
+        project: Projects each step's gradients on a linear subspace; None for all gradients.
+        precision: The precision of matrix products and convolutions. Weights, gradients and steps keep the model's
+            dtype.
+        correct_gradients: Changes each step's gradients after the projection; None if the algorithm has no correction.
+
+        Raises FedqError if the model draws from a generator that all threads share.
         """
         model.load_state_dict(weights)
         model.train()
@@ -80,7 +104,7 @@ class LocalTraining:
         device = next(iter(parameters.values())).device
         velocities: dict[str, Tensor] = {}
         all_x, all_y = examples.x.to(device), examples.y.to(device)
-        loss_sum, correct, seen = 0.0, 0, 0
+        loss_sum, correct, seen, steps = 0.0, 0, 0, 0
         orders = key.fold("shuffle")
         order = orders.fold("0").permutation(len(examples.y))[: self.max_examples]
         chosen, before = np.sort(order), generators(device)
@@ -92,7 +116,7 @@ class LocalTraining:
             for start in range(0, len(order), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
                 model.zero_grad()
-                # bfloat16 has float32's range: no gradient vanishes, and none needs scaling
+                # bfloat16 has the range of float32: gradients need no scaling
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = wide(model(batch_x))
                 loss = F.cross_entropy(logits, batch_y)
@@ -101,6 +125,8 @@ class LocalTraining:
                 if project is not None:
                     for name, projected in project(gradients).items():
                         gradients[name].copy_(projected)
+                if correct_gradients is not None:
+                    correct_gradients(gradients, {name: parameters[name].detach() for name in gradients})
                 if self.proximal:
                     for name, gradient in gradients.items():
                         gradient.add_(parameters[name].detach() - weights[name], alpha=self.proximal)
@@ -108,15 +134,17 @@ class LocalTraining:
                 loss_sum += float(loss.detach()) * len(batch_y)
                 correct += int((logits.detach().argmax(1) == batch_y).sum())
                 seen += len(batch_y)
+                steps += 1
         check_nothing_drawn(before, device)
-        return TrainingMetrics(loss_sum, correct, seen)
+        return TrainingMetrics(loss_sum, correct, seen, steps)
 
     def _step(
         self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], velocities: dict[str, Tensor]
     ) -> None:
         """Takes one step of heavy-ball SGD: v ← momentum · v + gradient, w ← w − lr · v; the first v is the gradient.
 
-        It keeps the `gradients`, and gives the bits of torch.optim.SGD, which would import the compiler for seconds.
+        The result has the bits of torch.optim.SGD. Its import would load torch's compiler, which takes seconds.
+        `velocities` may keep the tensors of `gradients`.
         """
         with torch.no_grad():
             if self.momentum:
@@ -128,18 +156,18 @@ class LocalTraining:
 
 
 def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None:
-    """Raises FedqError where a generator that all threads share is not as `generators` found it."""
+    """Raises FedqError if a generator that all threads share has changed since `generators` returned `before`."""
     after = generators(device)
     if drawn := [name for name in before if before[name] != after[name]]:
         raise FedqError(
-            "the model draws random numbers while it trains, as nn.Dropout does, or the dataset while it is read, from "
-            f"{drawn[0]}'s generator, which all threads share: no key governs them, and no run could be repeated; take "
-            "such layers out, and seed what a dataset draws with"
+            "the model draws random numbers in training, as nn.Dropout does, or the dataset draws while it is read. "
+            f"The generator is {drawn[0]}'s, which all threads share, so that no run could be repeated. Remove such "
+            "layers, and give the dataset a generator of its own"
         )
 
 
 def generators(device: torch.device) -> dict[str, Any]:
-    """Returns the states of the generators that all threads share, which change where something is drawn."""
+    """Returns the states of the generators that all threads share; each draw changes its generator's state."""
     of_numpy: Any = np.random.get_state(legacy=False)
     states: dict[str, Any] = {
         "torch": torch.get_rng_state().numpy().tobytes(),
@@ -152,26 +180,26 @@ def generators(device: torch.device) -> dict[str, Any]:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """Returns logits in float32, in which a loss is taken, float64 as they are."""
+    """Returns the logits in float32, for the loss; float64 stays float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Returns `model`, its 4-D tensors in memory with channels last; the order on the wire is unaffected.
+    """Returns `model` with the channels of its 4-D tensors last in memory; convolutions are about a tenth faster.
 
-    Convolutions are about a tenth faster so.
+    The order on the wire stays the same.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
-            tensor.data = tensor.data.to(memory_format=torch.channels_last)  # `contiguous` leaves one channel as it is
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)  # not `contiguous`: it keeps one channel
     return model
 
 
 def update_of(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what a client uploads: trained − received where floating, the trained value itself where not.
+    """Returns a client's update: trained − received for floating tensors, the trained value for all others.
 
-    Works in place: `trained` is used up, which spares a page fault for every 4 KiB of a large model. Integers and
-    booleans (a batch norm's num_batches_tracked) would wrap in a difference of their own dtype.
+    Works in place: `trained` is used up, because new memory costs a page fault for every 4 KiB. Integers and booleans
+    (a batch norm's num_batches_tracked) have no difference, which could overflow their dtype.
     """
     return {
         name: value.detach().sub_(received[name]) if value.is_floating_point() else value

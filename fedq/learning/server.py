@@ -1,4 +1,4 @@
-"""What the server holds, and how the cohort's mean update changes it."""
+"""The server's half of a round: it opens the broadcast, reads the answers, adds them up and closes the round."""
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -8,77 +8,299 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedq.encoding.state_dict import ByTensor
+from fedq.encoding import Key, MessageError
+from fedq.encoding.numerics import is_finite
+from fedq.errors import FedqError
+from fedq.learning.error_feedback import compensate
+from fedq.learning.guard import NormGuard, norm
+from fedq.learning.protocol import Protocol, attach
+from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Summand, timed
 
 ServerOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 """Builds the server optimizer for the given parameters, as `functools.partial(torch.optim.Adam, lr=0.01)` does."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ServerState:
-    """All that one round hands to the next. Tensors are never changed in place.
+    """The server's state between two rounds. Tensors are never changed in place.
 
-    round: rounds done. weights: the model's state_dict. optimizer: the server optimizer's state_dict. broadcast and
-    upload: states of the adaptive encoding stages. broadcasted_bits and aggregated_bits: sums over all rounds. repeats:
-    cohorts of which too few answered. norm: the norm guard's estimate, 0 before the first. residual: what the broadcast
-    has not told yet, for error feedback. received, lengths, holders: for a broadcast of differences from what was last
-    received, the weights that a client has which followed all rounds, the bytes of each round's message, and of how
-    many rounds a client has had them; clients that would rather be sent all of `received` are not among `holders`.
+    round: The number of rounds done.
+    weights: The model's state_dict.
+    optimizer: The server optimizer's state_dict.
+    broadcast: The state of the broadcast's adaptive parts, flat.
+    upload: The same of the upload's.
+    broadcasted_bits: The bits sent to clients, over all rounds.
+    aggregated_bits: The bits of updates that clients sent, over all rounds.
+    reported_bits: The bits of reports beside the updates, over all rounds.
+    repeats: The number of cohorts that were too small and were repeated.
+    norm: The norm guard's estimate; 0 before the first round.
+    residual: The broadcast's residual, for error feedback.
+    groups: The server's tensors of the algorithm's groups.
+    received: With reference=last, the weights of a client that received every broadcast; empty before the first.
+    kept: With reference=last, the last broadcasts, oldest first, as uint8 tensors.
+    last_received: With reference=last, the rounds after which each client was up to date.
     """
 
     round: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
-    broadcast: ByTensor
-    upload: ByTensor
+    broadcast: dict[str, Tensor]
+    upload: dict[str, Tensor]
     broadcasted_bits: int = 0
     aggregated_bits: int = 0
+    reported_bits: int = 0
     repeats: int = 0
     norm: float = 0.0
     residual: dict[str, Tensor] = field(default_factory=dict)
+    groups: dict[str, Tensor] = field(default_factory=dict)
     received: dict[str, Tensor] = field(default_factory=dict)
-    lengths: tuple[int, ...] = ()
-    holders: dict[int, int] = field(default_factory=dict)
+    kept: tuple[Tensor, ...] = ()
+    last_received: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any]) -> "ServerState":
+        """Returns the state from its saved fields, also from those of commit 1c20104.
+
+        Raises FedqError for a saved state that lacks what a round needs, TypeError for other fields.
+        """
+        if saved.pop("lengths", ()) or saved.pop("holders", {}):
+            raise FedqError(
+                "an earlier version saved it without the broadcasts that reference=last needs: start a new run"
+            )
+        for name in ("broadcast", "upload"):  # once nested: tensor, place, name
+            for tensor, places in list(saved[name].items()):
+                if isinstance(places, dict):
+                    if not all(isinstance(place, int) for place in places):
+                        raise TypeError(f"{name} is of another type")
+                    del saved[name][tensor]
+                    for place, values in places.items():
+                        saved[name] |= {f"{tensor}/{place}/{own}": value for own, value in values.items()}
+        return cls(**saved)
+
+    def __repr__(self) -> str:
+        """Returns the counters; tensors would fill pages."""
+        return f"ServerState(round={self.round}, repeats={self.repeats}, {len(self.weights)} tensors)"
 
     @property
-    def serial(self) -> int:
-        """The round's number in keys and messages: no two cohorts share one."""
+    def attempt(self) -> int:
+        """The round's number in keys and messages. No two cohorts share one."""
         return self.round + self.repeats
 
-    def catching_up(self, client: int, full: int) -> int:
-        """Returns how many bytes a client must be sent to hold `received`, of which an exact message has `full`.
+    def to(self, device: torch.device) -> "ServerState":
+        """Returns the state with all tensors that a round computes with on `device`."""
+        weights, residual, groups, received = (
+            {name: value.to(device) for name, value in tensors.items()}
+            for tensors in (self.weights, self.residual, self.groups, self.received)
+        )
+        return replace(self, weights=weights, residual=residual, groups=groups, received=received)
 
-        These are the messages that it missed, or all at once. Before the first round it holds the initial weights.
+    def missed(self, client: int) -> int:
+        """Returns how many of the kept broadcasts a client lacks; −1 if it lacks more than are kept."""
+        behind = self.round - self.last_received.get(client, 0)
+        return behind if behind <= len(self.kept) else -1
+
+    def after_broadcast(
+        self, received: dict[str, Tensor], message: bytes, limit: int, clients: Iterable[int]
+    ) -> "ServerState":
+        """Returns the state with the round's broadcast kept; `round` counts the round already.
+
+        received: The weights that the broadcast decodes to.
+        message: The bytes of the broadcast.
+        limit: The bytes of an exact message. The oldest broadcasts are dropped until all together are shorter.
+        clients: The clients that received the broadcast.
         """
-        return min(full, sum(self.lengths[self.holders.get(client, 0) :]))
+        kept = [*self.kept, torch.frombuffer(bytearray(message), dtype=torch.uint8)]
+        while sum(map(len, kept)) >= limit:
+            kept.pop(0)
+        last = self.last_received | dict.fromkeys(clients, self.round)
+        last = {client: rounds for client, rounds in last.items() if self.round - rounds <= len(kept)}
+        return replace(self, received=received, kept=tuple(kept), last_received=last)
 
-    def followed(self, received: dict[str, Tensor], length: int, full: int, clients: Iterable[int]) -> "ServerState":
-        """Returns the state after this round's broadcast, of `length` bytes, which `clients` are known to have.
 
-        `received` are the weights that it told, `full` the bytes of an exact message of them.
+class Downlink:
+    """Encodes what the server sends."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+
+    def open(self, state: ServerState, clients: Iterable[int]) -> tuple[Broadcast, dict[str, Tensor]]:
+        """Returns a round's broadcast to a cohort, and its reports to the broadcast's adaptive parts.
+
+        Raises EncodeError for weights that cannot be sent.
         """
-        lengths = (*self.lengths, length)
-        holders = self.holders | dict.fromkeys(clients, self.round)
-        # who missed so much that all at once is shorter need not be remembered
-        holders = {client: had for client, had in holders.items() if sum(lengths[had:]) < full}
-        return replace(self, received=received, lengths=lengths, holders=holders)
+        protocol = self._protocol
+        key = Key(protocol.seed, state.attempt)
+        reference = state.received or protocol.initial
+        messages: list[bytes] = []
+        reports: dict[str, Tensor] = {}
+        for group in protocol.groups.values():
+            codec, tensors = group.broadcast, state.groups
+            if group is protocol.weights:
+                codec = protocol.to_all
+                tensors = compensate(state.weights, state.residual) if state.residual else state.weights
+            down: dict[str, Tensor] = {}
+            attached: dict[str, Tensor] = {}
+            if group.adaptive:
+                down = group.broadcast.adaptation.params(state.broadcast)
+                attached = attach(down, group.upload.adaptation.params(state.upload))
+            tensors = {name: tensors[name] for name in codec.schema}
+            encoded = codec.encode(tensors, key, down, attached=attached, reference=reference)
+            messages.append(encoded.message)
+            if group.adaptive:
+                reports |= group.broadcast.adaptation.as_cohort(encoded.reports)
+        broadcast = Broadcast(state.attempt, messages, state.norm)
+        if protocol.follows:
+            all_at_once = protocol.exact.encode(reference, key).message
+            missed = {client: state.missed(client) for client in clients}
+            broadcast = broadcast._replace(
+                all_at_once=all_at_once, kept=[bytes(k.numpy()) for k in state.kept], missed=missed
+            )
+        return broadcast, reports
+
+    def messages(self, broadcast: Broadcast, client: int) -> list[bytes]:
+        """Returns the messages for one client: those that it missed, or all weights at once, then this round's."""
+        missed = broadcast.missed.get(client, 0)
+        if missed < 0:
+            return [broadcast.all_at_once, *broadcast.messages]
+        return [*broadcast.kept[len(broadcast.kept) - missed :], *broadcast.messages]
+
+    def part(self, received: Received, client: int) -> tuple[bytes, dict[str, Tensor]]:
+        """Returns a client's own message with its sub-model, for federated dropout, and the reports of its encoding.
+
+        `received` is the whole model as the server opened it.
+        """
+        protocol, codec = self._protocol, self._protocol.weights.broadcast
+        assert protocol.submodels is not None  # for the type checker: only federated dropout calls this
+        key = Key(protocol.seed, received.attempt, client)
+        units = protocol.submodels.drawn(key)
+        encoded = codec.encode(
+            protocol.submodels.cut(received.weights, units),
+            key.fold("broadcast"),  # shares no random draw with the upload
+            received.params,
+            attached=received.params,
+            reference=protocol.submodels.cut(protocol.initial, units),
+        )
+        return encoded.message, codec.adaptation.as_cohort(encoded.reports)
+
+
+class Uplink:
+    """Reads clients' answers, one by one, and adds them up."""
+
+    def __init__(self, protocol: Protocol, guard: NormGuard | None) -> None:
+        """guard: Clips or drops updates whose norm is out of line; None for no limit."""
+        self._protocol, self.guard = protocol, guard
+        self._stop_at_sum = not protocol.submodels
+
+    def open(self, answer: Answer, received: Received, examples: int, estimate: float, record: ClientRecord) -> Summand:
+        """Returns the summand of an answer, and writes the client's weight, norm and metrics to `record`.
+
+        answer: The bytes that the server received.
+        received: What the client's broadcast decodes to.
+        examples: The number of the client's examples, as the server has registered it.
+        estimate: The norm guard's estimate.
+        record: The client's record.
+
+        Raises MessageError for bytes that are not of this round and client, ClientFailure for an outlier.
+        """
+        protocol, key = self._protocol, Key(self._protocol.seed, received.attempt, record.client)
+        update: dict[str, Tensor] = {}
+        reports: dict[str, Tensor] = {}
+        with timed(record.seconds, "decode"):
+            if len(answer.messages) != len(protocol.groups):
+                raise MessageError(f"an answer has {len(protocol.groups)} messages, this one {len(answer.messages)}")
+            for group, message in zip(protocol.groups.values(), answer.messages, strict=True):
+                decoded, attached = group.upload.decode(
+                    message, key, received.upload_params, device=protocol.device, stop_at_sum=self._stop_at_sum
+                )
+                update |= decoded
+                if attached:
+                    reports |= group.upload.adaptation.as_cohort(attached)
+            record.training = protocol.read_report(answer.report, key)
+        with timed(record.seconds, "aggregate"):
+            main = {name: value for name, value in update.items() if name not in protocol.initial_groups}
+            if self.guard:
+                record.norm = norm(main)
+            scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
+            weight, factor, sums = protocol.algorithm.weigh(examples, protocol.training, record.training)
+            record.weight = weight
+            total = weighted(main, received.weights, weight, scale)
+            if factor != 1.0:
+                _scale_parameters(protocol, total, factor)
+            for name, value in total.items():
+                if not is_finite(value):
+                    raise MessageError(f"tensor {name!r} times {weight} overflows {value.dtype}")
+            if protocol.submodels:
+                total = protocol.submodels.whole(total, protocol.submodels.drawn(key))
+            if protocol.initial_groups:
+                total |= weighted({name: update[name] for name in protocol.initial_groups}, {}, 1)
+            return Summand(weight, total, reports, {}, dict(sums))
+
+    def add(self, left: Summand, right: Summand) -> Summand:
+        """Returns the sum of two summands, in the memory of `left`."""
+        reports: dict[str, Tensor] = {}
+        broadcast_reports: dict[str, Tensor] = {}
+        for group in self._protocol.groups.values():
+            if left.reports:
+                reports |= group.upload.adaptation.combine(left.reports, right.reports)
+            if left.broadcast_reports:
+                combine = group.broadcast.adaptation.combine
+                broadcast_reports |= combine(left.broadcast_reports, right.broadcast_reports)
+        return Summand(
+            left.weight + right.weight,
+            {name: value.add_(right.update[name]) for name, value in left.update.items()},
+            reports,
+            broadcast_reports,
+            {name: value + right.sums[name] for name, value in left.sums.items()},
+        )
+
+    def close(self, total: Summand, state: ServerState) -> dict[str, Tensor]:
+        """Returns the decoded sums of all groups; may reuse `total`. Raises MessageError if a sum overflows."""
+        protocol, key = self._protocol, Key(self._protocol.seed, state.attempt)
+        if protocol.submodels:  # each update was decoded alone
+            return protocol.exact.decode_sum(total.update, key, {})
+        sums: dict[str, Tensor] = {}
+        for group in protocol.groups.values():
+            params = group.upload.adaptation.params(state.upload) if group.adaptive else {}
+            sums |= group.upload.decode_sum(total.update, key, params)
+        if total.sums:
+            _scale_parameters(protocol, sums, protocol.algorithm.rescale(total.sums, total.weight))
+        return sums
+
+
+def _scale_parameters(protocol: Protocol, tensors: Mapping[str, Tensor], factor: float) -> None:
+    """Multiplies the updates of the model's parameters by `factor`, in place."""
+    others = protocol.initial.keys() - set(protocol.parameters) | protocol.initial_groups.keys()
+    for name in tensors.keys() - others:
+        tensors[name].mul_(factor)
+
+
+_LOW = 31  # bits of the lower part of an integer in a sum
 
 
 def weighted(
     update: Mapping[str, Tensor], weights: Mapping[str, Tensor], weight: int, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Returns a client's update (see `client.update_of`) times its weight, ready to be added to others'.
+    """Returns a client's update times its weight, for the sum over clients. May reuse the memory of `update`.
 
-    Works in place: `update` is used up. Floating tensors are also multiplied by `scale`, in float32 where they are
-    narrower, which a sum would soon overflow. Integers and booleans become their change from `weights`, in int64, so
-    that the sum is exact.
+    update: The update, as `local_training.update_of` returns it.
+    weights: The weights that the client received.
+    weight: The client's weight.
+    scale: Another factor for floating tensors.
+
+    Floating tensors narrower than float32 become float32, because their sum could overflow. Integers and booleans
+    become their change from `weights`, so that sums are exact: an upper and a lower part along a new last dimension, in
+    int64. Raises MessageError for a change of 2^62 or more.
     """
-    return {
-        name: value.to(torch.promote_types(value.dtype, torch.float32)).mul_(weight * scale)
-        if value.is_floating_point()
-        else (value.to(torch.int64) - weights[name].to(torch.int64)) * weight
-        for name, value in update.items()
-    }
+    total = {}
+    for name, value in update.items():
+        if value.is_floating_point():
+            total[name] = value.to(torch.promote_types(value.dtype, torch.float32)).mul_(weight * scale)
+            continue
+        if bool(((value.double() - weights[name].double()).abs() >= 2.0**62).any()):
+            raise MessageError(f"tensor {name!r} changes by 2^62 or more: its mean would not be exact")
+        change = value.to(torch.int64) - weights[name].to(torch.int64)
+        total[name] = torch.stack((change >> _LOW, change & ((1 << _LOW) - 1)), -1) * weight
+    return total
 
 
 def server_step(
@@ -87,14 +309,16 @@ def server_step(
     weights: Mapping[str, Tensor],
     parameters: frozenset[str],
     total: Mapping[str, Tensor],
-    weight: int | Mapping[str, Tensor],
+    weight: int | float | Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the next weights and optimizer state, from the weighted sum of updates and the sum of their weights.
+    """Returns the next weights and optimizer state.
 
-    That is one number, or a tensor each that broadcasts, where coordinates are not all of the same clients.
+    total: The weighted sum of updates; its memory is reused.
+    weight: The sum of the weights, or a tensor of sums for each name if coordinates have different clients.
+
     The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 1). Other floating
-    tensors (batch norm's running statistics) take the mean as it is; integers and booleans the mean to the nearest
-    integer, in exact arithmetic. Works in place: `total` is used up.
+    tensors (batch norm's running statistics) take the mean as it is. Integers and booleans take the mean rounded to the
+    nearest integer, in exact arithmetic.
     """
     share = weight if isinstance(weight, Mapping) else dict.fromkeys(weights, weight)
     leaves = {name: weights[name].clone().requires_grad_() for name in weights if name in parameters}
@@ -111,6 +335,9 @@ def server_step(
         elif value.is_floating_point():
             after[name] = value + (total[name] / share[name]).to(value.dtype)
         else:
-            nearest = torch.div(2 * total[name] + share[name], 2 * share[name], rounding_mode="floor")
+            upper, lower = total[name].unbind(-1)
+            whole = torch.div(upper, share[name], rounding_mode="floor")
+            rest = ((upper - whole * share[name]) << _LOW) + lower
+            nearest = (whole << _LOW) + torch.div(2 * rest + share[name], 2 * share[name], rounding_mode="floor")
             after[name] = (value.to(torch.int64) + nearest).to(value.dtype)
     return after, optimizer.state_dict()

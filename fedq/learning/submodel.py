@@ -12,22 +12,25 @@ from fedq.keys import Key
 from fedq.learning.local_training import channels_last
 
 Units = Mapping[str, Tensor]
-"""Of each group of units, the sorted numbers (int64) of those in a sub-model."""
+"""For each group, the sorted numbers (int64) of the units in a sub-model."""
 
 
 @dataclass(frozen=True)
 class FederatedDropout:
     """Each client of each round receives, trains and sends a random sub-model (Caldas 2018, §3.2).
 
-    Of each group of a model's units (the outputs of a dense layer, the filters of a convolution) a sub-model has
-    round(keep · units), at least one. So all have the same shapes, and one schema; which units, follows from the
-    client's key of the round and costs no bytes. The server averages each coordinate over those who had it.
+    Units are the outputs of a dense layer or the filters of a convolution. A sub-model has round(keep · units) of each
+    group of units, at least one. All sub-models therefore have equal shapes, and share one schema. The client's key of
+    the round chooses the units, which costs no bytes. The server averages each coordinate over the clients whose
+    sub-models hold the coordinate.
 
-    Weights are sent as they are: a sub-model computes exactly what the whole does with the other units at 0, and an
-    update means the same to both. Dropout as Srivastava (2014) has it scales by `keep`, so that a unit receives as much
-    in the whole as in a sub-model. Without, the whole's logits come out too large: that costs it no accuracy, but its
-    loss is higher (experiments/dropout). Momentum on the server moves coordinates that nobody had, as their last steps
-    did; without it they stay.
+    Weights are sent unscaled: a sub-model computes what the full model computes if the other units are 0. Dropout
+    (Srivastava 2014) scales by `keep` instead, so that a unit's input has the same size in both. Without the scale the
+    full model's logits are too large. Its accuracy is the same, but its loss is higher (experiments/submodel).
+
+    A coordinate that no client held keeps its value. But momentum on the server moves it on.
+
+    keep: The share of the units that a sub-model has, above 0 and at most 1.
     """
 
     keep: float
@@ -38,25 +41,29 @@ class FederatedDropout:
 
 
 class SubModels:
-    """The sub-models of one model, and the way from its tensors to theirs and back.
+    """The sub-models of one model: cuts the model's tensors to a sub-model's, and back.
 
-    The model's attribute `units` names each group with the axes of parameters and buffers that belong to its units:
-    {"conv2": (("conv2.weight", 0), ("conv2.bias", 0), ("dense1.weight", 1))}. The first axis has one place a unit;
-    others may have several, one behind the other. Layers must compute from their parameters' shapes, as nn.Linear and
-    ungrouped nn.Conv2d do. Raises FedqError for a model without such a declaration or with one that does not fit.
+    The model declares its units in an attribute `units`. For each group of units, `units` lists the axes of parameters
+    and buffers that belong to the group:
+
+        units = {"conv2": (("conv2.weight", 0), ("conv2.bias", 0), ("dense1.weight", 1))}
+
+    The first axis has one place for each unit. Another axis may have several places in a row for each unit, as after
+    nn.Flatten. Layers must compute from the shapes of their parameters, as nn.Linear and ungrouped nn.Conv2d do.
     """
 
     def __init__(self, model: nn.Module, submodel: FederatedDropout) -> None:
+        """Raises FedqError if the model has no `units`, or if they do not fit its tensors."""
         groups, name_of_model = getattr(model, "units", None), type(model).__name__
         if not groups:
             raise FedqError(
-                f"run.submodel: {name_of_model} cannot be trained in parts: it does not say, in an attribute `units`, "
-                "which axes of its parameters belong to which units"
+                f"run.submodel: {name_of_model} cannot be trained in parts: it has no attribute `units`, which "
+                "lists the axes of parameters that belong to each group of units"
             )
         tensors = model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._device = next(iter(tensors.values())).device
-        self._sizes: dict[str, tuple[int, int]] = {}  # group → its units, those of them in a sub-model
+        self._sizes: dict[str, tuple[int, int]] = {}  # group → number of its units, in the model and in a sub-model
         self._axes: dict[str, dict[int, str]] = {name: {} for name in tensors}  # tensor → axis → group
         for group, places in groups.items():
             size = 0
@@ -71,14 +78,14 @@ class SubModels:
             self._sizes[group] = size, max(1, round(submodel.keep * size))
 
     def drawn(self, key: Key) -> Units:
-        """Returns the units of the sub-model of a client in a round."""
+        """Returns the units of a client's sub-model; `key` is the client's key of the round."""
         return {
             group: torch.from_numpy(key.fold("dropout").fold(group).permutation(size)[:kept]).sort()[0].to(self._device)
             for group, (size, kept) in self._sizes.items()
         }
 
     def cut(self, tensors: Mapping[str, Tensor], units: Units) -> dict[str, Tensor]:
-        """Returns the part of the model's tensors that is a sub-model's; what is not cut is handed through."""
+        """Returns the sub-model's part of the model's tensors. Tensors without units are returned as they are."""
         parts = {}
         for name, part in tensors.items():
             for axis, group in self._axes[name].items():
@@ -88,7 +95,7 @@ class SubModels:
         return parts
 
     def whole(self, parts: Mapping[str, Tensor], units: Units) -> dict[str, Tensor]:
-        """The inverse of `cut`, with zeros where a sub-model has nothing."""
+        """Returns the model's tensors from those of a sub-model, with 0 for the other units: the inverse of `cut`."""
         tensors = {}
         for name, tensor in parts.items():
             for axis, group in self._axes[name].items():
@@ -100,10 +107,12 @@ class SubModels:
         return tensors
 
     def weights(self, cohort: Iterable[tuple[Key, int]]) -> dict[str, Tensor]:
-        """Returns, for each coordinate of the model's tensors, the sum of the weights of those clients who had it.
+        """Returns the sum of the clients' weights for each coordinate: of the clients whose sub-model holds it.
 
-        Clients come as their keys of the round and weights. The sums are int64, in shapes that broadcast to the
-        tensors'; where nobody had a coordinate it is 1, by which a sum of nothing can be divided.
+        cohort: The key of the round and the weight of each client.
+
+        The sums are int64, in shapes that broadcast to those of the tensors. The sum is 1 for a coordinate that no
+        client holds, because the mean divides by it.
         """
         totals = {name: torch.tensor(0, device=self._device) for name in self._axes}
         for key, weight in cohort:
@@ -123,7 +132,7 @@ class SubModels:
         return {name: total.clamp(min=1) for name, total in totals.items()}
 
     def model(self, model: nn.Module) -> nn.Module:
-        """Returns a copy of the model in the shapes of its sub-models."""
+        """Returns a copy of the model with the shapes of a sub-model."""
         copy = deepcopy(model)
         first = {group: torch.arange(kept, device=self._device) for group, (_, kept) in self._sizes.items()}
         for name, part in self.cut(copy.state_dict(), first).items():

@@ -1,12 +1,12 @@
-"""Keras' initialisation."""
+"""The initialisation of Keras."""
 
 from torch import nn
 
 
 def glorot_uniform_(module: nn.Module) -> None:
-    """Gives convolutions and dense layers Glorot-uniform weights (Glorot 2010, eq. 16) and zero biases, as Keras has.
+    """Sets convolutions and dense layers to Glorot-uniform weights (Glorot 2010, eq. 16) and zero biases, like Keras.
 
-    PyTorch's own default is another one, and the first ten rounds show it.
+    PyTorch's default differs, and so do the first ten rounds.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

@@ -9,12 +9,12 @@ from fedq.models.glorot import glorot_uniform_
 
 
 class MLP(nn.Module):
-    """The "2NN" of McMahan et al. (2016), §3: two hidden layers of 200, 199,210 parameters with 10 classes.
+    """The "2NN" of McMahan et al. (2016), §3: two hidden layers of 200 units, 199,210 parameters with 10 classes.
 
-    Takes float32 (N, 1, 28, 28), returns logits (N, num_classes).
+    The input is float32 (N, 1, 28, 28), the output logits (N, num_classes).
     """
 
-    units: ClassVar = {  # see fedq.learning.submodel
+    units: ClassVar = {  # for fedq.learning.submodel
         "dense1": (("dense1.weight", 0), ("dense1.bias", 0), ("dense2.weight", 1)),
         "dense2": (("dense2.weight", 0), ("dense2.bias", 0), ("dense3.weight", 1)),
     }

@@ -1,1 +1,1 @@
-"""What makes the algorithm run: sampler, workers, the loop, checkpoints."""
+"""Simulates a run: draws cohorts, trains clients in threads and ranks, saves checkpoints, and runs sweeps."""

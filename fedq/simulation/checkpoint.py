@@ -1,90 +1,105 @@
-"""Checkpoints: all of a run's state in one file, whole or not there."""
+"""Checkpoints: all of a run's state in one file, which is complete or absent."""
 
 import logging
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
-from fedq.config import differences
+from fedq.config_differences import config_differences
 from fedq.errors import FedqError
-from fedq.files import written_whole
+from fedq.files import remove_leftovers, written_whole
 from fedq.learning import ServerState
+from fedq.simulation.earlier import in_short, is_inside
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointError(FedqError):
-    """A checkpoint cannot be used; says which and why."""
+    """A checkpoint cannot be used; the text says which and why."""
 
 
 def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) -> Path:
-    """Writes `state` and the run's configuration to a file of its own in `folder`, and returns its path.
+    """Writes `state` and the run's configuration to a new file in `folder`, and returns the file's path.
 
-    The file appears under its name only once all of it is on the disk. The newest `keep` files stay. Those of later
-    rounds go: the run that wrote them was taken back to an earlier one.
+    The file gets its name only once all of it is on the disk. The newest `keep` files stay. Files of later rounds are
+    deleted: the run that wrote them was taken back to an earlier round. Raises OSError with the path if the disk is
+    full.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     path = folder / f"round_{state.round:06d}.pt"
+    content = {field.name: getattr(state, field.name) for field in fields(state)} | {"config": config}
     with written_whole(path) as file:
-        torch.save({field.name: getattr(state, field.name) for field in fields(state)} | {"config": config}, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's zip writer raises one over the OSError of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
     others = _newest_first(folder)
     later = [other for other in others if _round(other) > state.round]
-    for other in [*folder.glob("round_*.tmp"), *later, *others[len(later) + keep :]]:
+    for other in [*later, *others[len(later) + keep :]]:
         other.unlink()
     return path
 
 
-def serials(folder: Path) -> list[int]:
-    """Returns the serial number of the next round of each checkpoint in `folder` that can be used."""
+def attempts(folder: Path) -> list[int]:
+    """Returns the attempt number of the next round of each usable checkpoint in `folder`."""
     found = []
     for path in _newest_first(folder):
         with suppress(CheckpointError):
-            found.append(load(path)[0].serial)
+            found.append(load(path)[0].attempt)
     return found
 
 
 def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
     """Returns the state in a checkpoint and its run's configuration. Nothing in the file can run code.
 
-    Raises CheckpointError, naming the file, where it is damaged.
+    Raises CheckpointError, with the file's path, if the file is damaged or holds other values than a state has.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch's files are zip archives, with a CRC-32 of each part
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} fails its checksum")
+            if any(entry.external_attr for entry in archive.infolist()):  # torch reads no bytes of a folder
+                raise zipfile.BadZipFile("a tensor is marked as a folder")
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
-        state = ServerState(**content)
-        kinds: dict[str, Any] = {field.name: field.type for field in fields(state)}
-        if not all(isinstance(getattr(state, name), get_origin(kind) or kind) for name, kind in kinds.items()):
-            raise TypeError("a field is of another type")
-        if not isinstance(config, dict):
-            raise TypeError("the configuration is of another type")
+        state = ServerState.from_saved(content)
+        for name, kind in get_type_hints(ServerState).items():
+            if not _matches(getattr(state, name), kind):
+                raise TypeError(f"{name} is of another type")
+        if not isinstance(config, dict) or state.attempt >= 2**32:  # no message could have such a key
+            raise TypeError("the configuration is of another type, or the round's number too large")
         return state, config
-    except (AttributeError, LookupError, TypeError) as error:  # a file of torch's, but of other things
+    except (AttributeError, LookupError, TypeError) as error:  # written by torch, but not by fedq
         raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
-    except Exception as error:  # whatever zipfile and torch raise for bytes that are none of theirs
+    except Exception as error:  # zipfile and torch raise nearly any class for foreign bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}") from error
 
 
 def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerState, Path] | None:
-    """Returns the state to go on from and the folder of the run it is from, None to start afresh.
+    """Returns the state to resume from and the folder of its run, None for a new run.
 
-    `where` is "never", "auto" (the newest usable checkpoint in `folder`, if any), or the path of a checkpoint or of a
-    run's folder; it is for a run that has no checkpoint of its own, or goes back to one of these. Raises
-    CheckpointError where there should be a checkpoint and none is usable, and where it is of another configuration than
-    `config`.
+    where: "never"; "auto", the newest usable checkpoint in `folder`; or the path of a checkpoint or of a run's folder.
+        A path counts if the run has no checkpoint of its own, or if the path is inside `folder`.
+    folder: the run's folder.
+    config: the run's plain configuration.
+
+    Raises CheckpointError if a checkpoint is asked for or found and none is usable. Raises it also if the checkpoint's
+    configuration differs from `config`.
     """
     if where == "never":
         return None
     path = folder if where == "auto" else Path(where)
-    elsewhere = not path.resolve().is_relative_to(folder.resolve())
-    if elsewhere and (own := resume("auto", folder, config)):  # the same command, given again
+    if not is_inside(path, folder) and (own := resume("auto", folder, config)):  # the same command, given again
         return own
     candidates = [path] if path.is_file() else _newest_first(path / "checkpoints")
     for candidate in candidates:
@@ -93,14 +108,29 @@ def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerStat
         except CheckpointError as error:
             log.warning("%s", error)
             continue
-        if differing := differences(its_config, config, going_on=state.round < config["run"]["rounds"]):
+        if differing := config_differences(its_config, config, continuing=state.round < config["run"]["rounds"]):
             raise CheckpointError(
-                f"run.resume: {candidate} is of another run: {'; '.join(differing)}; set hydra.run.dir to a new folder"
+                f"run.resume: {candidate} is of another run: {in_short(differing)}; set hydra.run.dir to a new folder"
             )
         return state, candidate.parent.parent
     if candidates or where != "auto":
         raise CheckpointError(f"run.resume: there is no usable checkpoint in {path}; start afresh in a new folder")
     return None
+
+
+def _matches(value: Any, kind: Any) -> bool:
+    """Tells whether a value is of an annotated type. All numbers of a state are counts or norms: never negative."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value < 2**63
+    if kind is Tensor:
+        return isinstance(value, Tensor) and value.layout is torch.strided
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_matches(item, expected) for pair in items for item, expected in zip(pair, arguments, strict=True))
+    return kind is Any or isinstance(value, origin)
 
 
 def _round(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""What goes wrong with clients, drawn from keys."""
+"""Faults of clients, drawn from keys."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -12,13 +12,16 @@ from fedq.learning import ClientFailure
 
 @dataclass(frozen=True)
 class Faults:
-    """Probabilities that a client fails in a round, one way at most; together they are at most 1.
+    """Probabilities that a client fails in a round. A client fails in one way at most, so their sum is at most 1.
 
-    absent: it never starts. crash: it trains, and dies before it sends. late: its message, though sent, comes after
-    the deadline. nan: it sends a message, right in form, that ends in a NaN,
-    as an exact float32 or where an entropy coder's bytes end. damaged: bits of its message flip on the
-    way, its end is lost, or more comes behind it. replayed: it sends another round's message. Time is not simulated:
-    who is late is drawn like the rest, so that a run can be repeated.
+    Time is not simulated: late clients are drawn as the other faults are, so that a run can be repeated.
+
+    absent: the client never starts.
+    crash: the client trains, and fails before it sends its message.
+    late: the client sends its message, and the message comes after the deadline.
+    nan: the client sends a valid message that ends in a NaN, as an exact float32 or in an entropy coder's last bytes.
+    damaged: bits of the message flip, its end is lost, or bytes are added.
+    replayed: the client sends the message of another round.
     """
 
     absent: float = 0.0
@@ -36,7 +39,7 @@ class Faults:
             raise ValueError("the probabilities of all faults must add up to no more than 1")
 
     def drawn(self, key: Key) -> str | None:
-        """Returns the name of what goes wrong with the client, in the round, of `key`; None if nothing does."""
+        """Returns the name of the fault of the client and the round in `key`, None for no fault."""
         uniform = float(key.fold("fault").bits(1, 64)[0]) / 2**64
         for field in fields(self):
             uniform -= getattr(self, field.name)
@@ -45,11 +48,11 @@ class Faults:
         return None
 
     def client(self, client: Client, key: Key) -> Client:
-        """Returns the client as it is in the round of `key`: one that is absent fails to load."""
+        """Returns the client as it is in the round of `key`: an absent client fails to load."""
         return replace(client, load=_absent) if self.drawn(key) == "absent" else client
 
     def uplink(self, message: bytes, key: Key) -> bytes:
-        """Returns what the server receives of a client's message; raises ClientFailure where that is nothing."""
+        """Returns the bytes that the server receives for a client's message. Raises ClientFailure if none arrive."""
         match self.drawn(key):
             case "crash":
                 raise ClientFailure("silent", "it crashed before it sent its update")
@@ -69,7 +72,7 @@ def _absent() -> Examples:
 
 
 def _damaged(message: bytes, generator: np.random.Generator) -> bytes:
-    """Flips one to eight bits, cuts the end off, or adds to it."""
+    """Flips one to eight bits of a message, cuts off its end, or adds bytes."""
     kind = generator.integers(3)
     if kind == 0:
         return message[: generator.integers(len(message))]

@@ -1,4 +1,4 @@
-"""The loop: a cohort, a round, an evaluation, again."""
+"""The loop of a run: draw a cohort, do a round, evaluate, repeat."""
 
 import logging
 from collections import Counter
@@ -15,11 +15,19 @@ from fedq.learning import FederatedAveraging, Gather, ServerState, TooFewClients
 log = logging.getLogger(__name__)
 
 Clients = Callable[[int, Iterable[int]], list[Client]]
-"""From a round's serial number and clients' numbers to those clients as they are in that round."""
+"""Returns the clients with the given numbers, as they are in the round with the given serial number."""
 
 
 def cohort(seed: int, serial: int, population: int, size: int) -> np.ndarray:
-    """Returns the client numbers of a round: `size` of `population` without replacement, in the order drawn."""
+    """Draws the clients of a round without replacement.
+
+    seed: the run's seed.
+    serial: the round's serial number.
+    population: number of clients of the dataset.
+    size: number of clients to draw.
+
+    Returns client numbers (int64, shape (size,)) in the order drawn.
+    """
     return Key(seed, serial).fold("cohort").generator().choice(population, size, replace=False)
 
 
@@ -31,19 +39,27 @@ def rounds(
     clients: Clients | None = None,
     gather: Gather | None = None,
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
-    """Yields the state after each round with its metrics, until `run.rounds` are done.
+    """Yields the state and the metrics after each round, until `run.rounds` are done.
 
-    The metrics are the process's, the wall time (`seconds`) and, on rounds that evaluate, the test set's. A round of
-    which too few clients answer is repeated with another cohort up to `run.repeats` times in a row, then TooFewClients
-    is raised; the bits, uploads, failures and seconds of all its cohorts are the round's. `clients` gives a round's;
-    without it they are the dataset's. `gather` is as for `FederatedAveraging.next`.
+    The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the test metrics. A
+    round in which too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The bits,
+    uploads, failures and seconds of all cohorts are added up to the round's.
+
+    process: the algorithm.
+    state: the state to start from.
+    dataset: the clients' examples and the test set.
+    run: the group `run` of the configuration.
+    clients: returns the clients of a round; None for the dataset's own.
+    gather: as for `FederatedAveraging.next`.
+
+    Raises TooFewClients when the repeats are used up.
     """
     test = Examples(*(part.to(process.device) for part in dataset.test()))
     while state.round < run.rounds:
-        started, before, in_vain = perf_counter(), state, Counter[str]()
+        started, before, repeated = perf_counter(), state, Counter[str]()
         while state.round == before.round:
-            numbers = cohort(run.seed, state.serial, dataset.num_clients, run.clients_per_round).tolist()
-            chosen = clients(state.serial, numbers) if clients else [dataset.client(number) for number in numbers]
+            numbers = cohort(run.seed, state.attempt, dataset.num_clients, run.clients_per_round).tolist()
+            chosen = clients(state.attempt, numbers) if clients else [dataset.client(number) for number in numbers]
             try:
                 state, metrics = process.next(state, chosen, gather)
             except TooFewClients as error:
@@ -51,10 +67,11 @@ def rounds(
                     raise
                 log.warning("%s; the round is repeated with another cohort", error)
                 state = error.state
-                in_vain.update(error.counts)
+                repeated.update(error.counts)
         metrics["broadcast_bits"] = state.broadcasted_bits - before.broadcasted_bits
         metrics["aggregated_bits"] = state.aggregated_bits - before.aggregated_bits
-        metrics |= {name: metrics[name] + count for name, count in in_vain.items()}
+        metrics["report_bits"] = state.reported_bits - before.reported_bits
+        metrics |= {name: metrics[name] + count for name, count in repeated.items()}
         metrics["repeats"] = state.repeats - before.repeats
         metrics["seconds/evaluate"] = 0.0
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:

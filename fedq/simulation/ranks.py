@@ -1,6 +1,6 @@
 """Ranks: the processes that share a run's cohorts, on one machine or many, as torchrun starts them."""
 
-import json
+import io
 import logging
 import os
 import threading
@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from fedq.data import Client
 from fedq.errors import FedqError
-from fedq.learning import Contribution, Record, Share, Task, TrainingMetrics
+from fedq.learning import Broadcast, ClientRecord, CohortResult, Summand, TrainingMetrics
 from fedq.simulation.stopping import Stopping
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ PATIENCE = 15.0
 """Seconds without a sign of life after which a rank is taken for lost."""
 _FOREVER = timedelta(days=365)  # a round takes what it takes: signs of life tell a slow rank from a lost one
 
-Contribute = Callable[[Task, Iterable[tuple[int, Client]]], Share]
+Contribute = Callable[[Broadcast, Iterable[tuple[int, Client]]], CohortResult]
 
 
 class RankLost(FedqError):
@@ -89,64 +89,66 @@ class Ranks:
                     self.tell({"end": True})
                 dist.destroy_process_group()
 
-    def tell(self, order: dict[str, Any], message: bytes = b"") -> None:
-        """Gives every other rank an order, of plain values, with some bytes."""
+    def tell(self, order: dict[str, Any]) -> None:
+        """Sends an order of plain values and tensors to every other rank."""
         if self.size > 1:
             with self._connection():
-                text = json.dumps(order).encode()
-                dist.broadcast(torch.tensor([len(text), len(message)]), 0)
-                dist.broadcast(torch.frombuffer(bytearray(text + message), dtype=torch.uint8), 0)
+                data = _packed(order)
+                dist.broadcast(torch.tensor([len(data)]), 0)
+                dist.broadcast(data, 0)
 
-    def listen(self) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields rank 0's orders, until it is done."""
+    def listen(self) -> Iterator[dict[str, Any]]:
+        """Yields rank 0's orders until rank 0 is done."""
         while True:
             with self._connection():
-                lengths = torch.empty(2, dtype=torch.int64)
-                dist.broadcast(lengths, 0)
-                text, message = lengths.tolist()
-                both = torch.empty(text + message, dtype=torch.uint8)
-                dist.broadcast(both, 0)
-            order = json.loads(both[:text].numpy().tobytes())
+                length = torch.empty(1, dtype=torch.int64)
+                dist.broadcast(length, 0)
+                data = torch.empty(int(length), dtype=torch.uint8)
+                dist.broadcast(data, 0)
+            order = _unpacked(data)
             if "end" in order:
                 return
-            yield order, both[text:].numpy().tobytes()
+            yield order
 
-    def gather(self, contribute: Contribute, task: Task, clients: Sequence[Client]) -> Share:
-        """Has the cohort do a task on all ranks; called on rank 0, while the others call `contribute_to`."""
+    def gather(self, contribute: Contribute, broadcast: Broadcast, clients: Sequence[Client]) -> CohortResult:
+        """Has the cohort answer on all ranks. Rank 0 calls this method while the others call `contribute_to`."""
         bounds = split([client.examples for client in clients], self.size)
-        numbers = [client.number for client in clients]
-        order = {"round": task.round, "norm": task.norm, "base": len(task.base), "numbers": numbers, "bounds": bounds}
+        parts = broadcast._asdict() | {
+            name: list(map(_bytes, getattr(broadcast, name))) for name in ("messages", "kept")
+        }
+        parts |= {"all_at_once": _bytes(broadcast.all_at_once), "missed": dict(broadcast.missed)}
         self.apart = self.size > 1
-        self.tell(order, task.base + task.message)
-        share = self._reduce(contribute(task, list(enumerate(clients))[: bounds[1]]))
+        self.tell({"broadcast": parts, "numbers": [client.number for client in clients], "bounds": bounds})
+        result = self._reduce(contribute(broadcast, list(enumerate(clients))[: bounds[1]]))
         self.apart = False
-        return share
+        return result
 
     def contribute_to(
         self,
         order: dict[str, Any],
-        message: bytes,
         contribute: Contribute,
         clients: Callable[[int, Iterable[int]], list[Client]],
     ) -> None:
         """Does this rank's part of what `gather` ordered; `clients` gives those of a round with some numbers."""
         first, last = order["bounds"][self.rank : self.rank + 2]
-        mine = clients(order["round"], order["numbers"][first:last])
-        base, message = message[: order["base"]], message[order["base"] :]
-        self._reduce(contribute(Task(order["round"], message, order["norm"], base), enumerate(mine, first)))
+        parts = order["broadcast"]
+        parts |= {name: [message.numpy().tobytes() for message in parts[name]] for name in ("messages", "kept")}
+        broadcast = Broadcast(**parts | {"all_at_once": parts["all_at_once"].numpy().tobytes()})
+        mine = clients(broadcast.attempt, order["numbers"][first:last])
+        self._reduce(contribute(broadcast, enumerate(mine, first)))
 
-    def _reduce(self, share: Share) -> Share:
-        """Adds up neighbours' shares, then neighbouring pairs', and so on: rank 0 is left with all."""
+    def _reduce(self, result: CohortResult) -> CohortResult:
+        """Adds up neighbours' results, then those of neighbouring pairs, and so on: rank 0 has the sum."""
         step = 1
         while step < self.size:
             with self._connection():
                 if self.rank & step:
-                    _send(share, self.rank - step)
+                    _send(result, self.rank - step)
                     break
                 if self.rank + step < self.size:
-                    _receive(self.rank + step, share)
+                    _receive(self.rank + step, result)
             step *= 2
-        return share
+        return result
 
     @contextmanager
     def _connection(self) -> Iterator[None]:
@@ -203,54 +205,41 @@ def _store(prefix: str, patience: float) -> PrefixStore:
     return PrefixStore(prefix, TCPStore(address, port, None, os.environ["RANK"] == "0", timeout, multi_tenant=True))
 
 
-def _send(share: Share, to: int) -> None:
+def _send(result: CohortResult, to: int) -> None:
     """Sends partial sums and records."""
-    partial_results, tensors = [], []
-    for level, place, contribution in share.sums.partial_results():
-        parts = None
-        if contribution is not None:
-            parts = [contribution.weight, *(_described(part) for part in contribution[1:])]
-            tensors += [tensor for part in contribution[1:] for tensor in part.values()]
-        partial_results.append([level, place, parts])
-    records = {place: asdict(record) for place, record in share.records.items()}
-    text = json.dumps([partial_results, records, share.seconds]).encode()
-    dist.send(torch.tensor([len(text)]), to)
-    dist.send(torch.frombuffer(bytearray(text), dtype=torch.uint8), to)
-    for tensor in tensors:
-        if tensor.numel():
-            dist.send(tensor.reshape(-1).view(torch.uint8), to)
+    sums = [(level, place, summand and summand._asdict()) for level, place, summand in result.sums.partial_results()]
+    records = {place: asdict(record) | {"training": tuple(record.training)} for place, record in result.records.items()}
+    data = _packed({"sums": sums, "records": records, "seconds": result.seconds})
+    dist.send(torch.tensor([len(data)]), to)
+    dist.send(data, to)
 
 
-def _receive(source: int, share: Share) -> None:
-    """Receives what `_send` sent, and takes it into `share`."""
+def _receive(source: int, result: CohortResult) -> None:
+    """Receives what `_send` sent, and adds it to `result`."""
     length = torch.empty(1, dtype=torch.int64)
     dist.recv(length, source)
-    text = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(text, source)
-    partial_results, records, seconds = json.loads(text.numpy().tobytes())
-    for level, place, parts in partial_results:
-        contribution = None
-        if parts is not None:
-            weight, *described = parts
-            tensors = ({name: _tensor(spec, source) for name, spec in part.items()} for part in described)
-            contribution = Contribution(weight, *tensors)
-        share.sums.add(place, contribution, level)
-    for place, record in records.items():
-        share.records[int(place)] = Record(**record | {"training": TrainingMetrics(*record["training"])})
-    for phase, value in seconds.items():
-        share.seconds[phase] += value
+    data = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(data, source)
+    parts = _unpacked(data)
+    for level, place, summand in parts["sums"]:
+        result.sums.add(place, None if summand is None else Summand(**summand), level)
+    for place, record in parts["records"].items():
+        result.records[place] = ClientRecord(**record | {"training": TrainingMetrics(*record["training"])})
+    for phase, value in parts["seconds"].items():
+        result.seconds[phase] += value
 
 
-def _described(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    return {
-        name: [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type]
-        for name, tensor in tensors.items()
-    }
+def _packed(values: dict[str, Any]) -> Tensor:
+    """Returns plain values and tensors as bytes (uint8, one dimension)."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def _tensor(described: list[Any], source: int) -> Tensor:
-    shape, dtype, device = described
-    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-    if tensor.numel():
-        dist.recv(tensor.view(-1).view(torch.uint8), source)
-    return tensor
+def _unpacked(data: Tensor) -> Any:
+    """Returns what `_packed` packed, on the devices that it was on; nothing in the bytes can run code."""
+    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+
+
+def _bytes(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)

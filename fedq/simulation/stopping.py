@@ -1,4 +1,4 @@
-"""Stopping a run from outside, between two clients."""
+"""Stops a run on a signal, between two clients."""
 
 import logging
 import signal
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop."""
+    """A signal asked the run to stop. `exit_code` is the code of the process: 128 plus the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -22,25 +22,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopping:
-    """SIGTERM and Ctrl-C as a wish that the run looks for after each client; a second one is obeyed at once.
+    """Turns SIGTERM and Ctrl-C into a request that the run checks after each client. A second signal acts at once.
 
-    Signals come to the main thread alone: in another this does nothing.
+    Python delivers signals to the main thread alone: in another thread, this context manager does nothing.
     """
 
     def __init__(self) -> None:
         self._reason: BaseException | None = None
 
     def request(self, reason: BaseException) -> None:
-        """Has the next `check` raise `reason`."""
+        """Makes the next `check` raise `reason`. The first request counts."""
         self._reason = self._reason or reason
 
     def check(self) -> None:
-        """Raises what was requested, if anything was."""
+        """Raises the requested exception, if there is one."""
         if self._reason:
             raise self._reason
 
     def map(self, map: "Map") -> "Map":
-        """Returns `map` with a check before each result."""
+        """Returns a function like `map` that checks for requests before each result."""
 
         def stoppable(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
             for result in map(function, items):

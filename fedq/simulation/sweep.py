@@ -1,28 +1,55 @@
-"""A sweep is checked whole before its first job starts, and says at its end what came of it."""
+"""A sweep: all jobs are checked before the first starts, and its end reports what came of its own jobs."""
 
 import json
+import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import override
 
-from fedq.config import ConfigError, check, differences, explain, plain
+from fedq.config import ConfigError, check, explain, to_container
+from fedq.config_check import overridden
+from fedq.config_differences import config_differences
+from fedq.files import written_whole
+from fedq.simulation.earlier import in_short
 from fedq.tracking.units import human_bytes
+
+_JOBS = ".jobs"
+"""The folder, in a sweep's folder, of notes: in each, named by a job's number, the folder of the job's results."""
+
+
+_VARIED = "varied"
+"""The file in this folder that lists the keys and groups of which the sweep tries several values."""
+
+
+def varied_keys() -> set[str]:
+    """Returns the keys that the command line sets; in a sweep, those that differ between its jobs."""
+    config = HydraConfig.get()
+    if config.mode == RunMode.RUN:
+        return overridden(config.overrides.task)
+    return set(Path(config.sweep.dir, _JOBS, _VARIED).read_text(encoding="utf-8").splitlines())
 
 
 def objective(summary: Mapping[str, Any], floor: float | None) -> float:
-    """Returns what a search minimises: all bits that a completed run sent, both ways.
+    """Returns the value that a search minimises: all bits that a completed run sent, both ways.
 
-    A run whose final test accuracy is below `floor` counts for more than any bits, and the more the further it is
-    below: the order that Deb 2000, section 3, gives to solutions that break a constraint.
+    A run whose final test accuracy is below `floor` gets a larger value than any number of bits. The value grows with
+    the distance from the floor, as Deb 2000, section 3, orders solutions that break a constraint.
+
+    summary: the run's summary.json.
+    floor: a test accuracy from 0 to 1, None for no floor.
     """
     accuracy = float(summary["final_test_accuracy"])
     if floor is not None and accuracy < floor:
@@ -30,14 +57,28 @@ def objective(summary: Mapping[str, Any], floor: float | None) -> float:
     return float(summary["broadcasted_bits"] + summary["aggregated_bits"])
 
 
-class CheckSweep(Callback):
-    """Composes and checks every job of a sweep when it starts: a typo in the last job must not wait for the first."""
+def register(folder: Path) -> None:
+    """Notes that the results of this job are in `folder`. Does nothing outside a sweep.
 
+    The note is a file, because a launcher may run the job in another process than the sweep's.
+    """
+    config = HydraConfig.get()
+    if config.mode == RunMode.MULTIRUN:
+        notes = Path(config.sweep.dir, _JOBS)
+        notes.mkdir(parents=True, exist_ok=True)
+        with written_whole(notes / f"{config.job.num}") as file:
+            file.write(str(folder).encode("utf-8", "surrogateescape"))
+
+
+class CheckSweep(Callback):
+    """Composes and checks every job of a sweep at its start: a typo in the last job must not wait for the first."""
+
+    @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends the program with one line where a job's configuration is wrong, or its folder holds another run."""
-        numbered = config.hydra.sweeper._target_.endswith(".BasicSweeper")  # another one draws as it goes
+        """Ends the program with one line if a job's configuration is wrong, or if its folder holds another run."""
+        numbered = config.hydra.sweeper._target_.endswith(".BasicSweeper")  # other sweepers draw jobs one by one
         if not numbered and OmegaConf.select(config, "run.accuracy_floor") is None:
-            # Hydra turns a callback's exceptions into warnings, but lets this one pass
+            # Hydra turns a callback's exceptions into warnings, except for SystemExit
             raise SystemExit("fedq: a search needs the test accuracy to hold: set run.accuracy_floor, such as 0.9")
         loader = GlobalHydra.instance().config_loader()
         parser = OverridesParser.create(loader)
@@ -58,28 +99,45 @@ class CheckSweep(Callback):
                 raise SystemExit(f"fedq: {' '.join(job)}: {explain(error)}") from error
             if differing:
                 raise SystemExit(
-                    f"fedq: {folder} holds another run: {differing[0]}; "
+                    f"fedq: {folder} holds another run: {in_short(differing)}; "
                     "give the sweep that made it, or another hydra.sweep.dir"
                 )
+        notes = Path(config.hydra.sweep.dir, _JOBS)
+        shutil.rmtree(notes, ignore_errors=True)  # of an earlier sweep in this folder
+        notes.mkdir(parents=True)
+        varied = [str(one.get_key_element()) for one in overrides if one.is_sweep_override()]
+        (notes / _VARIED).write_text("\n".join(varied), encoding="utf-8")
 
+    @override
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints which job has the fewest bits at the accuracy floor, where one is set.
+        """Prints which job has the fewest bits at the accuracy floor, if `run.accuracy_floor` is set.
 
-        Ends the program with the list of the jobs that failed, if any did; Hydra tells of the first alone.
+        Ends the program with a list of the failed jobs, if any job failed; Hydra itself reports the first alone.
         """
-        paths = sorted(Path(config.hydra.sweep.dir).rglob("summary.json"))
-        summaries = {path.parent: json.loads(path.read_text()) for path in paths}
+        notes = [note for note in Path(config.hydra.sweep.dir, _JOBS).glob("*") if note.name.isdigit()]
+        notes.sort(key=lambda note: int(note.name))
+        folders = dict.fromkeys(Path(note.read_bytes().decode("utf-8", "surrogateescape")) for note in notes)
+        summaries = {folder: _summary(folder) for folder in folders}
         completed = {folder: summary for folder, summary in summaries.items() if summary["status"] == "completed"}
         floor = OmegaConf.select(config, "run.accuracy_floor")
         if floor is not None and completed:
             print(_fewest_bits(completed, floor, list(config.hydra.overrides.task)))
-        failed = [f"  {folder}: {summaries[folder]['error']}" for folder in summaries.keys() - completed.keys()]
+        failed = [f"  {folder}: {summaries[folder]['error']}" for folder in summaries if folder not in completed]
         if failed:
-            raise SystemExit("\n".join(["fedq: these jobs of the sweep failed, the others are done:", *sorted(failed)]))
+            raise SystemExit("\n".join(["fedq: these jobs of the sweep failed, the others are done:", *failed]))
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """Returns a job's summary. A job that left none, because it was killed, say, has failed."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return {"error": summary["status"], **summary}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return {"status": "failed", "error": f"summary.json cannot be read: {error}"}
 
 
 def _with_ends(override: Override) -> str:
-    """Returns an override as it was given, an interval to draw from as a choice of its two ends."""
+    """Returns an override as it was given; an interval to draw from becomes a choice of its two ends."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return f"{override.get_key_element()}={value.start},{value.end}"
@@ -87,20 +145,21 @@ def _with_ends(override: Override) -> str:
 
 
 def _differences(folder: Path, cfg: DictConfig) -> list[str]:
-    """Returns how the configuration that Hydra left in a job's folder, if any, differs from the job's now."""
+    """Returns how the configuration in a job's folder, if there is one, differs from the job's configuration now."""
     path = folder / ".hydra" / "config.yaml"
     there = OmegaConf.load(path) if path.exists() else None
     if not isinstance(there, DictConfig):
         return []
-    return differences(plain(there), plain(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])))
+    return config_differences(
+        to_container(there), to_container(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+    )
 
 
 def _fewest_bits(summaries: Mapping[Path, Mapping[str, Any]], floor: float, given: list[str]) -> str:
     """Returns in a sentence which of the completed jobs has the fewest bits at or above the floor."""
     folder, best = min(summaries.items(), key=lambda item: objective(item[1], floor))
     overrides = map(str, OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
-    chosen = [override for override in overrides if override not in given]
-    job = " ".join([*chosen, "in", str(folder)])
+    job = " ".join([shlex.join(override for override in overrides if override not in given), "in", str(folder)])
     accuracy = best["final_test_accuracy"]
     if accuracy < floor:
         return f"no job reached a test accuracy of {floor:.2%}; nearest is {job}, with {accuracy:.2%}"

@@ -1,4 +1,4 @@
-"""Worker threads: many clients of one process side by side."""
+"""Worker threads, which train several clients of one process at the same time."""
 
 import os
 from collections import deque
@@ -13,19 +13,19 @@ R = TypeVar("R")
 
 
 class Workers:
-    """A pool of threads with one intra-op thread each, so that a client's numbers do not depend on their number.
+    """A pool of threads with one intra-op thread each, so that results do not depend on the number of threads.
 
-    Training releases Python's lock nearly all the time, and one client a core is faster than one client on all cores.
+    Training releases Python's lock nearly all the time. One client a core is faster than one client on all cores.
     """
 
     def __init__(self, count: int | None = None) -> None:
-        """Starts `count` threads; None is one for every core this process may use, shared with ranks beside it."""
+        """Starts `count` threads; None for one a core, where ranks on one machine share the cores of the process."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.count = count or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pool = ThreadPoolExecutor(self.count, "worker", initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Yields `function(item)` in order; at most two results a worker wait to be taken."""
+        """Yields `function(item)` in order. At most two results a worker wait for the caller."""
         pending: deque[Future[R]] = deque()
         try:
             for item in items:

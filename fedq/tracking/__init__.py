@@ -1,1 +1,1 @@
-"""What a run leaves and shows: TensorBoard, metrics file, summary, console; each takes the metrics round by round."""
+"""What a run writes and shows: metrics file, summary, TensorBoard, console. Each receives the metrics of each round."""

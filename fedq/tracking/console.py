@@ -1,7 +1,8 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, else one log line a round."""
+"""The console: a progress bar on a terminal, otherwise one log line a round; and tables that cut nothing."""
 
 import logging
 import sys
+from io import TextIOWrapper
 from typing import TextIO
 
 from rich.console import Console
@@ -13,19 +14,34 @@ from fedq.tracking.units import human_bytes
 
 log = logging.getLogger(__name__)
 
+_WIDE = 110
+"""Columns of a terminal in which the text of the progress bar takes one line, not two."""
+
+
+def stdout_console() -> Console:
+    """Returns a console on stdout. Without a terminal, tables get the width that they need.
+
+    A character that the locale lacks becomes a question mark.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000, highlight=False)
+
 
 class ConsoleProgress:
-    """Shows round, loss, accuracy and the bytes sent each way so far."""
+    """Shows rounds done, training loss and accuracy, the last test accuracy, and all bytes sent so far each way."""
 
     def __init__(self, rounds: int, done: int = 0) -> None:
+        """Starts the bar of a run of `rounds` rounds, of which `done` were done before this process."""
+        console = stdout_console()
+        self._separator = ", " if console.width >= _WIDE else "\n"
         self._progress = Progress(
             TextColumn("round {task.completed}/{task.total}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            # in a narrow window the numbers give way at their end, the rounds and the time stay
-            TextColumn("{task.description}", table_column=Column(ratio=8, no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.description}"),
             TimeRemainingColumn(compact=True),
             expand=True,
-            console=Console(file=sys.stdout),
+            console=console,
             disable=not sys.stdout.isatty(),
         )
         self._task = self._progress.add_task("", total=rounds, completed=done)
@@ -36,15 +52,17 @@ class ConsoleProgress:
     def write(self, metrics: Metrics) -> None:
         """Shows one more round."""
         if "test/accuracy" in metrics:
-            self._tested = f" test {metrics['test/accuracy']:.3f}"
-        text = (
-            f"loss {metrics['train/loss']:.3f} acc {metrics['train/accuracy']:.3f}{self._tested} "
-            f"↓{human_bytes(metrics['cumulative_broadcasted_bits'])} "
-            f"↑{human_bytes(metrics['cumulative_aggregated_bits'])}"
+            self._tested = f", test acc {metrics['test/accuracy']:.3f}"
+        down, up = (metrics[f"cumulative_{way}_bits"] for way in ("broadcasted", "aggregated"))
+        text = self._separator.join(
+            (
+                f"train loss {metrics['train/loss']:.3f}, train acc {metrics['train/accuracy']:.3f}{self._tested}",
+                f"{human_bytes(down)} down, {human_bytes(up)} up",
+            )
         )
         self._progress.update(self._task, advance=1, description=text)
         if self._progress.disable:
-            log.info("round %d %s %.2f s", metrics["round"], text, metrics["seconds"])
+            log.info("round %d: %s, %.2f s", metrics["round"] + 1, text, metrics["seconds"])
 
     def close(self) -> None:
         """Takes the bar away."""
@@ -53,7 +71,7 @@ class ConsoleProgress:
 
     @staticmethod
     def _redirect(stream: TextIO) -> None:
-        """Sends log lines where rich prints them above the bar, and back again."""
+        """Sends log lines to `stream`: rich replaces sys.stderr to print them above the bar."""
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setStream(stream)

@@ -13,17 +13,16 @@ Metrics = dict[str, float]
 
 
 class MetricsFile:
-    """Appends the metrics of each round as one whole line of metrics.jsonl.
+    """Appends the metrics of each round to metrics.jsonl, as one line each.
 
-    Raises BlockingIOError where another process writes it: two runs must not share a folder. Raises OSError where a
-    line cannot be written; all lines before it stay, and no part of it does.
+    Raises BlockingIOError if another process writes the file: two runs must not share a folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = str(folder / "metrics.jsonl")
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, even by a kill
         except BlockingIOError:
             os.close(self._file)
             raise
@@ -31,13 +30,15 @@ class MetricsFile:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was written yet, by this run or one before it in the folder."""
+        """Whether the file has no line, of this run or of an earlier run in the folder."""
         return self._length == 0
 
     def restore(self, source: Path, rounds: int) -> list[Metrics]:
-        """Makes the file hold the first `rounds` lines of `source`, itself or an earlier run's; returns their metrics.
+        """Makes the file hold the first `rounds` lines of `source`, and returns the metrics in these lines.
 
-        Raises FedqError where `source` has fewer, or lines that are no metrics.
+        source: this file, or the metrics.jsonl of an earlier run.
+
+        Raises FedqError if `source` has fewer lines, or lines that are no metrics.
         """
         lines = source.read_bytes().splitlines(keepends=True)[:rounds] if source.exists() else []
         if len(lines) < rounds:
@@ -56,11 +57,14 @@ class MetricsFile:
         return known
 
     def sync(self) -> None:
-        """Returns when all that was written is on the disk."""
+        """Waits until all lines are on the disk."""
         os.fsync(self._file)
 
     def write(self, metrics: Metrics) -> None:
-        """Appends one line; a number that is none, or infinite, is null, for which JSON has no other word."""
+        """Appends one line. NaN and infinity are written as null.
+
+        Raises OSError with the path if the disk is full; then no part of the line stays in the file.
+        """
         known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = (json.dumps(known) + "\n").encode()
         written = 0

@@ -2,28 +2,30 @@
 
 import json
 import platform
+import shlex
 import subprocess
-import sys
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fedq.files import written_whole
+from fedq.tracking.console import stdout_console
 from fedq.tracking.metrics import Metrics
 from fedq.tracking.units import human_bytes
 
 
 class Summary:
-    """Gathers what summary.json tells, round by round, so that a run that fails has one too."""
+    """Collects the values of summary.json round by round, so that a run that fails has a summary too."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is the run's."""
+        """Starts the summary of the run in `folder`."""
         self._folder = folder
         self._uncompressed_bits = 0
+        self._messages = {"broadcasted_bits": 0, "aggregated_bits": 0}
         self.is_ours = True
         self.values: dict[str, Any] = {
             "status": "running",
@@ -44,74 +46,82 @@ class Summary:
         }
 
     def start(self, config: dict[str, Any], uncompressed_bits: int) -> None:
-        """Takes in the run's whole configuration and the bits of one message with every tensor exact."""
+        """Marks the run as begun.
+
+        config: the run's plain configuration.
+        uncompressed_bits: bits of one message with every tensor exact.
+        """
         self.values |= {"seed": config["run"]["seed"], "config": config}
         self._uncompressed_bits = uncompressed_bits
 
     def write(self, metrics: Metrics) -> None:
-        """Takes in one more round."""
+        """Adds one more round. Metrics without a place in the summary are ignored."""
         values = self.values
         values["rounds"] += 1
         values["seconds"] += metrics["seconds"]
         values["broadcasted_bits"] = int(metrics["cumulative_broadcasted_bits"])
         values["aggregated_bits"] = int(metrics["cumulative_aggregated_bits"])
+        if "cumulative_reported_bits" in metrics:
+            values["reported_bits"] = int(metrics["cumulative_reported_bits"])
         # what the same clients would have received and sent without an encoder
-        clients = int(1 + metrics["repeats"]) * values["config"]["run"]["clients_per_round"]
-        values["uncompressed_broadcasted_bits"] += self._uncompressed_bits * clients
-        values["uncompressed_aggregated_bits"] += self._uncompressed_bits * int(metrics["uploads"])
-        values["broadcast_ratio"] = values["uncompressed_broadcasted_bits"] / values["broadcasted_bits"]
-        values["upload_ratio"] = values["uncompressed_aggregated_bits"] / values["aggregated_bits"]
+        self._messages["broadcasted_bits"] += int(1 + metrics["repeats"]) * values["config"]["run"]["clients_per_round"]
+        self._messages["aggregated_bits"] += int(metrics["uploads"])
+        for total, ratio in (("broadcasted_bits", "broadcast_ratio"), ("aggregated_bits", "upload_ratio")):
+            values[f"uncompressed_{total}"] = self._uncompressed_bits * self._messages[total]
+            values[ratio] = values[f"uncompressed_{total}"] / values[total]
         if "test/accuracy" in metrics:
             values["final_test_accuracy"] = metrics["test/accuracy"]
             values["best_test_accuracy"] = max(values["best_test_accuracy"] or 0.0, metrics["test/accuracy"])
 
+    def __enter__(self) -> "Summary":
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Writes summary.json, whole or not at all; its status is completed, failed or interrupted.
+        """Writes summary.json, completely or not at all; its status is completed, failed or interrupted.
 
-        What did not come to `start` leaves that of another run, which did, in the folder as it is: then it `is_ours`
-        no more.
+        A run that fails before `start` does not overwrite an earlier run's summary; `is_ours` is then false. Raises
+        OSError if the file cannot be written and the run has no other error.
         """
         path = self._folder / "summary.json"
         self.is_ours = self.values["config"] is not None or not _is_of_a_run(path)
         if not self.is_ours:
             return
-        # SystemExit: a launcher that takes the job back into its queue
+        # SystemExit: a launcher that puts the job back into its queue
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         status = "completed" if error is None else "interrupted" if stopped else "failed"
         self.values |= {"status": status} | ({"error": str(error)} if error else {})
-        with written_whole(path) as file:
+        with suppress(OSError) if error else nullcontext(), written_whole(path) as file:
             file.write(f"{json.dumps(self.values, indent=2)}\n".encode())
-
-    def __enter__(self) -> "Summary":
-        return self
 
     def print(self) -> None:
         """Prints how the run ended, and the command that shows its curves."""
         values = self.values
         table = Table("", "", title="done", show_header=False, title_justify="left")
-        table.columns[1].overflow = "fold"  # a path must stay whole
         final, best = values["final_test_accuracy"], values["best_test_accuracy"]
         table.add_row("test accuracy", f"{final:.2%} (best {best:.2%})" if best is not None else "not tested yet")
-        for way, sent, ratio in (("down", "broadcasted", "broadcast"), ("up", "aggregated", "upload")):
-            bits, rate = values[f"{sent}_bits"], values[f"{ratio}_ratio"]
-            a_round = f"{bits / values['rounds'] / 2**20:,.2f} Mibit a round"
-            table.add_row(f"bytes {way}", f"{human_bytes(bits)}, {a_round}, {rate:.2f} x less than float32")
+        for way, total, ratio in (("down", "broadcasted_bits", "broadcast"), ("up", "aggregated_bits", "upload")):
+            rate = f"{values[f'{ratio}_ratio']:.2f} x less than uncompressed"
+            table.add_row(f"bytes {way}", f"{human_bytes(values[total])}, {rate}")
+        down, up = (human_bytes(values[total] / messages) for total, messages in self._messages.items())
+        table.add_row("bytes a client a round", f"{down} down, {up} up")
+        if "reported_bits" in values:
+            table.add_row("bytes of reports", human_bytes(values["reported_bits"]))
         table.add_row("seconds a round", f"{values['seconds'] / values['rounds']:.2f}")
-        table.add_row("output", str(self._folder))
+        stdout_console().print(table)
         # every folder of runs is below the nearest one called outputs
         logdir = next((parent for parent in self._folder.parents if parent.name == "outputs"), self._folder)
-        table.add_row("curves", f"tensorboard --logdir {logdir}")
-        Console(file=sys.stdout).print(table)
+        # outside the table: a terminal that folds these lines still copies them whole
+        print(f"output: {self._folder}\ncurves: tensorboard --logdir {shlex.quote(str(logdir))}")
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Tells whether there is a summary of what came to `start`, or one that cannot be read."""
+    """Tells whether `path` is the summary of a run that came to `start`, or a file that cannot be read as a summary."""
     if not path.exists():
         return False
     try:
-        return json.loads(path.read_text())["config"] is not None
+        return json.loads(path.read_text(encoding="utf-8"))["config"] is not None
     except (ValueError, LookupError, TypeError):
         return True
 
@@ -124,7 +134,7 @@ def _version() -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Returns the commit of the code that runs, if it is part of a git checkout; "-dirty" if that was changed since."""
+    """Returns the commit of the running code, with "-dirty" after changes; None if the code is in no git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -137,7 +137,7 @@ def test_fetch(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert files(tmp_path) == {"file"}
     out, err = capsys.readouterr()
     assert out == ""
-    assert "some.tar.bz2" in err and "100%" in err  # the progress bar's last state
+    assert "some.tar.bz2" in err and "700.0/700.0 kB" in err  # the last state of the progress bar
 
 
 def test_fetch_without_a_length(server: Server, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_part_that_does_not_fit_is_dropped(server: Server, tmp_path: Path, par
 
 def test_another_hash_is_refused_and_deleted(server: Server, tmp_path: Path) -> None:
     hashes = f"{sha256(CONTENT)}, not {sha256(b'')}"
-    with pytest.raises(DatasetError, match=f"{hashes}: what was fetched is deleted"):
+    with pytest.raises(DatasetError, match=f"{hashes}: the download is deleted"):
         fetch(server.url, sha256(b""), tmp_path / "file")
     assert files(tmp_path) == set()
     assert server.ranges == [None]
@@ -245,7 +245,7 @@ def test_without_network_one_sentence_says_what_to_do(monkeypatch: pytest.Monkey
     assert files(cache) == set()
 
 
-def test_an_error_of_the_server_is_told(server: Server, cache: Path) -> None:
+def test_an_error_of_the_server_is_reported(server: Server, cache: Path) -> None:
     server.status = 403
     with pytest.raises(DatasetError, match="403") as caught:
         obtain(server.url, sha256(b""), NAMES)
@@ -263,7 +263,7 @@ def test_no_final_file_after_a_broken_transfer(server: Server, cache: Path) -> N
     assert files(cache) == {"some.tar.bz2.part"}
 
 
-def test_a_cache_that_cannot_be_made_is_told(server: Server, cache: Path) -> None:
+def test_a_cache_that_cannot_be_made_is_reported(server: Server, cache: Path) -> None:
     cache.write_bytes(b"a file where the folder should be")
     with pytest.raises(DatasetError, match="File exists") as caught:
         obtain(server.url, sha256(CONTENT), NAMES)
@@ -276,6 +276,8 @@ def test_no_final_file_after_a_failure_to_unpack(server: Server, cache: Path, mo
         raise OSError(28, "No space left on device")
 
     server.content = packed(MEMBERS)
+    cache.mkdir()
+    fetch(server.url, sha256(server.content), cache / "some.tar.bz2")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfileobj", full)
         with pytest.raises(DatasetError, match="No space left on device"):

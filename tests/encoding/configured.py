@@ -1,4 +1,4 @@
-"""What conf/encoder describes, read without Hydra, which takes seconds for it in each of pytest's workers."""
+"""The encoders of conf/encoder, read without Hydra: composing all of them takes seconds in each of pytest's workers."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ DIRECTIONS: tuple[Literal["broadcast"], Literal["upload"]] = ("broadcast", "uplo
 
 
 def node(name: str) -> DictConfig:
-    """A file of conf/encoder, over those that its `defaults` name; none of them comes behind _self_."""
+    """Returns a file of conf/encoder, merged over the files that its `defaults` name."""
     own = OmegaConf.load(CONF / "encoder" / f"{name}.yaml")
     others = [other for other in own.pop("defaults", []) if other != "_self_"]
     return OmegaConf.merge(*map(node, others), own)
@@ -23,10 +23,11 @@ def node(name: str) -> DictConfig:
 
 @functools.cache
 def config(name: str) -> DictConfig:
-    """The part of a composed configuration that describes an encoder."""
+    """Returns the part of a composed configuration that describes an encoder."""
     return OmegaConf.create({"encoder": OmegaConf.merge(OmegaConf.load(CONF / "config.yaml").encoder, node(name))})
 
 
 def built(name: str, direction: Literal["broadcast", "upload"]) -> StateDictEncoder:
+    """Returns the encoder of one direction of a file."""
     encoder: StateDictEncoder = build_encoder(config(name), direction)
     return encoder

@@ -8,20 +8,24 @@ from torch import Tensor
 from toys import PlusOneOverN, Statistics, Zlib
 
 from fedq.encoding import (
+    AdaptiveEncodingStage,
+    Codec,
+    Coder,
     EncodeError,
     Encoder,
     EncodingStage,
     FixedWidth,
     Key,
     MessageError,
+    Raw,
     StateDictEncoder,
     StateUpdate,
     TensorSpec,
     UniformQuantization,
     schema_of,
 )
+from fedq.encoding.adaptation import by_part
 from fedq.encoding.message import OVERHEAD
-from fedq.encoding.state_dict import flatten, unflatten
 from fedq.encoding.testing import raw_bytes, wave
 
 KEY = Key(1)
@@ -29,71 +33,76 @@ TENSORS = {"a": wave(20), "b/c": wave(3, 4), "exact": wave(5)}
 SCHEMA = schema_of(TENSORS)
 
 
-def plus_one() -> StateDictEncoder:
-    return StateDictEncoder(rules={"exact": Encoder(), "*": Encoder([PlusOneOverN()])})
+PLUS_ONE = StateDictEncoder(rules={"exact": Encoder(), "*": Encoder([PlusOneOverN()])})
 
 
-def statistics(scrambled: bool = False) -> StateDictEncoder:
-    return StateDictEncoder(rules={"a": Encoder([PlusOneOverN(), Statistics(scrambled)])})
+def reporting(*stages: EncodingStage | AdaptiveEncodingStage, name: str = "a", coder: Coder | None = None) -> Codec:
+    """Bound to SCHEMA, with a chain of `stages` for the tensor called `name`; its reports travel."""
+    return StateDictEncoder(rules={name: Encoder(stages, coder or Raw())}).bind(SCHEMA, reports=True)
+
+
+def statistics(scrambled: bool = False) -> Codec:
+    return reporting(PlusOneOverN(), Statistics(scrambled))
+
+
+def first_params(codec: Codec) -> dict[str, Tensor]:
+    return codec.adaptation.params(codec.adaptation.initial_state())
 
 
 def test_the_state_counts_and_the_clients_are_told() -> None:
-    encoder = plus_one()
-    state = encoder.initial_state(SCHEMA)
-    assert state.keys() == {"a", "b/c"}
+    codec = PLUS_ONE.bind(SCHEMA)
+    state = codec.adaptation.initial_state()
+    assert state.keys() == {"a/0/n", "b/c/0/n"}
     for n in range(1, 5):
-        params = encoder.params(SCHEMA, state)
-        assert {float(by_stage[0]["addend"]) for by_stage in params.values()} == {float(1 / torch.tensor(n).float())}
-        message, updates = encoder.encode(TENSORS, Key(0, n), params)
-        assert flatten(updates) == {}
+        params = codec.adaptation.params(state)
+        assert {float(addend) for addend in params.values()} == {float(1 / torch.tensor(n).float())}
+        message, reports = codec.encode(TENSORS, Key(0, n), params)
+        assert reports == {}
         sent = torch.frombuffer(bytearray(message[44:124]), dtype=torch.float32)
         assert torch.equal(sent, TENSORS["a"] + 1 / torch.tensor(n).float())  # it is x + 1/n that travels
-        back, _ = encoder.decode(message, Key(0, n), SCHEMA, params)
+        back, _ = codec.decode(message, Key(0, n), params)
         for name in TENSORS:
             torch.testing.assert_close(back[name], TENSORS[name])
-        state = encoder.update_state(SCHEMA, state, {})
-    assert int(state["a"][0]["n"]) == 5
+        state = codec.adaptation.update_state(state, {})
+    assert int(state["a/0/n"]) == 5
 
 
 def test_params_travel_attached_and_are_counted() -> None:
-    encoder = plus_one()
-    state = encoder.update_state(SCHEMA, encoder.initial_state(SCHEMA), {})
-    params = encoder.params(SCHEMA, state)
-    attached = flatten(params)
-    assert list(attached) == ["a/0/addend", "b/c/0/addend"]
-    without, _ = encoder.encode(TENSORS, KEY, params)
-    message, _ = encoder.encode(TENSORS, KEY, params, attached)
+    codec = PLUS_ONE.bind(SCHEMA)
+    params = codec.adaptation.params(codec.adaptation.update_state(codec.adaptation.initial_state(), {}))
+    assert list(params) == ["a/0/addend", "b/c/0/addend"]
+    attaching = PLUS_ONE.bind(SCHEMA, attached=codec.adaptation.params_schema)
+    without = codec.encode(TENSORS, KEY, params).message
+    message = attaching.encode(TENSORS, KEY, params, attached=params).message
     assert len(message) - len(without) == 2 * 4
-    back, front = encoder.decode(message, KEY, SCHEMA, attached=schema_of(attached))  # nothing but the message
-    known, _ = encoder.decode(without, KEY, SCHEMA, params)
+    back, front = attaching.decode(message, KEY)  # nothing but the message
+    known, _ = codec.decode(without, KEY, params)
     assert {name: raw_bytes(value) for name, value in front.items()} == {
-        name: raw_bytes(value) for name, value in attached.items()
+        name: raw_bytes(value) for name, value in params.items()
     }
     assert all(torch.equal(back[name], known[name]) for name in TENSORS)
     # those that are known go before those that travel
-    wrong = {name: {0: {"addend": torch.tensor(0.0)}} for name in params}
-    other, _ = encoder.decode(message, KEY, SCHEMA, wrong, schema_of(attached))
+    other, _ = attaching.decode(message, KEY, {name: torch.tensor(0.0) for name in params})
     torch.testing.assert_close(other["a"], TENSORS["a"] + 0.5)
 
 
-def test_flatten_and_unflatten() -> None:
-    nested = {"a/b": {0: {"x": torch.tensor(1)}, 12: {"y": torch.tensor(2), "z": torch.tensor(3)}}, "c": {1: {}}}
-    flat = flatten(nested)
-    assert list(flat) == ["a/b/0/x", "a/b/12/y", "a/b/12/z"]
-    assert unflatten(flat) == {"a/b": nested["a/b"]}
+def test_the_tensors_of_each_part() -> None:
+    flat = {path: torch.tensor(1) for path in ("a/b/0/x", "a/b/12/y", "a/b/12/z", "c/1/x")}
+    found = {path: list(own) for path, own in by_part(flat).items()}
+    assert found == {"a/b/0": ["x"], "a/b/12": ["y", "z"], "c/1": ["x"]}
 
 
 @pytest.mark.parametrize("scrambled", [False, True])
 def test_reports_arrive(scrambled: bool) -> None:
-    encoder = statistics(scrambled)
-    params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
-    spec = encoder.update_spec(SCHEMA)
+    codec = statistics(scrambled)
+    silent_codec = StateDictEncoder(rules={"a": codec.chains["a"].encoder}).bind(SCHEMA)
+    params, spec = first_params(codec), codec.adaptation.report_schema
     assert list(spec) == [f"a/1/{name}" for name in ("count", "low", "high", "row", "total")]
-    silent, updates = encoder.encode(TENSORS, KEY, params)
-    message, reported = encoder.encode(TENSORS, KEY, params, report=True)
+    silent, updates = silent_codec.encode(TENSORS, KEY, params)
+    message, reported = codec.encode(TENSORS, KEY, params)
     assert len(silent) == OVERHEAD + 4 * (20 + 12 + 5)
     assert len(message) - len(silent) == 8 + 4 + 4 + 8 + 4 * 20
-    back, front = encoder.decode(message, KEY, SCHEMA, params, spec)
+    back, front = codec.decode(message, KEY, params)
     assert list(front) == list(spec)
     seen = TENSORS["a"] + 1
     assert int(front["a/1/count"]) == 20
@@ -103,11 +112,11 @@ def test_reports_arrive(scrambled: bool) -> None:
     assert torch.equal(front["a/1/total"], seen)
     torch.testing.assert_close(back["a"], TENSORS["a"])
     for given in (updates, reported):
-        assert {path: raw_bytes(value) for path, value in flatten(given).items()} == {
+        assert {path: raw_bytes(value) for path, value in given.items()} == {
             path: raw_bytes(value) for path, value in front.items()
         }
     with pytest.raises(MessageError, match="schema"):
-        encoder.decode(message, KEY, SCHEMA, params)
+        silent_codec.decode(message, KEY, params)
 
 
 def test_update_specs_are_of_what_enters_the_chain() -> None:
@@ -131,10 +140,9 @@ def test_update_specs_are_of_what_enters_the_chain() -> None:
             y, side, updates = super().encode(x, key, params)
             return y, side, {**updates, "total": updates["total"].reshape(3, 4)}
 
-    encoder = StateDictEncoder(rules={"b/c": Encoder([Flatten(), Unflatten()])})
-    params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
-    message, _ = encoder.encode(TENSORS, KEY, params, report=True)
-    back, front = encoder.decode(message, KEY, SCHEMA, params, encoder.update_spec(SCHEMA))
+    codec = reporting(Flatten(), Unflatten(), name="b/c")
+    params = first_params(codec)
+    back, front = codec.decode(codec.encode(TENSORS, KEY, params).message, KEY, params)
     assert torch.equal(back["b/c"], TENSORS["b/c"])
     assert torch.equal(front["b/c/1/total"], TENSORS["b/c"])
 
@@ -142,11 +150,9 @@ def test_update_specs_are_of_what_enters_the_chain() -> None:
 def test_an_adaptive_stage_may_follow_a_quantiser() -> None:
     # what comes out of a quantiser keeps its levels on both sides, so that the coder knows them
     for coder in (FixedWidth(), Zlib()):
-        encoder = StateDictEncoder(rules={"a": Encoder([UniformQuantization(5), Statistics()], coder)})
-        params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
-        back, front = encoder.decode(
-            encoder.encode(TENSORS, KEY, params, report=True)[0], KEY, SCHEMA, params, encoder.update_spec(SCHEMA)
-        )
+        codec = reporting(UniformQuantization(5), Statistics(), coder=coder)
+        params = first_params(codec)
+        back, front = codec.decode(codec.encode(TENSORS, KEY, params).message, KEY, params)
         assert float((back["a"] - TENSORS["a"]).abs().max()) < 2 / 31 + 1e-6
         assert (float(front["a/1/low"]), float(front["a/1/high"])) == (0, 31)
 
@@ -154,26 +160,25 @@ def test_an_adaptive_stage_may_follow_a_quantiser() -> None:
 @pytest.mark.parametrize("offset", [-10.0, 0.0, 10.0])
 @pytest.mark.parametrize("clients", [1, 2, 3, 5])
 def test_updates_are_combined(offset: float, clients: int) -> None:
-    encoder = statistics()
-    params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
+    codec = statistics()
+    adaptation, params = codec.adaptation, first_params(codec)
     cohort = [TENSORS | {"a": wave(20).roll(i) * (i + 1) + offset} for i in range(clients)]
     seen = torch.stack([tensors["a"] + 1 for tensors in cohort])
     reports = []
     for i, tensors in enumerate(cohort):
-        message, _ = encoder.encode(tensors, Key(0, 0, i), params, report=True)
-        _, front = encoder.decode(message, Key(0, 0, i), SCHEMA, params, encoder.update_spec(SCHEMA))
-        reports.append(encoder.report(SCHEMA, front))
+        message = codec.encode(tensors, Key(0, 0, i), params).message
+        reports.append(adaptation.as_cohort(codec.decode(message, Key(0, 0, i), params).attached))
     assert reports[0]["a/1/row"].shape == (1, 2)
     assert reports[0]["a/1/total"].shape == (20,)
 
     left = reports[0]
     for report in reports[1:]:
-        left = encoder.combine(SCHEMA, left, report)
+        left = adaptation.combine(left, report)
     right = reports[-1]
     for report in reports[-2::-1]:
-        right = encoder.combine(SCHEMA, report, right)
+        right = adaptation.combine(report, right)
     for combined in (left, right):  # in whatever tree, so long as the order is kept
-        assert list(combined) == list(encoder.update_spec(SCHEMA))
+        assert list(combined) == list(adaptation.report_schema)
         assert int(combined["a/1/count"]) == 20 * clients
         assert combined["a/1/count"].dtype == torch.int64
         assert torch.equal(combined["a/1/low"], seen.min())
@@ -181,20 +186,18 @@ def test_updates_are_combined(offset: float, clients: int) -> None:
         assert torch.equal(combined["a/1/row"], seen[:, :2])
         torch.testing.assert_close(combined["a/1/total"], seen.sum(0))
 
-    state = encoder.update_state(SCHEMA, encoder.initial_state(SCHEMA), left)
-    assert torch.equal(state["a"][1]["high"], seen.max())
-    assert torch.equal(state["a"][1]["rows"], seen[:, :2])
-    assert int(state["a"][0]["n"]) == 2
-    assert torch.equal(encoder.params(SCHEMA, state)["a"][1]["scale"], seen.max())
+    state = adaptation.update_state(adaptation.initial_state(), left)
+    assert torch.equal(state["a/1/high"], seen.max())
+    assert torch.equal(state["a/1/rows"], seen[:, :2])
+    assert int(state["a/0/n"]) == 2
+    assert torch.equal(adaptation.params(state)["a/1/scale"], seen.max())
 
 
 def test_combine_leaves_its_operands_alone() -> None:
-    encoder = statistics()
-    params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
-    _, updates = encoder.encode(TENSORS, KEY, params)
-    one = encoder.report(SCHEMA, flatten(updates))
+    codec = statistics()
+    one = codec.adaptation.as_cohort(codec.encode(TENSORS, KEY, first_params(codec)).reports)
     before = {path: value.clone() for path, value in one.items()}
-    encoder.combine(SCHEMA, one, one)
+    codec.adaptation.combine(one, one)
     assert all(torch.equal(one[path], before[path]) for path in before)
 
 
@@ -207,22 +210,42 @@ def test_an_update_that_is_not_finite_is_not_sent() -> None:
             y, side, updates = super().encode(x, key, params)
             return y, side, {**updates, "high": updates["high"] * torch.inf}
 
-    encoder = StateDictEncoder(rules={"a": Encoder([Overflows()])})
-    params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
+    codec = reporting(Overflows())
     with pytest.raises(EncodeError, match="'a/0/high'"):
-        encoder.encode(TENSORS, KEY, params, report=True)
+        codec.encode(TENSORS, KEY, first_params(codec))
 
 
 def test_without_adaptive_stages_there_is_nothing_to_keep() -> None:
     encoder = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), threshold=10)
-    assert encoder.initial_state(SCHEMA) == {}
-    assert encoder.params(SCHEMA, {}) == {}
-    assert encoder.update_spec(SCHEMA) == {}
-    assert encoder.combine(SCHEMA, {}, {}) == {}
-    assert encoder.report(SCHEMA, {}) == {}
-    assert encoder.update_state(SCHEMA, {}, {}) == {}
-    plain, _ = encoder.encode(TENSORS, KEY)
-    assert encoder.encode(TENSORS, KEY, report=True)[0] == plain
+    codec = encoder.bind(SCHEMA)
+    adaptation = codec.adaptation
+    assert adaptation.initial_state() == {}
+    assert adaptation.params({}) == {}
+    assert adaptation.params_schema == adaptation.report_schema == {}
+    assert adaptation.combine({}, {}) == {}
+    assert adaptation.as_cohort({}) == {}
+    assert adaptation.update_state({}, {}) == {}
+    assert encoder.bind(SCHEMA, reports=True).encode(TENSORS, KEY) == codec.encode(TENSORS, KEY)
+
+
+def test_a_stage_without_state_learns_nothing_and_may_report() -> None:
+    @dataclass(frozen=True)
+    class Stateless(Statistics):
+        def initial_state(self, spec: TensorSpec) -> dict[str, Tensor]:
+            return {}
+
+        def params(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {}
+
+        def update_state(self, state: dict[str, Tensor], aggregated: dict[str, Tensor]) -> dict[str, Tensor]:
+            assert aggregated
+            return state
+
+    codec = reporting(Stateless())
+    assert first_params(codec) == {}
+    reports = codec.encode(TENSORS, KEY).reports
+    assert torch.equal(reports["a/0/high"], TENSORS["a"].max())
+    assert codec.adaptation.update_state({}, codec.adaptation.as_cohort(reports)) == {}
 
 
 # ------------------------------------------------------------------------------------------- authors' errors
@@ -273,14 +296,14 @@ def test_authors_errors_name_the_stage(fault: str, position: int) -> None:
     stages = [Author(), Author()]
     stages[position] = Author(fault)
     with pytest.raises(TypeError, match=f"Author.encode gives .*{FAULTS[fault]}"):
-        StateDictEncoder(Encoder(stages), 0).encode({"b/c": wave(3, 4)}, KEY)
+        StateDictEncoder(Encoder(stages), 0).bind({"b/c": SCHEMA["b/c"]}).encode({"b/c": wave(3, 4)}, KEY)
 
 
 def test_an_author_without_faults() -> None:
-    encoder = StateDictEncoder(Encoder([Author(), Author()]), 0)
-    message, _ = encoder.encode({"x": wave(3, 4)}, KEY)
+    codec = StateDictEncoder(Encoder([Author(), Author()]), 0).bind(schema_of({"x": wave(3, 4)}))
+    message = codec.encode({"x": wave(3, 4)}, KEY).message
     assert len(message) == OVERHEAD + 2 * 4 + 48
-    assert torch.equal(encoder.decode(message, KEY, schema_of({"x": wave(3, 4)}))[0]["x"], wave(3, 4))
+    assert torch.equal(codec.decode(message, KEY).tensors["x"], wave(3, 4))
 
 
 @pytest.mark.parametrize("fault", ["undeclared", "missing", "shape", "dtype"])
@@ -301,10 +324,9 @@ def test_authors_errors_in_updates_name_the_stage(fault: str) -> None:
                 updates = {**updates, "low": updates["low"].double()}
             return y, side, updates
 
-    encoder = StateDictEncoder(rules={"a": Encoder([Careless()])})
-    params = encoder.params(SCHEMA, encoder.initial_state(SCHEMA))
+    codec = StateDictEncoder(rules={"a": Encoder([Careless()])}).bind(SCHEMA)
     with pytest.raises(TypeError, match="Careless.encode gives"):
-        encoder.encode(TENSORS, KEY, params)
+        codec.encode(TENSORS, KEY, first_params(codec))
 
 
 def test_a_stage_or_coder_must_be_a_dataclass() -> None:
@@ -331,8 +353,23 @@ def test_sums_that_would_overflow_are_refused(dtype: torch.dtype) -> None:
     StateUpdate(TensorSpec((), torch.int64), "sum")
 
 
-def test_names_with_a_slash_are_refused() -> None:
-    with pytest.raises(TypeError, match="must have no '/', not 'a/b'"):
-        flatten({"layer/weight": {0: {"a/b": torch.zeros(1)}}})
-    tensors = {"layer/weight": {0: {"a": torch.zeros(1)}, 1: {"b": torch.ones(2)}}}
-    assert unflatten(flatten(tensors)) == tensors
+@pytest.mark.parametrize("what", ["state", "params", "reports"])
+def test_names_with_a_slash_are_refused(what: str) -> None:
+    def named(name: str, kind: str) -> str:
+        return "a/b" if what == kind else name
+
+    @dataclass(frozen=True)
+    class Slashed(Statistics):
+        def initial_state(self, spec: TensorSpec) -> dict[str, Tensor]:
+            return {named("high", "state"): torch.tensor(1.0)}
+
+        def params(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {named("scale", "params"): torch.tensor(1.0)}
+
+        def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
+            return {named("low", "reports"): StateUpdate(TensorSpec((), torch.float32), "min")}
+
+    with pytest.raises(TypeError, match="must have no '/', unlike 'a/b'"):
+        reporting(Slashed())
+    # a tensor's own name may have one
+    assert list(first_params(reporting(Statistics(), name="b/c"))) == ["b/c/0/scale"]

@@ -23,7 +23,6 @@ from fedq.encoding import (
     schema_of,
     testing,
 )
-from fedq.encoding.state_dict import flatten, unflatten
 from fedq.encoding.testing import KEY, check_stage, wave
 
 Tensors = dict[str, Tensor]
@@ -84,9 +83,9 @@ def test_what_is_right_passes() -> None:
 
 
 def sends(stage: EncodingStage | AdaptiveEncodingStage, x: Tensor) -> Tensor:
-    chain, schema = StateDictEncoder(rules={"x": Encoder([stage])}), schema_of({"x": x})
-    params = chain.params(schema, chain.initial_state(schema))
-    return chain.decode(chain.encode({"x": x}, KEY, params)[0], KEY, schema, params)[0]["x"]
+    codec = StateDictEncoder(rules={"x": Encoder([stage])}).bind(schema_of({"x": x}))
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    return codec.decode(codec.encode({"x": x}, KEY, params).message, KEY, params).tensors["x"]
 
 
 ENCODED: dict[str, tuple[Callable[[Tensor], object], str]] = {
@@ -184,18 +183,18 @@ def test_an_aggregation_that_there_is_not() -> None:
 
 
 def test_a_stage_that_reports_and_needs_nothing() -> None:
-    # its params are empty, and so not among what a broadcast attaches
+    # its params are empty, so a broadcast attaches none
     @dataclass(frozen=True)
     class Reports(Adapts):
         def params(self, state: Tensors) -> Tensors:
             return {}
 
     check_stage(Reports(), lambda x: 0)
-    chain, tensors = StateDictEncoder(rules={"x": Encoder([Reports()])}), {"x": wave(3)}
-    schema = schema_of(tensors)
-    params = unflatten(flatten(chain.params(schema, chain.initial_state(schema))))
-    message, _ = chain.encode(tensors, KEY, params, report=True)
-    back, reports = chain.decode(message, KEY, schema, params, chain.update_spec(schema))
+    tensors = {"x": wave(3)}
+    codec = StateDictEncoder(rules={"x": Encoder([Reports()])}).bind(schema_of(tensors), reports=True)
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    assert params == {}
+    back, reports = codec.decode(codec.encode(tensors, KEY, params).message, KEY, params)
     assert torch.equal(back["x"], wave(3))
     assert list(reports) == ["x/0/sum"]
 
@@ -252,10 +251,10 @@ class Looks(Identity):
 
 
 FOUND: dict[type[EncodingStage], tuple[Callable, type[Exception], str]] = {
-    Stashes: (testing.check_same_key, AssertionError, "something reaches decode beside the message"),
-    Matrices: (testing.check_unbiased, AssertionError, "claims to be unbiased"),
-    LargeSums: (testing.check_commutes_with_sum, AssertionError, "does not commute"),
-    Looks: (testing.check_damage, IndexError, "out of bounds"),
+    Stashes: (testing.checks.check_same_key, AssertionError, "something reaches decode beside the message"),
+    Matrices: (testing.checks.check_unbiased, AssertionError, "claims to be unbiased"),
+    LargeSums: (testing.checks.check_commutes_with_sum, AssertionError, "does not commute"),
+    Looks: (testing.checks.check_damage, IndexError, "out of bounds"),
 }
 
 
@@ -267,12 +266,18 @@ def test_the_battery_finds(liar: type[EncodingStage]) -> None:
         check(Encoder([liar()], FixedWidth() if liar is Looks else Raw()), None)
 
 
+def test_the_battery_says_what_it_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    check_stage(Adapts(), lambda x: 0)
+    name, sent, refused, claims = capsys.readouterr().out.splitlines()
+    assert "Adapts" in name and name.endswith(f"passes {len(testing.CHECKS)} checks.")
+    assert f": {len(testing.inputs.floating_inputs())}, 20 arrays of hypothesis, and one of millions." in sent
+    assert refused == "  Refused: none. Largest error: within the bound."
+    assert claims == "  Claims: lossless, unbiased (10,000 draws), state."
+
+
 def adaptive_fault(fault: str) -> AdaptiveEncodingStage:
     @dataclass(frozen=True)
     class Wrong(Adapts):
-        def initial_state(self, spec: TensorSpec) -> Tensors:
-            return {"largest": 0.0} if fault == "no tensor" else super().initial_state(spec)
-
         def update_spec(self, spec: TensorSpec) -> dict[str, StateUpdate]:
             return {"sum": StateUpdate(TensorSpec((), torch.float32), "stack" if fault == "stack" else "max")}
 
@@ -295,7 +300,6 @@ def adaptive_fault(fault: str) -> AdaptiveEncodingStage:
 
 
 ADAPTIVE = {
-    "no tensor": "the state's 'largest' is not a tensor, but 0.0",
     "stack": "params change",  # forgets that it gets a row for each client
     "writes to the state": "update_state writes to the state",
     "random": "another state the second time",
@@ -307,9 +311,16 @@ ADAPTIVE = {
 
 @pytest.mark.parametrize("fault", ADAPTIVE)
 def test_the_battery_finds_in_an_adaptive_stage(fault: str) -> None:
-    assert testing.check_state in testing.CHECKS
+    assert testing.checks.check_state in testing.CHECKS
     with pytest.raises(AssertionError, match=ADAPTIVE[fault]):
-        testing.check_state(Encoder([adaptive_fault(fault)]), None)
+        testing.checks.check_state(Encoder([adaptive_fault(fault)]), None)
+
+
+@pytest.mark.parametrize("method", ["initial_state", "params", "update_state"])
+def test_a_state_or_params_that_are_no_tensors(method: str) -> None:
+    wrong = type("Wrong", (Adapts,), {method: lambda self, *given: {"largest": 0.0}})()
+    with pytest.raises(TypeError, match=f"Wrong.{method} gives 'largest' as a float, not as a tensor"):
+        testing.checks.check_state(Encoder([wrong]), None)
 
 
 def test_the_largest_error_is_asked_of_every_round() -> None:
@@ -318,8 +329,8 @@ def test_the_largest_error_is_asked_of_every_round() -> None:
         def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key, params: Tensors) -> Tensor:
             return y - 1  # the first round's
 
-    testing.check_round_trip(Encoder([Drifts()]), None)
+    testing.checks.check_round_trip(Encoder([Drifts()]), None)
     with pytest.raises(AssertionError, match="once it has learnt"):
-        testing.check_state(Encoder([Drifts()]), lambda x: 1e-3)
-    testing.check_state(Encoder([PlusOneOverN()]), lambda x: 1e-3)
-    testing.check_state(Encoder([Statistics()]), lambda x: 0)
+        testing.checks.check_state(Encoder([Drifts()]), lambda x: 1e-3)
+    testing.checks.check_state(Encoder([PlusOneOverN()]), lambda x: 1e-3)
+    testing.checks.check_state(Encoder([Statistics()]), lambda x: 0)

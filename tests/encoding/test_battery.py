@@ -24,7 +24,6 @@ import fedq.encoding.coders
 import fedq.encoding.stages
 from fedq.encoding import (
     ANS,
-    AdaptiveCoder,
     AdaptiveEncodingStage,
     Coder,
     Encoder,
@@ -113,9 +112,9 @@ def test_what_is_read_is_what_hydra_composes(name: str) -> None:
 @pytest.mark.parametrize(("stage", "bound"), STAGES, ids=[str(stage) for stage, _ in STAGES])
 def test_stages(stage: EncodingStage, bound: Bound | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if stage != LARGEST[type(stage)]:
-        monkeypatch.setattr(testing, "largest_input", testing.large_input)
+        monkeypatch.setattr(testing.checks, "largest_input", testing.checks.large_input)
     elif isinstance(stage, UniformQuantization):
-        monkeypatch.setattr(testing, "largest_input", lambda: wave(5000, 2000))
+        monkeypatch.setattr(testing.checks, "largest_input", lambda: wave(5000, 2000))
     check_stage(stage, bound)
 
 
@@ -134,20 +133,17 @@ def is_a_stage_alone(chain: Encoder) -> bool:
 )
 def test_configured_chains(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     if encoder != LARGEST.get(type(encoder.coder)):
-        monkeypatch.setattr(testing, "largest_input", testing.large_input)
+        monkeypatch.setattr(testing.checks, "largest_input", testing.checks.large_input)
     check_encoder(encoder, bound_of(encoder))
 
 
 @pytest.mark.parametrize("coder", [c.coder for c in LARGEST.values() if isinstance(c, Encoder)], ids=str)
-def test_coders_give_back_millions_of_symbols(coder: Coder | AdaptiveCoder) -> None:
+def test_coders_give_back_millions_of_symbols(coder: Coder) -> None:
     """Exactly: behind most chains an error bound would not tell."""
     symbols = (wave(1100, 2000) > 0.8).to(torch.uint8)
-    spec, own = TensorSpec(symbols.shape, symbols.dtype, levels=2), {}
-    if isinstance(coder, AdaptiveCoder):
-        own = {"params": coder.params(coder.initial_state(spec))}
-    coded = coder.encode(symbols, spec, **own)
-    data = coded[0] if isinstance(coder, AdaptiveCoder) else coded
-    assert torch.equal(coder.decode(memoryview(data).cast("B"), spec, **own), symbols)
+    spec = TensorSpec(symbols.shape, symbols.dtype, levels=2)
+    data = coder.encode(symbols, spec)
+    assert torch.equal(coder.decode(memoryview(data).cast("B"), spec), symbols)
 
 
 def test_no_stage_and_no_coder_is_left_out() -> None:
@@ -156,7 +152,7 @@ def test_no_stage_and_no_coder_is_left_out() -> None:
     stages = {value for value in classes if issubclass(value, EncodingStage | AdaptiveEncodingStage)}
     assert stages == {type(stage) for stage, _ in STAGES}
     coders = {type(coder) for coder, _ in CODERS + WIDE_CODERS} | {type(chain.coder) for chain in CONFIGURED.values()}
-    assert {value for value in classes if issubclass(value, Coder | AdaptiveCoder)} == coders - {Zlib}
+    assert {value for value in classes if issubclass(value, Coder)} == coders - {Zlib}
     configured = {type(stage) for chain in CONFIGURED.values() for stage in chain.stages}
     assert configured == stages, "a stage has no configuration that uses it"
 
@@ -185,7 +181,8 @@ WIDTHS = [UniformQuantization(bits, rounding) for bits in range(1, 17) for round
 def test_uniform_bytes_by_formula(stage: UniformQuantization) -> None:
     for name, x in floating_inputs().items():
         side = 16 if x.dtype == torch.float64 else 8
-        message, _ = StateDictEncoder(rules={"x": Encoder([stage], FixedWidth())}).encode({"x": x}, KEY)
+        codec = StateDictEncoder(rules={"x": Encoder([stage], FixedWidth())}).bind(schema_of({"x": x}))
+        message = codec.encode({"x": x}, KEY).message
         assert len(message) == 48 + side + math.ceil(x.numel() * stage.bits / 8), name
 
 
@@ -196,7 +193,7 @@ def test_uniform_refuses_integers(rounding: str) -> None:
         with pytest.raises(ValueError, match="floating"):
             UniformQuantization(8, rounding).side_spec(TensorSpec.of(x))
         with pytest.raises(ValueError, match="floating"):
-            Encoder([UniformQuantization(8, rounding)], FixedWidth()).encode(x, KEY, {})
+            Encoder([UniformQuantization(8, rounding)], FixedWidth()).bind(TensorSpec.of(x)).encode(x, KEY, {})
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
@@ -228,9 +225,10 @@ def test_another_process_decodes(tmp_path: Path) -> None:
     own += [Encoder([UniformQuantization(16)], coder) for coder in (ANS("normal"), ANS("laplace"), ANS(), Huffman())]
     for i, chain in enumerate([*own, *CONFIGURED.values()]):
         encoder = StateDictEncoder(chain, threshold=10 * (i % 4))
-        params = encoder.params(schema_of(x), encoder.initial_state(schema_of(x)))
-        message, _ = encoder.encode(x, KEY, params)
-        back, _ = encoder.decode(message, KEY, schema_of(x), params)
+        codec = encoder.bind(schema_of(x))
+        params = codec.adaptation.params(codec.adaptation.initial_state())
+        message = codec.encode(x, KEY, params).message
+        back, _ = codec.decode(message, KEY, params)
         digest = hashlib.sha256(b"".join(map(testing.raw_bytes, back.values()))).hexdigest()
         sent.append((repr(encoder), message.hex(), digest))
     (tmp_path / "sent.json").write_text(json.dumps(sent))
@@ -242,9 +240,9 @@ schema = {{
     "x": TensorSpec((20, 11), torch.float32), "h": TensorSpec((30,), torch.float16), "n": TensorSpec((), torch.int64)
 }}
 for encoder, message, digest in sent:
-    own = eval(encoder)
-    params = own.params(schema, own.initial_state(schema))
-    back, _ = own.decode(bytes.fromhex(message), Key({KEY.seed}, {KEY.round}, {KEY.client}), schema, params)
+    codec = eval(encoder).bind(schema)
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    back, _ = codec.decode(bytes.fromhex(message), Key({KEY.seed}, {KEY.round}, {KEY.client}), params)
     raw = b"".join(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in back.values())
     assert hashlib.sha256(raw).hexdigest() == digest, encoder
 print("decoded", len(sent))
@@ -414,4 +412,4 @@ def test_the_battery_finds_too_large_an_error() -> None:
 
 def test_the_battery_finds_a_stage_that_is_not_frozen() -> None:
     with pytest.raises(AssertionError, match="not frozen"):
-        testing.check_dataclasses(Encoder([NotFrozen()]), None)
+        testing.checks.check_dataclasses(Encoder([NotFrozen()]), None)

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedq.encoding import CABAC, TensorSpec
-from fedq.encoding.coders import Coder, _cabac_kernels, _kernels
-from fedq.encoding.stages import _kernels as stage_kernels
+from fedq.encoding import CABAC, TensorSpec, compiled
+from fedq.encoding.coders import Coder, ans_loops, cabac_loops, huffman_loops, tokens_loops
+from fedq.encoding.stages import step_loops, trellis_loops
 
 CODERS: list[tuple[Coder, int | None]] = [(CABAC(), levels) for levels in (None, 1, 2, 3, 16, 100, 256)]
 WIDE_CODERS: list[tuple[Coder, int | None]] = [(CABAC(), levels) for levels in (257, 4097, 65_536, 2**31)]
@@ -203,10 +203,10 @@ def test_beyond_every_interval() -> None:
 
 def test_a_flag_that_lies_is_refused() -> None:
     # a row that is told to hold more than 0, and then does not
-    chance = int(_cabac_kernels.cabac_model()[0][-1, 0]) >> 16
+    chance = int(cabac_loops.cabac_model()[0][-1, 0]) >> 16
     low, span, at = np.uint64(0), np.uint64(2**48 - 1), 0
     out = np.zeros(99, np.uint16)
-    low, span, at = _cabac_kernels._put(low, span, True, chance, out, at)
+    low, span, at = cabac_loops._put(low, span, True, chance, out, at)
     word = int(low >> np.uint64(32)) + 1  # zeros have the lower parts: all symbols that follow are 0
     spec = TensorSpec((1, 128), torch.int32)
     with pytest.raises(ValueError, match="end"):
@@ -231,14 +231,22 @@ def test_hostile_words_take_no_more_time_or_memory_than_the_tensor() -> None:
 
 def test_arithmetic_is_the_same_everywhere() -> None:
     # classes follow from float64: nothing may be contracted or put in another order
-    modules = (_kernels, _cabac_kernels, stage_kernels)
-    assert "fastmath" not in "".join(map(inspect.getsource, modules))
-    compiled = [value for module in modules for value in vars(module).values() if hasattr(value, "targetoptions")]
-    assert len(compiled) > 20 and not any(value.targetoptions.get("fastmath") for value in compiled)
+    modules = (ans_loops, cabac_loops, huffman_loops, tokens_loops, step_loops, trellis_loops)
+    assert "fastmath" not in "".join(map(inspect.getsource, (compiled, *modules)))
+    loops = [value for module in modules for value in vars(module).values() if hasattr(value, "targetoptions")]
+    assert len(loops) > 20 and not any(value.targetoptions.get("fastmath") for value in loops)
     fresh = numba.njit(lambda a, b, c: (a + 2 * b) * c * ((a + 4 * b) / (c + 4.0)))
     assert fresh(1.0, 2.0, 3.0) == 5.0 * 3.0 * (9.0 / 7.0)
     code = "".join(fresh.inspect_llvm().values())
     assert not any(word in code for word in (" fast ", " contract ", " reassoc ", "llvm.fma", "llvm.fmuladd"))
+
+
+def test_a_mask_needs_no_signs() -> None:
+    mask = (torch.rand(100, 100, generator=torch.Generator().manual_seed(1)) < 0.2).byte()
+    spec = TensorSpec((100, 100), torch.uint8, 2)
+    signed, plain = (CABAC(signed).encode(mask, spec) for signed in (True, False))
+    assert len(signed) - len(plain) == pytest.approx(int(mask.sum()) / 8, abs=4)
+    assert torch.equal(CABAC(False).decode(memoryview(plain), spec), mask)
 
 
 def test_other_layouts_are_the_same_symbols() -> None:

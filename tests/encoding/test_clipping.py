@@ -141,14 +141,14 @@ def test_the_estimate_stays_a_positive_number() -> None:
 
 
 def test_it_costs_four_bytes_down_and_one_up() -> None:
-    chain, schema = StateDictEncoder(rules={"x": Encoder([AdaptiveQuantileClip()])}), schema_of({"x": wave(5)})
-    params = chain.params(schema, chain.initial_state(schema))
-    silent, _ = chain.encode({"x": wave(5)}, KEY, params)
-    reporting, _ = chain.encode({"x": wave(5)}, KEY, params, report=True)
+    encoder, schema = StateDictEncoder(rules={"x": Encoder([AdaptiveQuantileClip()])}), schema_of({"x": wave(5)})
+    codecs = [encoder.bind(schema, reports=reports) for reports in (False, True)]
+    adaptation = codecs[0].adaptation
+    params = adaptation.params(adaptation.initial_state())
+    silent, reporting = (codec.encode({"x": wave(5)}, KEY, params).message for codec in codecs)
     assert len(reporting) - len(silent) == 1
-    assert params["x"][0]["estimate"].nbytes == 4
-    spec = chain.update_spec(schema)["x/0/within"]
-    assert spec == TensorSpec((), torch.bool)
+    assert params["x/0/estimate"].nbytes == 4
+    assert adaptation.report_schema == {"x/0/within": TensorSpec((), torch.bool)}
 
 
 def test_refusals() -> None:

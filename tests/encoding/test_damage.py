@@ -22,12 +22,13 @@ import torch
 from toys import PlusOneOverN, Statistics, Zlib
 
 from fedq.encoding import (
+    ANS,
     CABAC,
+    Decoded,
     Encoder,
     FixedWidth,
+    Huffman,
     Key,
-    LearnedANS,
-    LearnedHuffman,
     LloydMax,
     MessageError,
     Raw,
@@ -39,9 +40,9 @@ from fedq.encoding import (
     UniformQuantization,
     schema_of,
 )
-from fedq.encoding.message import Reader, length
-from fedq.encoding.state_dict import flatten
-from fedq.encoding.testing import check_damage, reframe, wave
+from fedq.encoding.message import Reader, varint
+from fedq.encoding.testing import reframe, wave
+from fedq.encoding.testing.checks import check_damage
 
 KEY = Key(11, 22, 33)
 HEADER, CHECKSUM = 44, 4
@@ -51,16 +52,17 @@ class Case:
     """A message, and how its receiver decodes it."""
 
     def __init__(self, encoder: StateDictEncoder, tensors: dict[str, torch.Tensor], extra: dict[str, torch.Tensor]):
-        self.encoder, self.schema = encoder, schema_of(tensors)
-        params = encoder.params(self.schema, encoder.initial_state(self.schema))
-        attached = flatten(params) | extra
-        self.message, _ = encoder.encode(tensors, KEY, params, attached, report=True)
-        self.attached = schema_of(attached) | encoder.update_spec(self.schema)
+        self.schema = schema_of(tensors)
+        adaptation = encoder.bind(self.schema).adaptation
+        params = adaptation.params(adaptation.initial_state())
+        attached = params | extra
+        self.codec = encoder.bind(self.schema, attached=schema_of(attached), reports=True)
+        self.message = self.codec.encode(tensors, KEY, params, attached=attached).message
         self.body = self.message[HEADER:-CHECKSUM]
         self.ranges: dict[str, tuple[int, str]] = {}  # where minimum and maximum stand in the body
 
-    def decode(self, message: bytes, key: Key = KEY) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return self.encoder.decode(message, key, self.schema, attached=self.attached)
+    def decode(self, message: bytes, key: Key = KEY) -> Decoded:
+        return self.codec.decode(message, key)
 
 
 def plain() -> Case:
@@ -227,7 +229,7 @@ def refused(case: Case, message: bytes, key: Key = KEY) -> bool:
     except MessageError as error:
         return bool(str(error))
     assert schema_of(tensors) == case.schema
-    assert schema_of(front) == case.attached
+    assert schema_of(front) == case.codec.attached_schema
     for value in (*tensors.values(), *front.values()):
         assert value.isfinite().all()
     for name, (offset, code) in case.ranges.items():
@@ -316,7 +318,8 @@ def test_messages_for_others(name: str) -> None:
             with pytest.raises(MessageError, match="expected seed"):
                 case.decode(case.message, KEY._replace(**{draw.choice(Key._fields[:3]): draw.randrange(40, 2**32)}))
         else:
-            message = StateDictEncoder().encode({f"w{i}": wave(draw.randint(0, 30))}, KEY)[0]
+            tensors = {f"w{i}": wave(draw.randint(0, 30))}
+            message = StateDictEncoder().bind(schema_of(tensors)).encode(tensors, KEY).message
             with pytest.raises(MessageError, match="schema"):
                 case.decode(draw.choice((message, other.message)))
 
@@ -342,45 +345,46 @@ def test_memory_stays_within_the_schemas(name: str) -> None:
 def test_a_length_on_the_wire_is_not_believed() -> None:
     # the only length that travels within a body: that of a coder whose bytes depend on the values
     x = {"x": wave(100)}
-    encoder = StateDictEncoder(rules={"*": Encoder([UniformQuantization(8)], Zlib())})
-    message, _ = encoder.encode(x, KEY)
+    codec = StateDictEncoder(rules={"*": Encoder([UniformQuantization(8)], Zlib())}).bind(schema_of(x))
+    message = codec.encode(x, KEY).message
     body = message[HEADER:-CHECKSUM]
     size = body[8]
     assert size == len(body) - 9 < 128
-    lies = [length(lie) for lie in (0, 1, size - 1, size + 1, 2**31, 2**32 - 1, 2**63 - 1)]
+    lies = [varint(lie) for lie in (0, 1, size - 1, size + 1, 2**31, 2**32 - 1, 2**63 - 1)]
     # the right length with a zero behind it; one without an end; none
     lies += [bytes((size | 0x80, 0)), b"\xff" * 1000, b""]
     with bounded_memory():
         for lie in lies:
             with pytest.raises(MessageError, match="'x'|left over"):
-                encoder.decode(reframe(message, body[:8] + lie + body[9:]), KEY, schema_of(x))
+                codec.decode(reframe(message, body[:8] + lie + body[9:]), KEY)
 
 
 def test_lengths_are_in_leb128() -> None:
     # the examples of the DWARF standard, and the bounds of each number of bytes
     known = {2: "02", 127: "7f", 128: "8001", 129: "8101", 12857: "b964", 0: "00", 2**63 - 1: "ff" * 8 + "7f"}
-    assert {number: length(number).hex() for number in known} == known
+    assert {number: varint(number).hex() for number in known} == known
     for bits in range(63):
         for number in {2**bits - 1, 2**bits}:
-            code = length(number)
+            code = varint(number)
             assert len(code) == max(1, -(-number.bit_length() // 7))
             reader = Reader(memoryview(code + b"x"))
-            assert reader.read_length() == number
+            assert reader.read_varint() == number
             assert bytes(reader.read(1)) == b"x"
     for wrong in (b"", b"\x80", b"\x80\x00", b"\xff\x80\x00", b"\xff" * 9 + b"\x01"):
         with pytest.raises(ValueError, match="a length|expected"):
-            Reader(memoryview(wrong)).read_length()
+            Reader(memoryview(wrong)).read_varint()
 
 
-@pytest.mark.parametrize("coder", [LearnedANS(), LearnedHuffman(), Raw()])
+@pytest.mark.parametrize("coder", [ANS(), Huffman(), Raw()])
 @pytest.mark.parametrize("stages", [(TopK(0.1), ScaledSign()), (LloydMax(3),), (UniformQuantization(4),)])
 def test_symbols_beyond_their_levels_are_refused(stages: tuple, coder: Any) -> None:
     check_damage(Encoder(stages, coder), None)
-    encoder, x = StateDictEncoder(Encoder(stages[-1:], Raw()), 0), {"x": wave(100)}
-    message, _ = encoder.encode(x, KEY)
+    x = {"x": wave(100)}
+    codec = StateDictEncoder(Encoder(stages[-1:], Raw()), 0).bind(schema_of(x))
+    message = codec.encode(x, KEY).message
     forged = message[HEADER : -CHECKSUM - 1] + b"\xff"  # the last symbol
     with pytest.raises(MessageError, match="a symbol is not from 0 to "):
-        encoder.decode(reframe(message, forged), KEY, schema_of(x))
+        codec.decode(reframe(message, forged), KEY)
 
 
 def test_what_is_not_bytes_at_all_or_too_short() -> None:

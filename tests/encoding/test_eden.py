@@ -27,8 +27,9 @@ def chain(*stages: EncodingStage) -> Encoder:
 
 
 def sent(encoder: Encoder, x: Tensor, key: Key) -> Tensor:
-    payload = b"".join(encoder.encode(x, key, {})[0])
-    return encoder.decode(Reader(memoryview(payload)), TensorSpec.of(x), key, {}, torch.device("cpu"))
+    codec = encoder.bind(TensorSpec.of(x))
+    payload = b"".join(codec.encode(x, key, {})[0])
+    return codec.decode(Reader(memoryview(payload)), key, {}, torch.device("cpu"), False)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedq.encoding import Encoder, FixedWidth, Key, TensorSpec, UniformQuantization
+from fedq.encoding import FixedWidth, Key, TensorSpec, UniformQuantization
 
 LENGTHS = range(71)
 
@@ -93,8 +93,6 @@ def test_levels_that_do_not_fit_are_the_authors_error(levels: int | None) -> Non
     spec = TensorSpec((3,), torch.int32, levels)
     with pytest.raises(ValueError, match="levels"):
         FixedWidth().encode(torch.zeros(3, dtype=torch.int32), spec)
-    with pytest.raises(ValueError, match="levels"):
-        Encoder([], FixedWidth()).encode(torch.zeros(3), Key(0), {})
 
 
 def test_a_stage_that_gives_symbols_of_any_shape() -> None:

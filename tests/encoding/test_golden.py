@@ -23,6 +23,7 @@ from fedq.encoding import (
     QSGD,
     Cast,
     ClipByValue,
+    Codec,
     Elias,
     Encoder,
     FixedWidth,
@@ -46,7 +47,6 @@ from fedq.encoding import (
     ZeroRuns,
     schema_of,
 )
-from fedq.encoding.state_dict import flatten
 from fedq.encoding.testing import raw_bytes
 
 FOLDER = Path(__file__).parent / "golden"
@@ -120,36 +120,36 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def arguments(name: str, given: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `encode` and `decode` are given beside tensors, key and schema."""
-    encoder, schema = ENCODERS[name], schema_of(given)
+def bound(name: str, given: dict[str, torch.Tensor]) -> tuple[Codec, dict[str, Any], dict[str, Any]]:
+    """The codec, and what its `encode` and `decode` take beside tensors and key."""
+    codec = ENCODERS[name].bind(schema_of(given))
     if name == "reference":
         both = {"reference": {key: torch.ones_like(value) for key, value in given.items()}}
-        return both, both
+        return codec, both, both
     if name == "attached":
-        params = encoder.params(schema, encoder.initial_state(schema))
-        more = {"attached": flatten(params), "report": True, "loss": 1.5}
-        return {"params": params} | more, {"attached": schema_of(flatten(params)) | encoder.update_spec(schema)}
-    return {}, {}
+        params = codec.adaptation.params(codec.adaptation.initial_state())
+        codec = ENCODERS[name].bind(schema_of(given), attached=codec.adaptation.params_schema, reports=True)
+        return codec, {"params": params, "attached": params, "loss": 1.5}, {}
+    return codec, {}, {}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_golden(name: str) -> None:
-    encoder, given = ENCODERS[name], tensors()
-    sending, receiving = arguments(name, given)
-    message, _ = encoder.encode(given, KEY, **sending)
+    given = tensors()
+    codec, sending, receiving = bound(name, given)
+    message, _ = codec.encode(given, KEY, **sending)
     binary, values = FOLDER / f"{name}.bin", FOLDER / f"{name}.json"
     if os.environ.get("FEDQ_WRITE_GOLDEN"):
         FOLDER.mkdir(exist_ok=True)
         binary.write_bytes(message)
-        decoded, _ = encoder.decode(message, KEY, schema_of(given), **receiving)
+        decoded, _ = codec.decode(message, KEY, **receiving)
         lists = {key: value.flatten().tolist() for key, value in decoded.items()}
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in lists.items()]
         values.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     golden = binary.read_bytes()
     assert len(golden) < 4096
     assert message == golden
-    decoded, _ = encoder.decode(golden, KEY, schema_of(given), **receiving)
+    decoded, _ = codec.decode(golden, KEY, **receiving)
     stored = json.loads(values.read_text())
     assert list(decoded) == list(stored)
     for key, tensor in given.items():
@@ -166,8 +166,8 @@ def test_golden_hash_of_a_large_tensor() -> None:
     x = {"x": (torch.arange(300_001) * 7919 % 65_537 - 30_000).float() / 1024}
     digests = []
     for bits, rounding in ((8, "stochastic"), (12, "stochastic"), (16, "stochastic"), (5, "nearest")):
-        encoder = StateDictEncoder(Encoder([UniformQuantization(bits, rounding)], FixedWidth()))
-        message, _ = encoder.encode(x, KEY)
-        back, _ = encoder.decode(message, KEY, schema_of(x))
+        codec = StateDictEncoder(Encoder([UniformQuantization(bits, rounding)], FixedWidth())).bind(schema_of(x))
+        message, _ = codec.encode(x, KEY)
+        back, _ = codec.decode(message, KEY)
         digests.append(hashlib.sha256(message + raw_bytes(back["x"])).hexdigest()[:16])
     assert digests == LARGE

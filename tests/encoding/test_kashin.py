@@ -81,9 +81,9 @@ def test_coefficients_are_small() -> None:
 
 def rate_and_error(stages: list[EncodingStage], x: Tensor) -> tuple[float, float]:
     """Returns the bits an element, of a real message, and ‖x̂ − x‖² / ‖x‖²."""
-    chain, schema = StateDictEncoder(Encoder(stages, FixedWidth())), schema_of({"x": x})
-    message, _ = chain.encode({"x": x}, KEY)
-    back = chain.decode(message, KEY, schema)[0]["x"]
+    codec = StateDictEncoder(Encoder(stages, FixedWidth())).bind(schema_of({"x": x}))
+    message = codec.encode({"x": x}, KEY).message
+    back = codec.decode(message, KEY).tensors["x"]
     return 8 * len(message) / x.numel(), float((back - x).double().square().sum() / x.double().square().sum())
 
 

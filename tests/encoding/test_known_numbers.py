@@ -19,6 +19,10 @@ KEY = Key(5)
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
 
 
+def sent(encoder: StateDictEncoder, tensors: dict[str, torch.Tensor]) -> bytes:
+    return encoder.bind(schema_of(tensors)).encode(tensors, KEY).message
+
+
 @pytest.fixture(scope="module")
 def noise() -> torch.Tensor:
     return torch.from_numpy(Key(0).fold("noise").generator().random(400_000)).float()
@@ -53,7 +57,7 @@ def test_squared_error_at_16_bits(noise: torch.Tensor) -> None:
 
 def test_uint8_message_of_the_cnn(weights: dict[str, torch.Tensor]) -> None:
     assert sum(tensor.numel() for tensor in weights.values()) == 1_663_370
-    bits = 8 * len(UINT8.encode(weights, KEY)[0])
+    bits = 8 * len(sent(UINT8, weights))
     quantised, exact = 51_200 + 1_605_632, 1_663_370 - 51_200 - 1_605_632
     assert bits == 8 * quantised + 32 * exact + 2 * 8 * 8 + 8 * 48 == 13_463_872 + 2 * 64 + 384
     assert bits <= 13_463_872 + 8 * (64 + 2 * 16)
@@ -61,13 +65,13 @@ def test_uint8_message_of_the_cnn(weights: dict[str, torch.Tensor]) -> None:
 
 
 def test_float32_message_of_the_cnn(weights: dict[str, torch.Tensor]) -> None:
-    bits = 8 * len(StateDictEncoder().encode(weights, KEY)[0])
+    bits = 8 * len(sent(StateDictEncoder(), weights))
     assert bits == 32 * 1_663_370 + 8 * 48 == 53_227_840 + 384
     assert f"{10 * bits / 2**20:.2f}" == "507.62"
 
 
 def test_exactly_the_two_large_tensors_are_quantised(weights: dict[str, torch.Tensor]) -> None:
-    back, _ = UINT8.decode(UINT8.encode(weights, KEY)[0], KEY, schema_of(weights))
+    back, _ = UINT8.bind(schema_of(weights)).decode(sent(UINT8, weights), KEY)
     changed = {name for name, tensor in weights.items() if not torch.equal(tensor, back[name])}
     assert changed == {name for name, tensor in weights.items() if tensor.numel() > 10_000}
     assert sorted(weights[name].numel() for name in changed) == [51_200, 1_605_632]
@@ -77,9 +81,9 @@ def test_exactly_the_two_large_tensors_are_quantised(weights: dict[str, torch.Te
 def test_strictly_more_than_the_threshold(threshold: int) -> None:
     encoder = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), threshold=threshold)
     at, above = torch.linspace(0, 1, threshold), torch.linspace(0, 1, threshold + 1)
-    assert len(encoder.encode({"x": at}, KEY)[0]) == 48 + 4 * threshold
-    assert len(encoder.encode({"x": above}, KEY)[0]) == 48 + 8 + threshold + 1
-    back, _ = encoder.decode(encoder.encode({"x": at}, KEY)[0], KEY, schema_of({"x": at}))
+    assert len(sent(encoder, {"x": at})) == 48 + 4 * threshold
+    assert len(sent(encoder, {"x": above})) == 48 + 8 + threshold + 1
+    back, _ = encoder.bind(schema_of({"x": at})).decode(sent(encoder, {"x": at}), KEY)
     assert torch.equal(back["x"], at)
 
 
@@ -88,4 +92,4 @@ def test_the_threshold_is_10_000_and_not_negative() -> None:
     with pytest.raises(ValueError, match="threshold"):
         StateDictEncoder(threshold=-1)
     with pytest.raises(MessageError, match="schema"):  # one element apart, another chain: another schema
-        UINT8.decode(UINT8.encode({"x": torch.zeros(10_000)}, KEY)[0], KEY, {"x": TensorSpec((10_001,), torch.float32)})
+        UINT8.bind({"x": TensorSpec((10_001,), torch.float32)}).decode(sent(UINT8, {"x": torch.zeros(10_000)}), KEY)

@@ -105,22 +105,22 @@ def test_the_error_falls_to_the_truncated_decompositions() -> None:
 def test_the_next_basis_is_of_the_cohorts_sum_whatever_a_clients_scale() -> None:
     a, b = matrix(20, 30, np.array([1.0])), matrix(20, 30, np.ones(2)).flip(0, 1)
     stage = PowerSGD(2)
-    chain, schema = StateDictEncoder(rules={"x": Encoder([stage])}), schema_of({"x": a})
-    state = chain.initial_state(schema)
-    params, total, expected = chain.params(schema, state), None, np.zeros((20, 2))
-    start = state["x"][0]["basis"].double().numpy()
+    codec = StateDictEncoder(rules={"x": Encoder([stage])}).bind(schema_of({"x": a}), reports=True)
+    adaptation, state = codec.adaptation, codec.adaptation.initial_state()
+    params, total, expected = adaptation.params(state), None, np.zeros((20, 2))
+    start = state["x/0/basis"].double().numpy()
     for client, x in enumerate((a, 1000 * b, a)):
         key = KEY._replace(client=client)
-        message, _ = chain.encode({"x": x}, key, params, report=True)
+        message = codec.encode({"x": x}, key, params).message
         assert len(message) == OVERHEAD + 2 * 2 * 20 + 8 * 2 * (20 + 30)
-        _, own = chain.decode(message, key, schema, params, chain.update_spec(schema))
-        total = own if total is None else chain.combine(schema, total, own)
+        _, report = codec.decode(message, key, params)
+        total = report if total is None else adaptation.combine(total, report)
         p, r = np.linalg.qr(x.numpy().T @ start.T)
         s = x.numpy() @ (p * np.sign(np.diag(r)))
         expected += s / np.abs(s).max()
     assert total is not None
     np.testing.assert_allclose(total["x/0/basis"].numpy().T, expected, atol=5e-3)
-    after = chain.update_state(schema, state, total)["x"][0]["basis"].double().numpy()
+    after = adaptation.update_state(state, total)["x/0/basis"].double().numpy()
     q, _ = np.linalg.qr(expected)
     np.testing.assert_allclose(after.T @ after, q @ q.T, atol=5e-3)
     np.testing.assert_allclose(after @ after.T, np.eye(2), atol=2e-3)
@@ -159,13 +159,14 @@ def test_what_would_not_be_smaller_passes(stage: PowerSGD | RandomSubspace) -> N
         for shape in ((), (0,), (3, 0), (1000,), (8, 8), (9, 7)):
             spec = TensorSpec(shape, dtype)
             assert stage.encoded_spec(spec, {}) == spec
-            encoder = Encoder([stage])
-            x, chain, schema = wave(*shape).to(dtype), StateDictEncoder(rules={"x": encoder}), {"x": spec}
-            params = chain.params(schema, chain.initial_state(schema))
-            message, _ = chain.encode({"x": x}, KEY, params, report=True)
+            x, codec = (
+                wave(*shape).to(dtype),
+                StateDictEncoder(rules={"x": Encoder([stage])}).bind({"x": spec}, reports=True),
+            )
+            params = codec.adaptation.params(codec.adaptation.initial_state())
+            message = codec.encode({"x": x}, KEY, params).message
             assert len(message) == OVERHEAD + x.numel() * dtype.itemsize
-            back, _ = chain.decode(message, KEY, schema, params, chain.update_spec(schema))
-            assert torch.equal(back["x"], x)
+            assert torch.equal(codec.decode(message, KEY, params).tensors["x"], x)
     # half precision is worked on in float32: it must save more
     assert stage.encoded_spec(TensorSpec((15, 15), torch.float16), {}).shape == (15, 15)
     assert stage.encoded_spec(TensorSpec((15, 15), torch.float32), {}).shape != (15, 15)
@@ -177,12 +178,12 @@ def test_a_quantiser_may_follow() -> None:
     y, _, _ = stage.encode(x, KEY, stage.initial_state(TensorSpec.of(x)))
     left, right = y.abs().split([300, 900])
     assert float(left.max()) == pytest.approx(float(right.max()), rel=1e-5)
-    chain = StateDictEncoder(Encoder([stage, UniformQuantization(8, "nearest")], FixedWidth()), 0)
-    schema = schema_of({"x": x})
-    params = chain.params(schema, chain.initial_state(schema))
-    message, _ = chain.encode({"x": x}, KEY, params)
+    encoder = StateDictEncoder(Encoder([stage, UniformQuantization(8, "nearest")], FixedWidth()), 0)
+    codec = encoder.bind(schema_of({"x": x}))
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    message = codec.encode({"x": x}, KEY, params).message
     assert len(message) == OVERHEAD + 8 + 3 * 400
-    back, _ = chain.decode(message, KEY, schema, params)
+    back, _ = codec.decode(message, KEY, params)
     assert float((back["x"] - x).norm() / x.norm()) < 0.05
 
 
@@ -202,14 +203,14 @@ def test_zeros_and_the_largest_values_come_back_finite() -> None:
 
 def test_factors_that_overflow_are_refused() -> None:
     x = wave(30, 40)
-    chain, schema = StateDictEncoder(Encoder([PowerSGD(2)]), 0), schema_of({"x": x})
-    params = chain.params(schema, chain.initial_state(schema))
-    message, _ = chain.encode({"x": x}, KEY, params)
+    codec = StateDictEncoder(Encoder([PowerSGD(2)]), 0).bind(schema_of({"x": x}))
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    message = codec.encode({"x": x}, KEY, params).message
     most = np.full(2 * 70, np.finfo(np.float32).max, "<f4")
     for sign in (1, -1):
         most[:30] *= sign
         try:
-            back, _ = chain.decode(reframe(message, most.tobytes()), KEY, schema, params)
+            back, _ = codec.decode(reframe(message, most.tobytes()), KEY, params)
         except MessageError:
             continue
         assert bool(back["x"].isfinite().all())
@@ -285,7 +286,7 @@ def test_large_values_stay_finite() -> None:
 @pytest.mark.parametrize("stage", [PowerSGD, RandomSubspace])
 def test_refusals(stage: type[PowerSGD] | type[RandomSubspace]) -> None:
     for rank in (0, -3):
-        with pytest.raises(ValueError, match=f"rank must be 1 or more, not {rank}"):
+        with pytest.raises(ValueError, match=f"rank must be at least 1, not {rank}"):
             stage(rank)
     with pytest.raises(ValueError, match=f"{stage.__name__} takes floating tensors of 16 to 64 bits, not torch.int64"):
         stage().encoded_spec(TensorSpec((50, 50), torch.int64), {})

@@ -21,7 +21,7 @@ from fedq.encoding import (
     UniformQuantization,
     schema_of,
 )
-from fedq.encoding.stages.rotation import random_signs
+from fedq.encoding.stages.random_numbers import random_signs
 from fedq.encoding.testing import KEY, Bound, wave
 
 
@@ -145,9 +145,8 @@ def test_shared_or_each_its_own() -> None:
 
 def nmse(encoder: Encoder, x: Tensor) -> float:
     """Returns ‖x̂ − x‖² / ‖x‖²."""
-    chain = StateDictEncoder(encoder, threshold=0)
-    message, _ = chain.encode({"x": x}, KEY)
-    back = chain.decode(message, KEY, schema_of({"x": x}))[0]["x"]
+    codec = StateDictEncoder(encoder, threshold=0).bind(schema_of({"x": x}))
+    back = codec.decode(codec.encode({"x": x}, KEY).message, KEY).tensors["x"]
     return float((back - x).double().square().sum() / x.double().square().sum())
 
 
@@ -175,18 +174,19 @@ def test_error_of_quantisation_behind_it(bits: int) -> None:
 
 def test_nothing_is_padded() -> None:
     x = wave(3136, 512)
-    encoder = StateDictEncoder(Encoder([HadamardRotation(), UniformQuantization(8)], FixedWidth()))
-    assert 4 * x.numel() / len(encoder.encode({"x": x}, KEY)[0]) >= 3.95
+    encoder = StateDictEncoder(Encoder([HadamardRotation(), UniformQuantization(8)], FixedWidth()), threshold=0)
+    assert 4 * x.numel() / len(encoder.bind(schema_of({"x": x})).encode({"x": x}, KEY).message) >= 3.95
     for n in (1, 1023, 1025, 5000):
-        message, _ = StateDictEncoder(encoder.encoder, threshold=0).encode({"x": wave(n)}, KEY)
-        assert len(message) == 48 + 8 + n
+        small = {"x": wave(n)}
+        assert len(encoder.bind(schema_of(small)).encode(small, KEY).message) == 48 + 8 + n
 
 
 def test_too_large_a_norm_is_refused_and_never_decoded_to_infinity() -> None:
     limit = torch.finfo(torch.float32).max
     for stage in (HadamardRotation(4), CosineRotation(4), HadamardRotation(2, 2)):
         with pytest.raises(ValueError, match=f"{type(stage).__name__} makes encoded NaN or infinite"):
-            Encoder([stage]).encode(torch.tensor([limit, limit, limit, limit]), KEY, {})
+            x = torch.tensor([limit, limit, limit, limit])
+            Encoder([stage]).bind(TensorSpec.of(x)).encode(x, KEY, {})
         for dtype in (torch.float16, torch.float32, torch.float64):
             work = torch.float64 if dtype == torch.float64 else torch.float32
             top, spec = torch.finfo(work).max, TensorSpec((2, 2), dtype)

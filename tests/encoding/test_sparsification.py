@@ -24,7 +24,7 @@ from fedq.encoding import (
     TopK,
     schema_of,
 )
-from fedq.encoding.message import length
+from fedq.encoding.message import varint
 from fedq.encoding.testing import KEY, Bound, reframe, wave
 
 
@@ -191,9 +191,9 @@ def test_threshold_keeps_what_is_above() -> None:
 def test_stc_by_hand() -> None:
     # Sattler 2019, algorithm 1: the k largest become their mean magnitude with their sign
     x = torch.tensor([0.1, -2.0, 0.2, 4.0, -0.3, 0.0, -3.0, 0.05, 0.0, 0.0])
-    chain = StateDictEncoder(Encoder([TopK(0.3), ScaledSign()], FixedWidth()), threshold=0)
-    message, _ = chain.encode({"x": x}, KEY)
-    back = chain.decode(message, KEY, schema_of({"x": x}))[0]["x"]
+    codec = StateDictEncoder(Encoder([TopK(0.3), ScaledSign()], FixedWidth()), threshold=0).bind(schema_of({"x": x}))
+    message = codec.encode({"x": x}, KEY).message
+    back = codec.decode(message, KEY).tensors["x"]
     assert back.tolist() == [0, -3, 0, 3, 0, 0, -3, 0, 0, 0]
     # frame, length of the mask, a bitmap, the magnitude, three signs in a byte
     assert len(message) == 48 + 1 + (1 + 2) + 4 + 1
@@ -205,8 +205,8 @@ def test_configured_uploads(name: str) -> None:
     upload = built(name, "upload")
     assert upload.joint == (name == "top_k_global")
     x = {"small": wave(300, 100), "bias": wave(10), "large": 100 * wave(200, 100)}
-    message, _ = upload.encode(x, KEY)
-    back, _ = upload.decode(message, KEY, schema_of(x))
+    codec = upload.bind(schema_of(x))
+    back, _ = codec.decode(codec.encode(x, KEY).message, KEY)
     assert torch.equal(back["bias"], x["bias"])
     if name == "threshold":
         return
@@ -230,27 +230,27 @@ def test_configured_uploads(name: str) -> None:
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.0001, math.nan, math.inf])
 def test_fractions_are_refused(fraction: float) -> None:
     for stage in (RandomMask, TopK):
-        with pytest.raises(ValueError, match="fraction must be above 0 and at most 1"):
+        with pytest.raises(ValueError, match="fraction must be (a finite number, )?above 0 and at most 1"):
             stage(fraction)
 
 
 def test_thresholds_and_integers_are_refused() -> None:
     for threshold in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="threshold must be a finite number from 0"):
+        with pytest.raises(ValueError, match="threshold must be (a finite number, )?at least 0"):
             Threshold(threshold)
     for stage, _ in STAGES:
         with pytest.raises(ValueError, match="takes floating tensors"):
-            Encoder([stage]).encode(torch.arange(5), KEY, {})
+            Encoder([stage]).bind(TensorSpec((5,), torch.int64)).encode(torch.arange(5), KEY, {})
 
 
 def test_masks_of_another_number_are_refused() -> None:
     x = wave(1000)
-    chain = StateDictEncoder(Encoder([TopK(0.1)]), threshold=0)
-    message, _ = chain.encode({"x": x}, KEY)
+    codec = StateDictEncoder(Encoder([TopK(0.1)]), threshold=0).bind(schema_of({"x": x}))
+    message = codec.encode({"x": x}, KEY).message
     spec = TensorSpec.symbols((1000,), 2)
     for ones in (0, 1, 99, 101, 1000):
         mask = (torch.arange(1000) < ones).to(torch.uint8)
         code = SparseMask().encode(mask, spec)
-        body = length(len(code)) + code + bytes(4 * ones)
+        body = varint(len(code)) + code + bytes(4 * ones)
         with pytest.raises(MessageError, match=f"the mask keeps {ones} elements, not 100"):
-            chain.decode(reframe(message, body), KEY, schema_of({"x": x}))
+            codec.decode(reframe(message, body), KEY)

@@ -11,7 +11,6 @@ from toys import Negate
 
 from fedq.encoding import (
     CABAC,
-    Best,
     BitBudget,
     ClipByValue,
     EncodeError,
@@ -20,12 +19,12 @@ from fedq.encoding import (
     FixedWidth,
     HadamardRotation,
     Key,
-    LearnedANS,
     MessageError,
     PowerSGD,
     RandomMask,
     Raw,
     ScaledSign,
+    Shortest,
     SingularVectors,
     StateDictEncoder,
     StepQuantization,
@@ -35,8 +34,8 @@ from fedq.encoding import (
     UniformQuantization,
     schema_of,
 )
+from fedq.encoding.codec import RATE_CONTROL
 from fedq.encoding.message import OVERHEAD
-from fedq.encoding.state_dict import RATE_CONTROL
 from fedq.encoding.testing import raw_bytes, reframe, wave
 
 KEY = Key(1, 2, 3)
@@ -61,14 +60,28 @@ def state_dict() -> dict[str, torch.Tensor]:
     }
 
 
+def sent(encoder: StateDictEncoder, tensors: dict[str, torch.Tensor], **options: Any) -> bytes:
+    """The message of `tensors`, with the options of Codec.encode."""
+    return encoder.bind(schema_of(tensors)).encode(tensors, KEY, **options).message
+
+
+def decoded(
+    encoder: StateDictEncoder, message: bytes, tensors: dict[str, torch.Tensor], **options: Any
+) -> dict[str, torch.Tensor]:
+    """What a receiver who knows the schema of `tensors` decodes, with the options of Codec.decode."""
+    codec = encoder.bind(schema_of(tensors))
+    back, front = codec.decode(message, KEY, **options)
+    assert front == {}
+    return back
+
+
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and raw_bytes(x) == raw_bytes(y)
 
 
 def test_what_is_exact() -> None:
     tensors, encoder = state_dict(), StateDictEncoder(UINT8, threshold=100)
-    back, front = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors))
-    assert front == {}
+    back = decoded(encoder, sent(encoder, tensors), tensors)
     assert list(back) == list(tensors)
     assert {name for name in tensors if not same(back[name], tensors[name])} == {
         "conv.weight",
@@ -86,15 +99,16 @@ def test_parameters_that_require_gradients() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.BatchNorm1d(30))
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     encoder = StateDictEncoder(UINT8, threshold=100)
-    back, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors))
+    back = decoded(encoder, sent(encoder, tensors), tensors)
     assert not any(tensor.requires_grad for tensor in back.values())
     module.load_state_dict(back)
 
 
 def test_no_tensors_at_all() -> None:
-    message, updates = StateDictEncoder().encode({}, KEY)
-    assert (len(message), updates) == (OVERHEAD, {})
-    assert StateDictEncoder().decode(message, KEY, {}) == ({}, {})
+    codec = StateDictEncoder().bind({})
+    message, reports = codec.encode({}, KEY)
+    assert (len(message), reports) == (OVERHEAD, {})
+    assert codec.decode(message, KEY) == ({}, {})
 
 
 def test_rules_by_name() -> None:
@@ -102,22 +116,21 @@ def test_rules_by_name() -> None:
     three = Encoder([UniformQuantization(3, "nearest")], FixedWidth())
     encoder = StateDictEncoder(UINT8, 100, {"a.*": Encoder(), "*.weight": three, "b.weight": Encoder()})
     # the first that fits: neither the most exact pattern, nor the threshold; names have case
-    chains = encoder.chains(schema_of(tensors | {"A.bias": wave(5)}))
-    chosen = {name: chain for name, (_, chain) in chains.items()}
+    codec = encoder.bind(schema_of(tensors | {"A.bias": wave(5)}))
+    chosen = {name: chain.encoder for name, chain in codec.chains.items()}
     assert chosen == {
         **dict.fromkeys(("a.weight", "a.bias", "A.bias"), Encoder()),
         **dict.fromkeys(("b.weight", "c.weight"), three),
     }
-    message, _ = encoder.encode(tensors, KEY)
-    assert len(message) == OVERHEAD + 2000 + 2 * (8 + 188) + 20
+    assert len(sent(encoder, tensors)) == OVERHEAD + 2000 + 2 * (8 + 188) + 20
     small = StateDictEncoder(UINT8, 100, {"a.bias": UINT8})  # a rule is above the threshold
-    assert len(small.encode({"a.bias": wave(5)}, KEY)[0]) == OVERHEAD + 8 + 5
+    assert len(sent(small, {"a.bias": wave(5)})) == OVERHEAD + 8 + 5
 
 
 def test_a_rule_that_quantises_a_counter_is_refused() -> None:
     encoder = StateDictEncoder(UINT8, rules={"*": UINT8})
     with pytest.raises(EncodeError, match=r"'bn.num_batches_tracked'.*int64"):
-        encoder.encode({"w": wave(3), "bn.num_batches_tracked": torch.tensor(7)}, KEY)
+        sent(encoder, {"w": wave(3), "bn.num_batches_tracked": torch.tensor(7)})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -126,28 +139,30 @@ def test_what_is_not_finite_is_named(name: str, value: float) -> None:
     tensors = state_dict()
     tensors[name].view(-1)[-1] = value
     with pytest.raises(EncodeError, match=f"'{name}'"):
-        StateDictEncoder(UINT8, threshold=100).encode(tensors, KEY)
+        sent(StateDictEncoder(UINT8, threshold=100), tensors)
 
 
 def test_infinities_of_both_signs_do_not_cancel() -> None:
     with pytest.raises(EncodeError):
-        StateDictEncoder().encode({"x": torch.tensor([math.inf, -math.inf, 1.0])}, KEY)
+        sent(StateDictEncoder(), {"x": torch.tensor([math.inf, -math.inf, 1.0])})
 
 
 def test_a_sum_that_overflows_is_no_infinity() -> None:
     for x in (torch.full((100,), 3e38), torch.full((100,), 6e4, dtype=torch.float16)):
-        back, _ = StateDictEncoder().decode(StateDictEncoder().encode({"x": x}, KEY)[0], KEY, schema_of({"x": x}))
+        back = decoded(StateDictEncoder(), sent(StateDictEncoder(), {"x": x}), {"x": x})
         assert same(back["x"], x)
 
 
 def test_a_range_too_wide_is_named() -> None:
     with pytest.raises(EncodeError, match=r"'wide'.*finite range"):
-        StateDictEncoder(UINT8, 0).encode({"wide": torch.tensor([-1e308, 1e308], dtype=torch.float64)}, KEY)
+        sent(StateDictEncoder(UINT8, 0), {"wide": torch.tensor([-1e308, 1e308], dtype=torch.float64)})
 
 
 def test_an_attached_tensor_that_is_not_finite_is_named() -> None:
+    attached = {"rate": torch.tensor(math.nan)}
+    codec = StateDictEncoder().bind(schema_of({"x": wave(3)}), attached=schema_of(attached))
     with pytest.raises(EncodeError, match="'rate'"):
-        StateDictEncoder().encode({"x": wave(3)}, KEY, attached={"rate": torch.tensor(math.nan)})
+        codec.encode({"x": wave(3)}, KEY, attached=attached)
 
 
 def test_a_side_value_that_is_not_finite_is_not_sent() -> None:
@@ -164,30 +179,29 @@ def test_a_side_value_that_is_not_finite_is_not_sent() -> None:
             return y * side["norm"]
 
     with pytest.raises(EncodeError, match=r"'big'.*Norm makes norm"):
-        StateDictEncoder(Encoder([Norm()]), 0).encode({"big": torch.tensor([1e38, 2e38])}, KEY)
+        sent(StateDictEncoder(Encoder([Norm()]), 0), {"big": torch.tensor([1e38, 2e38])})
 
 
 def test_attached_tensors_of_any_name() -> None:
     attached = {"rate": torch.tensor(0.5), "a/b": torch.arange(3), "a/b/c/d": torch.tensor([True])}
-    message, _ = StateDictEncoder().encode({"x": wave(3)}, KEY, attached=attached)
+    codec = StateDictEncoder().bind(schema_of({"x": wave(3)}), attached=schema_of(attached))
+    message = codec.encode({"x": wave(3)}, KEY, attached=attached).message
     assert len(message) == OVERHEAD + 12 + 4 + 24 + 1
     for params in (None, {}):
-        back, front = StateDictEncoder().decode(
-            message, KEY, schema_of({"x": wave(3)}), params=params, attached=schema_of(attached)
-        )
+        back, front = codec.decode(message, KEY, params)
         assert same(back["x"], wave(3))
         assert list(front) == list(attached)
         assert all(same(front[name], attached[name]) for name in attached)
     with pytest.raises(MessageError, match="schema"):
-        StateDictEncoder().decode(message, KEY, schema_of({"x": wave(3)}))
+        decoded(StateDictEncoder(), message, {"x": wave(3)})
 
 
 def test_a_boolean_that_is_neither_is_refused() -> None:
     tensors = {"flags": torch.tensor([True, False, True])}
-    message, _ = StateDictEncoder().encode(tensors, KEY)
+    message = sent(StateDictEncoder(), tensors)
     for byte in (2, 128, 255):
         with pytest.raises(MessageError, match=r"'flags'.*neither 0 nor 1"):
-            StateDictEncoder().decode(reframe(message, bytes((1, byte, 0))), KEY, schema_of(tensors))
+            decoded(StateDictEncoder(), reframe(message, bytes((1, byte, 0))), tensors)
 
 
 SIDES = {"first": 8, "second": 16, "last": 8}
@@ -202,19 +216,19 @@ def test_one_byte_changes_one_tensor() -> None:
         "last": wave(33),
     }
     encoder = StateDictEncoder(Encoder([UniformQuantization(3)], FixedWidth()), threshold=5)
-    message, _ = encoder.encode(tensors, KEY)
+    message = sent(encoder, tensors)
     sizes = {"first": 8 + 15, "counter": 8, "second": 16 + 3, "flags": 3, "last": 8 + 13}
     assert len(message) == OVERHEAD + sum(sizes.values())
     owners = [name for name, size in sizes.items() for _ in range(size)]
     sides = {name: range(owners.index(name), owners.index(name) + side) for name, side in SIDES.items()}
-    before, _ = encoder.decode(message, KEY, schema_of(tensors))
+    before = decoded(encoder, message, tensors)
     body, refused = message[44:-4], 0
     for place, owner in enumerate(owners):
         for bit in (0, 3, 7):
             damaged = bytearray(body)
             damaged[place] ^= 1 << bit
             try:
-                after, _ = encoder.decode(reframe(message, bytes(damaged)), KEY, schema_of(tensors))
+                after = decoded(encoder, reframe(message, bytes(damaged)), tensors)
             except MessageError as error:
                 assert f"{owner!r}" in str(error)  # noqa: PT017  not every damage is refused
                 refused += 1
@@ -226,24 +240,23 @@ def test_one_byte_changes_one_tensor() -> None:
 
 
 def test_what_follows_the_rounds_is_given_its_params() -> None:
-    for encoder in (StateDictEncoder(Encoder([PowerSGD(2)]), 0), StateDictEncoder(Encoder([], LearnedANS()), 0)):
-        with pytest.raises(TypeError, match="must be given its params: params="):
-            encoder.encode({"x": wave(10, 10)}, KEY)
+    with pytest.raises(TypeError, match="must be given their params: params="):
+        sent(StateDictEncoder(Encoder([PowerSGD(2)]), 0), {"x": wave(10, 10)})
 
 
 def test_a_chain_for_floats_is_no_riddle_where_it_meets_integers() -> None:
     """What could be summed first is asked of every chain; that it takes no integers is told where it is to encode."""
     tensors = {"count": torch.tensor([3]), "a": wave(20)}
     encoder = StateDictEncoder(rules={"*": Encoder([HadamardRotation()], Raw())})
-    assert encoder.decodes_in_parts(schema_of(tensors))
+    assert encoder.bind(schema_of(tensors)).decodes_after_sum
     with pytest.raises(EncodeError, match="tensor 'count' cannot be encoded: HadamardRotation takes floating"):
-        encoder.encode(tensors, KEY)
+        sent(encoder, tensors)
 
 
 def test_each_tensor_has_random_numbers_of_its_own() -> None:
     x = wave(1000)
     encoder = StateDictEncoder(UINT8, threshold=10)
-    message, _ = encoder.encode({"a": x, "b": x}, KEY)
+    message = sent(encoder, {"a": x, "b": x})
     body = message[44:-4]
     assert body[: len(body) // 2] != body[len(body) // 2 :]
 
@@ -251,45 +264,45 @@ def test_each_tensor_has_random_numbers_of_its_own() -> None:
 def test_the_decoded_are_on_the_device_asked_for() -> None:
     tensors = {"x": wave(30)}
     encoder = StateDictEncoder(UINT8, threshold=10)
-    back, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors), device="cpu")
+    back = decoded(encoder, sent(encoder, tensors), tensors, device="cpu")
     assert back["x"].device == torch.device("cpu")
 
 
 def test_joint_encodes_one_vector() -> None:
     tensors = {"a": wave(20, 10), "bias": wave(7), "b": wave(300) * 9, "steps": torch.tensor(3), "empty": wave(0)}
     apart, joint = StateDictEncoder(UINT8, 100), StateDictEncoder(UINT8, 100, joint=True)
-    message, _ = joint.encode(tensors, KEY)
+    message = sent(joint, tensors)
     assert len(message) == OVERHEAD + 8 + 500 + 7 * 4 + 8  # one range instead of two
-    assert len(apart.encode(tensors, KEY)[0]) == len(message) + 8
-    decoded, _ = joint.decode(message, KEY, schema_of(tensors))
-    assert list(decoded) == list(tensors)
+    assert len(sent(apart, tensors)) == len(message) + 8
+    back = decoded(joint, message, tensors)
+    assert list(back) == list(tensors)
     by_hand, vector = StateDictEncoder(rules={"*": UINT8}), {"*": torch.cat((wave(200), wave(300) * 9))}
-    together = by_hand.decode(by_hand.encode(vector, KEY)[0], KEY, schema_of(vector))[0]["*"]
-    assert torch.equal(decoded["a"], together[:200].reshape(20, 10))
-    assert torch.equal(decoded["b"], together[200:])
+    together = decoded(by_hand, sent(by_hand, vector), vector)["*"]
+    assert torch.equal(back["a"], together[:200].reshape(20, 10))
+    assert torch.equal(back["b"], together[200:])
     for name in ("bias", "steps", "empty"):
-        assert torch.equal(decoded[name], tensors[name])
+        assert torch.equal(back[name], tensors[name])
 
 
 def test_a_rule_with_the_same_encoder_is_a_rule() -> None:
     x = {"a": wave(50), "b": wave(60), "c": wave(70)}
     for own in (UINT8, dataclasses.replace(UINT8)):
-        assert list(StateDictEncoder(UINT8, 10, {"b": own}, joint=True).chains(schema_of(x))) == ["*", "b"]
+        assert list(StateDictEncoder(UINT8, 10, {"b": own}, joint=True).bind(schema_of(x)).chains) == ["*", "b"]
 
 
 def test_joint_leaves_rules_alone_and_refuses_two_dtypes() -> None:
     tensors = {"a": wave(200), "b": wave(300), "c": wave(400)}
     encoder = StateDictEncoder(UINT8, 100, {"b": Encoder()}, joint=True)
-    decoded, _ = encoder.decode(encoder.encode(tensors, KEY)[0], KEY, schema_of(tensors))
-    assert torch.equal(decoded["b"], tensors["b"])
-    assert not torch.equal(decoded["a"], tensors["a"])
+    back = decoded(encoder, sent(encoder, tensors), tensors)
+    assert torch.equal(back["b"], tensors["b"])
+    assert not torch.equal(back["a"], tensors["a"])
     with pytest.raises(ValueError, match="different dtypes"):
-        encoder.encode(tensors | {"c": wave(400).half()}, KEY)
+        encoder.bind(schema_of(tensors | {"c": wave(400).half()}))
 
 
 def test_a_joint_message_with_nan_names_the_tensor() -> None:
     with pytest.raises(EncodeError, match="'b'"):
-        StateDictEncoder(UINT8, 1, joint=True).encode({"a": wave(5), "b": torch.tensor([0.0, math.nan])}, KEY)
+        sent(StateDictEncoder(UINT8, 1, joint=True), {"a": wave(5), "b": torch.tensor([0.0, math.nan])})
 
 
 # ---------------------------------------------------------------------------- common scale and reference
@@ -300,8 +313,8 @@ COMMON = StateDictEncoder(STEPS, threshold=10, common_scale=True)
 
 def round_trip(encoder: StateDictEncoder, tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, torch.Tensor]]:
     before = {name: raw_bytes(tensor) for name, tensor in tensors.items()}
-    message, _ = encoder.encode(tensors, KEY)
-    back, _ = encoder.decode(message, KEY, schema_of(tensors))
+    message = sent(encoder, tensors)
+    back = decoded(encoder, message, tensors)
     assert schema_of(back) == schema_of(tensors)
     assert {name: raw_bytes(tensor) for name, tensor in tensors.items()} == before
     return message, back
@@ -336,7 +349,7 @@ def test_a_common_scale_in_every_dtype(dtype: torch.dtype) -> None:
         tensors = {"a": (wave(300, dtype=torch.float64) * factor).to(dtype), "f": wave(200) * 1e-9}
         if dtype == torch.float64 and factor > 1e200:  # the sum of its squares is infinite
             with pytest.raises(EncodeError, match="tensor 'a' is too large for a common scale"):
-                COMMON.encode(tensors, KEY)
+                sent(COMMON, tensors)
             continue
         _, back = round_trip(COMMON, tensors)
         assert float((back["a"].double() - tensors["a"].double()).abs().max()) <= 0.16 * factor
@@ -354,33 +367,32 @@ def test_a_common_scale_leaves_integers_with_rules_to_their_chains() -> None:
     tensors = {"n": torch.arange(30), "a": wave(40) * 5}
     assert same(round_trip(encoder, tensors)[1]["n"], tensors["n"])
     with pytest.raises(EncodeError, match="tensor 'n' cannot be encoded: .*floating"):
-        StateDictEncoder(rules={"*": STEPS}, common_scale=True).encode(tensors, KEY)
+        sent(StateDictEncoder(rules={"*": STEPS}, common_scale=True), tensors)
     assert round_trip(StateDictEncoder(common_scale=True), tensors)[1]["a"].equal(tensors["a"])  # nothing to scale
 
 
 def test_a_common_scale_joint_and_partly() -> None:
     tensors = {"a": wave(20, 30), "n": torch.arange(30), "b": wave(400) * 9}
     joint = dataclasses.replace(COMMON, joint=True)
-    message, back = round_trip(joint, tensors)
+    _, back = round_trip(joint, tensors)
     plain = round_trip(COMMON, tensors)[1]
     assert all(torch.equal(back[name], plain[name]) for name in tensors)
     for encoder in (COMMON, joint):
-        message, _ = encoder.encode(tensors, KEY)
-        part, _ = encoder.decode(message, KEY, schema_of(tensors), partly=True)
+        part = decoded(encoder, sent(encoder, tensors), tensors, stop_at_sum=True)
         total = {name: 2.0 * tensor for name, tensor in part.items()}
-        whole = encoder.finish(total, KEY, schema_of(tensors))
+        whole = encoder.bind(schema_of(tensors)).decode_sum(total, KEY, {})
         assert all(torch.equal(whole[name], 2.0 * plain[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf])
 def test_scales_that_are_none_are_refused(scale: float) -> None:
     tensors = {"a": wave(20, 30)}
-    message, _ = COMMON.encode(tensors, KEY)
+    message = sent(COMMON, tensors)
     body = struct.pack("<f", scale) + message[48:-4]
     with pytest.raises(MessageError, match="common scale"):
-        COMMON.decode(reframe(message, body), KEY, schema_of(tensors))
+        decoded(COMMON, reframe(message, body), tensors)
     for odd in (1e-45, 3e38):
-        back, _ = COMMON.decode(reframe(message, struct.pack("<f", odd) + body[4:]), KEY, schema_of(tensors))
+        back = decoded(COMMON, reframe(message, struct.pack("<f", odd) + body[4:]), tensors)
         assert back["a"].isfinite().all()
 
 
@@ -389,20 +401,20 @@ def test_one_step_for_all_is_shorter_than_a_step_for_each_at_the_same_error() ->
     sigmas = (0.05, 0.3, 1.0, 4.0)
     tensors = {f"{sigma}": sigma * torch.randn(100, 200, generator=draw) for sigma in sigmas}
 
-    def sent(encoder: StateDictEncoder) -> tuple[int, float]:
+    def measured(encoder: StateDictEncoder) -> tuple[int, float]:
         message, back = round_trip(encoder, tensors)
         return len(message), sum(float((back[name] - tensors[name]).square().sum()) for name in tensors)
 
     def own(step: float) -> StateDictEncoder:
         return StateDictEncoder(Encoder([StepQuantization(step)], CABAC()), 10)
 
-    size, error = sent(COMMON)
+    size, error = measured(COMMON)
     low, high = 0.01, 4.0
     for _ in range(25):  # the largest relative step that makes no more error
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if sent(own(middle))[1] <= error else (low, middle)
-    assert sent(own(low))[1] == pytest.approx(error, rel=0.02)
-    assert size < 0.6 * sent(own(low))[0]
+        low, high = (middle, high) if measured(own(middle))[1] <= error else (low, middle)
+    assert measured(own(low))[1] == pytest.approx(error, rel=0.02)
+    assert size < 0.6 * measured(own(low))[0]
 
 
 def test_a_reference_is_taken_away_and_added() -> None:
@@ -411,8 +423,8 @@ def test_a_reference_is_taken_away_and_added() -> None:
     plain = StateDictEncoder(STEPS, threshold=10)
     for joint, common in ((False, False), (False, True)):
         encoder = dataclasses.replace(plain, joint=joint, common_scale=common, reference="initial")
-        message, _ = encoder.encode(tensors, KEY, reference=initial)
-        back, _ = encoder.decode(message, KEY, schema_of(tensors), reference=initial)
+        message = sent(encoder, tensors, reference=initial)
+        back = decoded(encoder, message, tensors, reference=initial)
         difference = {name: tensors[name] - initial[name] for name in tensors}
         other = dataclasses.replace(encoder, reference="none")
         own, apart = round_trip(other, difference)
@@ -420,31 +432,30 @@ def test_a_reference_is_taken_away_and_added() -> None:
         for name in ("a", "h"):
             assert torch.equal(back[name], initial[name] + apart[name])
         assert torch.equal(back["n"], tensors["n"]) and torch.equal(back["small"], tensors["small"])
-        assert len(message) < len(plain.encode(tensors, KEY)[0])
+        assert len(message) < len(sent(plain, tensors))
         with pytest.raises(MessageError, match="schema"):
-            other.decode(message, KEY, schema_of(tensors))
+            decoded(other, message, tensors)
     joined = StateDictEncoder(STEPS, 100, joint=True, reference="initial")
     two, start = {"a": tensors["a"], "b": wave(200)}, {"a": initial["a"], "b": wave(200) + 3}
-    message, _ = joined.encode(two, KEY, reference=start)
-    back, _ = joined.decode(message, KEY, schema_of(two), reference=start)
+    back = decoded(joined, sent(joined, two, reference=start), two, reference=start)
     assert all(float((back[name] - two[name]).abs().max()) <= 0.2501 for name in two)
 
 
 def test_a_reference_that_is_missing_or_of_another_shape_is_an_authors_error() -> None:
     encoder, tensors = dataclasses.replace(COMMON, reference="initial"), {"a": wave(20, 30)}
-    message, _ = encoder.encode(tensors, KEY, reference=tensors)
+    message = sent(encoder, tensors, reference=tensors)
     for wrong in (None, {}, {"a": wave(30)}, {"a": wave(20, 1)}, {"a": wave(20, 30, dtype=torch.float64)}):
         with pytest.raises(TypeError, match="reference"):
-            encoder.encode(tensors, KEY, reference=wrong)
+            sent(encoder, tensors, reference=wrong)
         with pytest.raises(TypeError, match="reference"):
-            encoder.decode(message, KEY, schema_of(tensors), reference=wrong)
+            decoded(encoder, message, tensors, reference=wrong)
     with pytest.raises(TypeError, match="reference"):
-        encoder.decode(message, KEY, schema_of(tensors), reference=tensors, partly=True)
+        decoded(encoder, message, tensors, reference=tensors, stop_at_sum=True)
     with pytest.raises(ValueError, match="must be one of"):
         StateDictEncoder(reference="first")
     far = {"a": torch.full((20, 30), 3e38)}
     with pytest.raises(EncodeError, match="'a' holds NaN or infinity"):
-        encoder.encode(far, KEY, reference={"a": -far["a"]})
+        sent(encoder, far, reference={"a": -far["a"]})
 
 
 def test_a_frontier_message_of_a_whole_model() -> None:
@@ -460,19 +471,16 @@ def test_a_sum_with_the_reference_stays_within_the_dtype() -> None:
     reference = {"x": torch.full((1000,), 6e4, dtype=torch.float16)}
     x = {"x": torch.cat([torch.full((500,), -2e3), torch.full((500,), 6.2e4)]).half()}
     encoder = StateDictEncoder(Encoder([ScaledSign()], FixedWidth()), 0, reference="initial")
-    message, _ = encoder.encode(
-        x, KEY, reference=reference
-    )  # the difference is −62,000 or 2,000: about ±32,000 is told
-    decoded, _ = encoder.decode(message, KEY, schema_of(x), reference=reference)
-    assert float(decoded["x"].max()) == torch.finfo(torch.float16).max
+    # the difference is −62,000 or 2,000: about ±32,000 is told
+    back = decoded(encoder, sent(encoder, x, reference=reference), x, reference=reference)
+    assert float(back["x"].max()) == torch.finfo(torch.float16).max
 
 
 @pytest.mark.parametrize("stage", [StepQuantization(1e39, relative=False), TrellisQuantization(1e39, relative=False)])
 def test_a_step_beyond_float32_is_no_infinity(stage: Any) -> None:
     x = {"x": wave(100) * 1e38}
     encoder = StateDictEncoder(Encoder([stage], CABAC(signed=isinstance(stage, StepQuantization))), 0)
-    decoded, _ = encoder.decode(encoder.encode(x, KEY)[0], KEY, schema_of(x))
-    assert bool(decoded["x"].isfinite().all())
+    assert bool(decoded(encoder, sent(encoder, x), x)["x"].isfinite().all())
 
 
 def test_a_common_scale_does_not_depend_on_layout_or_threads() -> None:
@@ -484,7 +492,7 @@ def test_a_common_scale_does_not_depend_on_layout_or_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for x in (whole[:, ::2], whole[:, ::2].contiguous()):
-                messages.add(encoder.encode({"x": x}, KEY)[0])
+                messages.add(sent(encoder, {"x": x}))
     finally:
         torch.set_num_threads(before)
     assert len(messages) == 1
@@ -492,8 +500,8 @@ def test_a_common_scale_does_not_depend_on_layout_or_threads() -> None:
 
 def test_a_conjugate_view_is_sent_as_what_it_shows() -> None:
     x = {"x": torch.randn(4, dtype=torch.complex64).conj()}
-    decoded, _ = StateDictEncoder().decode(StateDictEncoder().encode(x, KEY)[0], KEY, schema_of(x))
-    assert torch.equal(decoded["x"], x["x"].resolve_conj())
+    back = decoded(StateDictEncoder(), sent(StateDictEncoder(), x), x)
+    assert torch.equal(back["x"], x["x"].resolve_conj())
 
 
 @pytest.mark.parametrize(
@@ -504,19 +512,19 @@ def test_a_negated_view_is_sent_as_what_it_shows(encoder: Encoder) -> None:
     x = {"x": torch.randn(1, dtype=torch.complex64).conj().imag}  # several would be copied on the way
     assert x["x"].is_neg()
     one = StateDictEncoder(encoder, 0)
-    decoded, _ = one.decode(one.encode(x, KEY)[0], KEY, schema_of(x))
-    assert (decoded["x"] - x["x"].resolve_neg()).abs().max() < 1e-3
+    back = decoded(one, sent(one, x), x)
+    assert (back["x"] - x["x"].resolve_neg()).abs().max() < 1e-3
 
 
 def test_a_common_scale_of_two_precisions() -> None:
     """The scale is float64, beyond float32, where a float64 tensor is; a float32 beside it is 0 then."""
     chain = StateDictEncoder(Encoder([StepQuantization(0.5, relative=False)], CABAC()), 0, common_scale=True)
     huge = {"a": torch.ones(4), "b": torch.tensor([1e60, -1e60, 1e60, 0], dtype=torch.float64)}
-    back, _ = chain.decode(chain.encode(huge, KEY)[0], KEY, schema_of(huge))
+    back = decoded(chain, sent(chain, huge), huge)
     assert back["a"].tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(back["b"], huge["b"], rtol=0.35, atol=0)
     tiny = {"a": torch.zeros(4), "b": torch.full((4,), 1e-50, dtype=torch.float64)}
-    back, _ = chain.decode(chain.encode(tiny, KEY)[0], KEY, schema_of(tiny))
+    back = decoded(chain, sent(chain, tiny), tiny)
     assert back["a"].tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(back["b"], tiny["b"], rtol=0.35, atol=0)
 
@@ -525,20 +533,20 @@ def test_a_common_scale_of_two_precisions() -> None:
 def test_float8_travels_exact(dtype: torch.dtype) -> None:
     x = {"x": torch.arange(-4, 5).float().to(dtype)}
     encoder = StateDictEncoder(UINT8, threshold=0)
-    back, _ = encoder.decode(encoder.encode(x, KEY)[0], KEY, schema_of(x))
+    back = decoded(encoder, sent(encoder, x), x)
     assert back["x"].dtype == dtype
     assert back["x"].float().tolist() == list(range(-4, 5))
     with pytest.raises(EncodeError, match="'x' holds NaN"):
-        StateDictEncoder().encode({"x": torch.tensor([1.0, math.nan]).to(dtype)}, KEY)
+        sent(StateDictEncoder(), {"x": torch.tensor([1.0, math.nan]).to(dtype)})
     with pytest.raises(EncodeError, match="'x' cannot be encoded: UniformQuantization takes floating tensors of 16"):
-        StateDictEncoder(rules={"x": UINT8}).encode(x, KEY)
+        sent(StateDictEncoder(rules={"x": UINT8}), x)
 
 
 def test_what_is_beyond_its_dtype_by_the_common_scale_is_named() -> None:
     chain = StateDictEncoder(STEPS, threshold=0, common_scale=True, rate_control=BitBudget(16))
-    params = {RATE_CONTROL: {0: {"factor": torch.tensor(1e-6)}}}
-    with pytest.raises(EncodeError, match="'x' is beyond torch.float16 once divided by the common scale"):
-        chain.encode({"x": wave(100).half()}, KEY, params)
+    params = {f"{RATE_CONTROL}/factor": torch.tensor(1e-6)}
+    with pytest.raises(EncodeError, match="'x' overflows torch.float16 once divided by the common scale"):
+        sent(chain, {"x": wave(100).half()}, params=params)
 
 
 @pytest.mark.parametrize(
@@ -555,18 +563,19 @@ def test_what_is_beyond_its_dtype_by_the_common_scale_is_named() -> None:
 def test_infinity_on_the_wire_is_not_cut_off_but_refused(chain: Encoder, bad: float) -> None:
     x = {"x": wave(20, 30)}
     encoder = StateDictEncoder(chain, threshold=0, common_scale=True)
-    params = encoder.params(schema_of(x), encoder.initial_state(schema_of(x)))
-    message, _ = encoder.encode(x, KEY, params)
+    adaptation = encoder.bind(schema_of(x)).adaptation
+    params = adaptation.params(adaptation.initial_state())
+    message = sent(encoder, x, params=params)
     body = message[44:-4]
     for damaged in (body[:-4] + struct.pack("<f", bad), body[:4] + struct.pack("<f", bad) + body[8:]):
         with pytest.raises(MessageError, match="NaN or infinite"):
-            encoder.decode(reframe(message, damaged), KEY, schema_of(x), params)
+            decoded(encoder, reframe(message, damaged), x, params=params)
 
 
 def test_tensors_of_two_dtypes_are_not_joined() -> None:
     joint = StateDictEncoder(Encoder([TopK(0.1)]), 10, joint=True)
     with pytest.raises(EncodeError, match="tensors of different dtypes cannot be joined"):
-        joint.encode({"a": wave(100), "b": wave(100).half()}, KEY)
+        joint.bind(schema_of({"a": wave(100), "b": wave(100).half()}))
 
 
 def test_what_is_no_stage_or_coder_is_refused() -> None:
@@ -574,7 +583,9 @@ def test_what_is_no_stage_or_coder_is_refused() -> None:
         Encoder([FixedWidth()])
     with pytest.raises(TypeError, match="ScaledSign.* is not a coder"):
         Encoder([], ScaledSign())
-    with pytest.raises(TypeError, match="is not a coder, or one that learns"):
-        Best([LearnedANS()])
-    with pytest.raises(TypeError, match="is not a rate_control"):
+    with pytest.raises(ValueError, match="FixedWidth must stand behind a stage"):
+        Encoder([], FixedWidth())
+    with pytest.raises(TypeError, match="ScaledSign.* is not a coder"):
+        Shortest([ScaledSign()])
+    with pytest.raises(TypeError, match="is not a rate controller"):
         StateDictEncoder(common_scale=True, rate_control=FixedWidth())

@@ -13,6 +13,7 @@ from toys import Negate, PlusOneOverN, Reverse, Statistics
 from fedq.encoding import (
     BROADCAST,
     AdaptiveEncodingStage,
+    Codec,
     Encoder,
     EncodingStage,
     FixedWidth,
@@ -83,17 +84,20 @@ class Doubles(AdaptiveEncodingStage):
         return (y / params["factor"] + self.fault).to(spec.dtype)
 
 
-def cohort_of(tensors: dict[str, Tensor], encoder: StateDictEncoder) -> dict[int, tuple[dict, dict]]:
+def first_params(codec: Codec) -> dict[str, Tensor]:
+    return codec.adaptation.params(codec.adaptation.initial_state())
+
+
+def cohort_of(tensors: dict[str, Tensor], codec: Codec) -> dict[int, tuple[dict, dict]]:
     """What is decoded of each client's message, whole and partly, in the first round."""
-    schema, cohort = schema_of(tensors), {}
-    params = encoder.params(schema, encoder.initial_state(schema))
+    params, cohort = first_params(codec), {}
     for client in COHORT:
         own = {name: tensor.roll(client % 10) for name, tensor in tensors.items()}
         key = ROUND._replace(client=client)
-        message, _ = encoder.encode(own, key, params)
-        whole, _ = encoder.decode(message, key, schema, params)
-        part, _ = encoder.decode(message, key, schema, params, partly=True)
-        finished = encoder.finish({name: tensor.clone() for name, tensor in part.items()}, key, schema, params)
+        message = codec.encode(own, key, params).message
+        whole, _ = codec.decode(message, key, params)
+        part, _ = codec.decode(message, key, params, stop_at_sum=True)
+        finished = codec.decode_sum({name: tensor.clone() for name, tensor in part.items()}, key, params)
         assert list(finished) == list(whole) == list(tensors)
         for name in tensors:
             assert whole[name].dtype == finished[name].dtype == tensors[name].dtype
@@ -140,10 +144,11 @@ def weighted_sum(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 )
 def test_how_far_a_sum_can_be_taken(stages: list[EncodingStage], dtype: torch.dtype, expected: int) -> None:
     encoder, x = Encoder(stages), torch.arange(600).reshape(30, 20).to(dtype)
-    specs = encoder.front(TensorSpec.of(x))
+    specs = encoder.bind(TensorSpec.of(x)).summable_prefix
     assert len(specs) == expected
+    assert encoder.bind(TensorSpec.of(x), summable=False).summable_prefix == []
     # the specs are those of what enters the stages
-    for (y, _, _), spec in zip(testing._steps(encoder, x), specs[1:], strict=False):
+    for (y, _, _), spec in zip(testing.chain.steps(encoder, x), specs[1:], strict=False):
         assert TensorSpec.of(y) == spec
     assert specs[:1] in ([], [TensorSpec.of(x)])
 
@@ -157,55 +162,54 @@ TENSORS = {
 }
 
 
-def configured_upload(name: str, joint: bool) -> StateDictEncoder:
+def configured_upload(name: str, joint: bool) -> Codec:
     upload = built(name, "upload")
-    return StateDictEncoder(upload.encoder, 1000, upload.rules, joint)
+    return StateDictEncoder(upload.encoder, 1000, upload.rules, joint).bind(schema_of(TENSORS))
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_configured_fronts(joint: bool) -> None:
-    found = {name: configured_upload(name, joint).chains(schema_of(TENSORS)).values() for name in NAMES}
-    assert tuple(name for name in NAMES if any(chain.front(spec) for spec, chain in found[name])) == SUMMED
+    found = {name: configured_upload(name, joint).chains.values() for name in NAMES}
+    assert tuple(name for name in NAMES if any(chain.summable_prefix for chain in found[name])) == SUMMED
 
 
 @pytest.mark.parametrize("name", [*SUMMED, "uint8", "powersgd"])
 @pytest.mark.parametrize("joint", [False, True])
 def test_configured_uploads(name: str, joint: bool) -> None:
-    encoder, tensors = configured_upload(name, joint), TENSORS
-    cohort = cohort_of(tensors, encoder)
+    codec, tensors = configured_upload(name, joint), TENSORS
+    cohort = cohort_of(tensors, codec)
     whole, part = (weighted_sum([client[i] for client in cohort.values()]) for i in (0, 1))
-    schema = schema_of(tensors)
-    once = encoder.finish(part, ROUND, schema, encoder.params(schema, encoder.initial_state(schema)))
-    assert part.keys() == encoder.chains(schema).keys()
+    once = codec.decode_sum(part, ROUND, first_params(codec))
+    assert part.keys() == codec.chains.keys()
+    assert codec.decodes_after_sum == (joint or name in SUMMED)
     for tensor in ("a", "bias", "b"):
         assert float((once[tensor] - whole[tensor]).norm()) <= 1e-5 * float(whole[tensor].norm()), tensor
     for tensor in ("counter", "mask"):
         assert once[tensor] is part[tensor]
         assert torch.equal(once[tensor], whole[tensor])
-    specs = {tensor: chain.front(spec) for tensor, (spec, chain) in encoder.chains(schema).items()}
-    for tensor, front in specs.items():
-        if not front and tensor != "*":
+    for tensor, chain in codec.chains.items():
+        if not chain.summable_prefix and tensor != "*":
             assert once[tensor] is part[tensor]  # there is nothing to do
 
 
 def test_a_sum_against_matrices() -> None:
     # the linear map is found from unit vectors; the sum of what travels, through it, is what is decoded
     encoder, n = StateDictEncoder(Encoder([SHARED, HadamardRotation(block=16), Reverse()]), 0), 50
-    schema = {"x": TensorSpec((n,), torch.float64)}
+    codec = encoder.bind({"x": TensorSpec((n,), torch.float64)})
     updates = {client: wave(n, dtype=torch.float64).roll(client % 10) for client in COHORT}
-    unit = [encoder.encode({"x": row}, ROUND)[0] for row in torch.eye(n, dtype=torch.float64)]
+    unit = [codec.encode({"x": row}, ROUND).message for row in torch.eye(n, dtype=torch.float64)]
     columns = np.stack([np.frombuffer(message[44:-4]) for message in unit], 1)  # what travels of each unit vector
     sent = columns @ sum((weight * updates[client] for client, weight in COHORT.items())).numpy()
     parts = []
     for client in COHORT:
         key = ROUND._replace(client=client)
-        message, _ = encoder.encode({"x": updates[client]}, key)
-        parts.append(encoder.decode(message, key, schema, partly=True)[0])
+        message = codec.encode({"x": updates[client]}, key).message
+        parts.append(codec.decode(message, key, stop_at_sum=True).tensors)
     total = weighted_sum(parts)
     np.testing.assert_allclose(total["x"].numpy(), sent, rtol=1e-12, atol=1e-12)
     # k kept of n come back n / k times as large, on average over the cells of 3 or 4: here exactly, by cell
     kept = (columns**2).sum(0) > 0.5
-    once = encoder.finish(total, ROUND, schema)["x"].numpy()
+    once = codec.decode_sum(total, ROUND, {})["x"].numpy()
     summed = sum((weight * updates[client] for client, weight in COHORT.items())).numpy()
     assert np.count_nonzero(kept) == 15
     np.testing.assert_allclose(once[~kept], 0, atol=1e-12)
@@ -214,21 +218,22 @@ def test_a_sum_against_matrices() -> None:
 
 @pytest.mark.parametrize("client", [0, 12, BROADCAST])
 def test_any_client_of_the_round_can_finish(client: int) -> None:
-    tensors, encoder = {"x": wave(300)}, StateDictEncoder(ROTATED, 100)
-    part = weighted_sum([part for _, part in cohort_of(tensors, encoder).values()])
-    once = encoder.finish(part, ROUND._replace(client=client), schema_of(tensors))
-    assert torch.equal(once["x"], encoder.finish(part, ROUND, schema_of(tensors))["x"])
+    tensors = {"x": wave(300)}
+    codec = StateDictEncoder(ROTATED, 100).bind(schema_of(tensors))
+    part = weighted_sum([part for _, part in cohort_of(tensors, codec).values()])
+    once = codec.decode_sum(part, ROUND._replace(client=client), {})
+    assert torch.equal(once["x"], codec.decode_sum(part, ROUND, {})["x"])
     for other in (Key(1, 3), Key(2, 2)):
-        assert not torch.allclose(once["x"], encoder.finish(part, other, schema_of(tensors))["x"])
+        assert not torch.allclose(once["x"], codec.decode_sum(part, other, {})["x"])
 
 
 def test_the_joint_vector_is_split_once() -> None:
     tensors = {"a": wave(20, 10), "bias": wave(7), "b": wave(300) * 9, "steps": torch.tensor(3)}
-    encoder = StateDictEncoder(ROTATED, 100, joint=True)
-    cohort = cohort_of(tensors, encoder)
+    codec = StateDictEncoder(ROTATED, 100, joint=True).bind(schema_of(tensors))
+    cohort = cohort_of(tensors, codec)
     part = weighted_sum([part for _, part in cohort.values()])
     assert {name: tuple(tensor.shape) for name, tensor in part.items()} == {"*": (500,), "bias": (7,), "steps": ()}
-    once, whole = encoder.finish(part, ROUND, schema_of(tensors)), weighted_sum([whole for whole, _ in cohort.values()])
+    once, whole = codec.decode_sum(part, ROUND, {}), weighted_sum([whole for whole, _ in cohort.values()])
     assert {name: tensor.shape for name, tensor in once.items()} == {name: t.shape for name, t in tensors.items()}
     for name in tensors:
         torch.testing.assert_close(once[name], whole[name], rtol=1e-4, atol=1e-2)
@@ -239,42 +244,44 @@ def test_stages_behind_the_sum_are_decoded_once(monkeypatch: pytest.MonkeyPatch)
     calls = []
     decode = HadamardRotation.decode
     monkeypatch.setattr(HadamardRotation, "decode", lambda *given: calls.append(given) or decode(*given))
-    tensors, encoder = {"x": wave(300)}, StateDictEncoder(ROTATED, 100)
-    message, _ = encoder.encode(tensors, ROUND)
-    part, _ = encoder.decode(message, ROUND, schema_of(tensors), partly=True)
+    tensors = {"x": wave(300)}
+    codec = StateDictEncoder(ROTATED, 100).bind(schema_of(tensors))
+    message = codec.encode(tensors, ROUND).message
+    part, _ = codec.decode(message, ROUND, stop_at_sum=True)
     assert calls == []
     before = part["x"].clone()
-    encoder.finish(part, ROUND, schema_of(tensors))
+    codec.decode_sum(part, ROUND, {})
     assert len(calls) == 1
     assert torch.equal(part["x"], before)  # the sum is not written to
-    encoder.decode(message, ROUND, schema_of(tensors))
+    codec.decode(message, ROUND)
     assert len(calls) == 2
 
 
 def test_an_adaptive_stage_takes_its_params_after_the_sum() -> None:
     tensors, encoder = {"x": wave(300)}, StateDictEncoder(Encoder([Doubles(), HadamardRotation()]), 100)
-    schema, state = schema_of(tensors), encoder.initial_state(schema_of(tensors))
+    codec = encoder.bind(schema_of(tensors))
+    state = codec.adaptation.initial_state()
     for factor in (1, 2, 4):
-        params = encoder.params(schema, state)
-        message, _ = encoder.encode(tensors, ROUND, params)
-        part, _ = encoder.decode(message, ROUND, schema, params, partly=True)
+        params = codec.adaptation.params(state)
+        message = codec.encode(tensors, ROUND, params).message
+        part, _ = codec.decode(message, ROUND, params, stop_at_sum=True)
         assert float(part["x"].norm()) == pytest.approx(factor * float(tensors["x"].norm()), rel=1e-5)
-        torch.testing.assert_close(encoder.finish(part, ROUND, schema, params)["x"], tensors["x"])
-        state = encoder.update_state(schema, state, {})
+        torch.testing.assert_close(codec.decode_sum(part, ROUND, params)["x"], tensors["x"])
+        state = codec.adaptation.update_state(state, {})
     # where the message brings them, they are attached as ever
-    attached = {"x/0/factor": torch.tensor(8.0)}
-    message, _ = encoder.encode(tensors, ROUND, {"x": {0: {"factor": torch.tensor(8.0)}}}, attached)
-    whole, _ = encoder.decode(message, ROUND, schema, attached=schema_of(attached))
+    params = {"x/0/factor": torch.tensor(8.0)}
+    attaching = encoder.bind(schema_of(tensors), attached=schema_of(params))
+    whole, _ = attaching.decode(attaching.encode(tensors, ROUND, params, attached=params).message, ROUND)
     torch.testing.assert_close(whole["x"], tensors["x"])
 
 
 def test_attached_tensors_arrive_with_a_part() -> None:
     tensors, encoder = {"a": wave(300)}, StateDictEncoder(Encoder([HadamardRotation(), Statistics()]), 100)
-    schema = schema_of(tensors)
-    params, spec = encoder.params(schema, encoder.initial_state(schema)), encoder.update_spec(schema)
-    message, _ = encoder.encode(tensors, ROUND, params, report=True)
-    _, reports = encoder.decode(message, ROUND, schema, params, spec, partly=True)
-    assert list(reports) == list(spec)
+    codec = encoder.bind(schema_of(tensors), reports=True)
+    params = first_params(codec)
+    message = codec.encode(tensors, ROUND, params).message
+    _, reports = codec.decode(message, ROUND, params, stop_at_sum=True)
+    assert list(reports) == list(codec.adaptation.report_schema)
     assert int(reports["a/1/count"]) == 300
 
 
@@ -282,25 +289,26 @@ def test_attached_tensors_arrive_with_a_part() -> None:
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_sum_that_is_not_finite_is_named(chain: Encoder, joint: bool, value: float) -> None:
-    tensors, encoder = {"small": wave(5), "x": wave(300)}, StateDictEncoder(chain, 100, joint=joint)
+    tensors = {"small": wave(5), "x": wave(300)}
+    codec = StateDictEncoder(chain, 100, joint=joint).bind(schema_of(tensors))
     name = "*" if joint else "x"
-    message, _ = encoder.encode(tensors, ROUND)
-    part, _ = encoder.decode(message, ROUND, schema_of(tensors), partly=True)
+    part, _ = codec.decode(codec.encode(tensors, ROUND).message, ROUND, stop_at_sum=True)
     part[name][-1] = value
     with pytest.raises(MessageError, match=f"'[{name}]'.*NaN or infinite"):
-        encoder.finish(part, ROUND, schema_of(tensors))
+        codec.decode_sum(part, ROUND, {})
 
 
 def test_what_is_not_finite_is_refused_before_the_sum() -> None:
     # the mask would make 3e38 of infinity, its dtype's largest value
-    tensors, encoder = {"x": wave(300)}, StateDictEncoder(Encoder([SHARED]), 100)
-    message, _ = encoder.encode(tensors, ROUND)
+    tensors = {"x": wave(300)}
+    codec = StateDictEncoder(Encoder([SHARED]), 100).bind(schema_of(tensors))
+    message = codec.encode(tensors, ROUND).message
     for value in (math.inf, -math.inf, math.nan):
         body = np.frombuffer(message[44:-4], np.float32).copy()
         body[17] = value
-        for partly in (False, True):
+        for stop_at_sum in (False, True):
             with pytest.raises(MessageError, match="'x'.*NaN or infinite"):
-                encoder.decode(reframe(message, body.tobytes()), ROUND, schema_of(tensors), partly=partly)
+                codec.decode(reframe(message, body.tobytes()), ROUND, stop_at_sum=stop_at_sum)
 
 
 # ------------------------------------------------------------------------------------------------ the battery
@@ -338,8 +346,8 @@ FOUND = {
 @pytest.mark.parametrize("liar", FOUND, ids=str)
 def test_the_battery_finds(liar: EncodingStage | AdaptiveEncodingStage) -> None:
     with pytest.raises(AssertionError, match=FOUND[liar]):
-        testing.check_commutes_with_sum(Encoder([liar]), None)
+        testing.checks.check_commutes_with_sum(Encoder([liar]), None)
 
 
 def test_the_battery_takes_an_adaptive_stage_that_commutes() -> None:
-    testing.check_commutes_with_sum(Encoder([Doubles(), HadamardRotation(), UNIFORM], FixedWidth()), None)
+    testing.checks.check_commutes_with_sum(Encoder([Doubles(), HadamardRotation(), UNIFORM], FixedWidth()), None)

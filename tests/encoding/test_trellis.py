@@ -22,7 +22,7 @@ from fedq.encoding import (
     TrellisQuantization,
     schema_of,
 )
-from fedq.encoding.stages import _kernels
+from fedq.encoding.stages import trellis_loops
 from fedq.encoding.stages.trellis import _bits, _subsets
 from fedq.encoding.testing import Bound, check_coder, reframe
 
@@ -51,9 +51,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def measured(stage: EncodingStage, coder: Coder, x: Tensor) -> tuple[float, float]:
     """Bits an element and NMSE of what was really sent and decoded."""
-    encoder = StateDictEncoder(Encoder([stage], coder), threshold=0)
-    message, _ = encoder.encode({"x": x}, KEY)
-    back, _ = encoder.decode(message, KEY, schema_of({"x": x}))
+    codec = StateDictEncoder(Encoder([stage], coder), threshold=0).bind(schema_of({"x": x}))
+    message = codec.encode({"x": x}, KEY).message
+    back, _ = codec.decode(message, KEY)
     error = (back["x"] - x).double().square().sum() / x.double().square().sum()
     return 8 * len(message) / x.numel(), float(error)
 
@@ -103,7 +103,7 @@ def test_the_search_finds_the_best_of_all_sequences(states: int) -> None:
         costs = np.array([[0.3], [0.2]], np.float32) * weighted
         paid = ((sequences > 0) * (costs[0, 0] + costs[1, 0] * sequences)).sum(1)
         x, found = normal(6, seed=seed) * 1.2, np.zeros(6, np.int32)
-        _kernels.trellis_search(x.numpy(), classes, costs, centroids, _subsets(states), found)
+        trellis_loops.trellis_search(x.numpy(), classes, costs, centroids, _subsets(states), found)
         total = (decoded - x).square().sum(1) + paid
         own = total[(sequences == torch.from_numpy(found)).all(1)]
         # with costs, values near 0 are looked for where they almost always are
@@ -114,13 +114,13 @@ def test_classes_are_of_the_others() -> None:
     rows = np.zeros((40, 50), np.int32)
     rows[:, 7], rows[3] = 4, 4
     classes = np.empty(rows.shape, np.uint8)
-    counts = _kernels.trellis_classes(rows, classes)
+    counts = trellis_loops.trellis_classes(rows, classes)
     assert counts.sum(0).tolist() == [2000, 89, 4 * 89]
     assert classes[3, 7] == classes.max() > classes[3, 9] == classes[3, 8]
     assert classes[9, 9] == classes.min() < classes[9, 7] == classes[8, 7]
     rows[9, 9] = 1000  # its own magnitude does not tell its class
     again = np.empty(rows.shape, np.uint8)
-    _kernels.trellis_classes(rows, again)
+    trellis_loops.trellis_classes(rows, again)
     assert again[9, 9] <= classes[9, 9]
 
 
@@ -204,12 +204,13 @@ def test_unsigned_cabac() -> None:
     with pytest.raises(ValueError, match="below 0"):
         coder.encode(x - 1, spec)
     encoder = StateDictEncoder(Encoder([], coder), threshold=0, rules={"x": Encoder([TrellisQuantization(1.0)], coder)})
-    message, _ = encoder.encode({"x": normal(50, 40)}, KEY)
+    codec = encoder.bind(schema_of({"x": normal(50, 40)}))
+    message = codec.encode({"x": normal(50, 40)}, KEY).message
     for i in range(44, len(message) - 4):  # every byte of the payload
         body = bytearray(message[44:-4])
         body[i - 44] ^= 0x5A
         try:
-            back, _ = encoder.decode(reframe(message, bytes(body)), KEY, schema_of({"x": normal(50, 40)}))
+            back, _ = codec.decode(reframe(message, bytes(body)), KEY)
         except MessageError:
             continue
         assert bool(back["x"].isfinite().all())

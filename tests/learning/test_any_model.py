@@ -281,6 +281,157 @@ def test_batch_norms_variances_are_not_rounded(process, client, name, dropout):
 def test_a_rule_may_be_for_a_buffer(process, client):
     rule = {"norm.running_*": Encoder([Cast("float16")])}
     averaging = process(model=Normalised, upload=StateDictEncoder(rules=rule))
-    chains = averaging.upload.chains(averaging.client_side.schema)
-    assert chains["norm.running_var"][1] == rule["norm.running_*"]
-    assert chains["norm.num_batches_tracked"][1] == Encoder()
+    chains = averaging.protocol.weights.upload.chains
+    assert chains["norm.running_var"].encoder == rule["norm.running_*"]
+    assert chains["norm.num_batches_tracked"].encoder == Encoder()
+
+
+def windows(model):
+    flat = torch.ones(30)
+    model.register_buffer("a", flat[:20])
+    model.register_buffer("b", flat[10:])
+
+
+def interleaved(model):
+    flat = torch.ones(30)
+    model.register_buffer("a", flat[::2])
+    model.register_buffer("b", flat[1::2])
+
+
+def tail(model):
+    model.register_buffer("tail", model.last.weight.data[1:])
+
+
+def buffer(tensor):
+    return lambda model: model.register_buffer("made", tensor)
+
+
+class Extra(Dense):
+    def get_extra_state(self):
+        return {"a": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def without_gradients(model):
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (partial(Dense, windows), "'a' and 'b' share memory"),
+        (partial(Dense, interleaved), "'a' and 'b' share memory"),
+        (partial(Dense, tail), "'tail' .* share memory|share memory"),
+        (partial(Dense, buffer(torch.zeros(1).expand(100))), "elements of 'made' share memory"),
+        (partial(Dense, buffer(torch.zeros(3, 1).expand(3, 5))), "elements of 'made' share memory"),
+        (partial(Dense, buffer(torch.arange(12.0).as_strided((5, 4), (2, 1)))), "elements of 'made' share memory"),
+        (partial(Dense, buffer(torch.zeros(2, device="meta"))), "'made' must be a dense tensor with values"),
+        (partial(Dense, buffer(torch.eye(2).to_sparse())), "'made' must be a dense tensor with values"),
+        (Extra, "'_extra_state' of its state_dict is a dict"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "'1.weight' has no shape yet"),
+        (lambda: nn.Flatten(), "no parameter to train"),
+        (partial(Dense, without_gradients), "no parameter to train"),
+    ],
+    ids=range(12),
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_models_that_cannot_be_averaged_are_refused_at_the_start(process, model, sentence):
+    with pytest.raises(FedqError, match=sentence):
+        process(model=model)
+
+
+def test_dense_tensors_of_any_strides_are_taken(process, client):
+    def strided(model):
+        model.register_buffer("transposed", torch.zeros(4, 5).t())
+        model.register_buffer("nothing", torch.zeros(0, 3))
+        flat = torch.zeros(40)
+        model.register_buffer("left", flat[:20])
+        model.register_buffer("right", flat[20:])
+
+    averaging = process(model=partial(Dense, strided))
+    _, metrics = averaging.next(averaging.initialize(), [client(0)])
+    assert metrics["clients"] == 1
+
+
+class Keeps(Dense):
+    """Keeps a counter, a tensor, a generator and a list with a module outside its state_dict, and adds an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.total, self.layers = 0, torch.zeros(()), [self.first]
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        self.count += 1
+        self.total += 1
+        self.layers[0].uses = getattr(self.layers[0], "uses", 0) + 1
+        factor = 1 + 0.1 * (self.count + self.total + self.layers[0].uses + torch.rand((), generator=self.generator))
+        return super().forward(x) * factor
+
+
+def test_nothing_passes_from_one_client_to_the_next(process, client):
+    """Whichever client a worker trains first: the sum is the same, as its order follows the cohort."""
+
+    def backwards(function, items):
+        yield from reversed([function(item) for item in reversed(list(items))])
+
+    states = []
+    for order in (map, backwards):
+        averaging = process(model=Keeps, map=order)
+        states.append(averaging.next(averaging.initialize(), [client(number) for number in range(4)])[0].weights)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+class Writes(Dense):
+    """Writes to its input."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).mul_(3))
+
+
+def test_evaluation_and_training_leave_the_examples_alone(process, client):
+    own = client(0).load()
+    before = own.x.clone()
+    averaging = process(model=Writes)
+    state, _ = averaging.next(averaging.initialize(), [Client(0, lambda: own)])
+    losses = {averaging.evaluate(state, own)["loss"] for _ in range(3)}
+    assert len(losses) == 1
+    assert torch.equal(own.x, before)
+
+
+@pytest.mark.parametrize("value", [5, 2**40 + 1, 1_700_000_000_000_000_000, -(2**61), 2**61 + 12_345])
+def test_integers_have_an_exact_mean(process, client, value):
+    """Weights of 30 and 20: their products with such values are beyond int64."""
+
+    class Clock(Dense):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            if self.training:
+                self.clock.fill_(value if len(x) == 20 else value - 10)
+            return super().forward(x)
+
+    averaging = process(model=Clock)
+    # the last batches have 10 and 20 examples: (30 · (v − 10) + 20 · v) / 50 = v − 6
+    state, _ = averaging.next(averaging.initialize(), [client(0, 30), client(1, 20)])
+    assert int(state.weights["clock"]) == value - 6
+
+
+def test_a_change_of_integers_beyond_their_sum_is_refused(process, client):
+    class Clock(Dense):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("clock", torch.tensor(2**62))
+
+        def forward(self, x):
+            if self.training:
+                self.clock.fill_(-(2**62))
+            return super().forward(x)
+
+    averaging = process(model=Clock)
+    with pytest.raises(FedqError, match=r"'clock' changes by 2\^62 or more"):
+        averaging.next(averaging.initialize(), [client(0)])

@@ -1,4 +1,5 @@
 import copy
+import math
 import re
 import struct
 import zlib
@@ -13,6 +14,8 @@ from fedq.data import Client, Examples
 from fedq.encoding import (
     CABAC,
     AdaptiveEncodingStage,
+    Codec,
+    Encoded,
     EncodeError,
     Encoder,
     FixedWidth,
@@ -26,9 +29,10 @@ from fedq.encoding import (
     UniformQuantization,
     schema_of,
 )
+from fedq.encoding.message import pack, peek, repacked
 from fedq.errors import FedqError
-from fedq.learning import Diverged, LocalTraining, TooFewClients, evaluate
-from fedq.learning.client_side import _longest_first
+from fedq.learning import ClientFailure, Diverged, LocalTraining, TooFewClients, evaluate
+from fedq.learning.cohort import _longest_first
 from fedq.simulation.workers import Workers
 
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))
@@ -40,16 +44,17 @@ def same(a, b):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Records (key, message) of everything that is encoded."""
+    """Records (key, message) of all weights and updates that are encoded, not of reports."""
     messages = []
-    encode = StateDictEncoder.encode
+    encode = Codec.encode
 
     def recording(self, tensors, key, *args, **kwargs):
-        message, updates = encode(self, tensors, key, *args, **kwargs)
-        messages.append((key, message))
-        return message, updates
+        encoded = encode(self, tensors, key, *args, **kwargs)
+        if "report/loss" not in tensors:
+            messages.append((key, encoded.message))
+        return encoded
 
-    monkeypatch.setattr(StateDictEncoder, "encode", recording)
+    monkeypatch.setattr(Codec, "encode", recording)
     return messages
 
 
@@ -95,6 +100,100 @@ def test_bits_are_those_of_the_messages(process, client, sent):
     assert metrics["cumulative_aggregated_bits"] == state.aggregated_bits == 8 * sum(map(len, up)) // 3 * 5
 
 
+REPORT = 48 + 4 * 8  # the frame, a loss and three counts
+
+
+def test_bits_of_reports_are_counted_apart(process, client):
+    arrived = []
+
+    def network(message, key):
+        arrived.append((key.client, len(message)))
+        if key.client == 1:
+            raise ClientFailure("late", "it came late")
+        if key.client == 2:
+            raise ClientFailure("silent", "it crashed")
+        return message
+
+    averaging = process(network=network, min_clients=2)
+    state, metrics = averaging.next(averaging.initialize(), [client(number) for number in (0, 1, 2, 3, 4)])
+    message = metrics["broadcast_bits"] // 40
+    assert arrived == [
+        (0, message),
+        (0, REPORT),
+        (1, message),
+        (2, message),
+        *[(n, m) for n in (3, 4) for m in (message, REPORT)],
+    ]
+    # the late client's answer was sent
+    assert (metrics["aggregated_bits"], metrics["report_bits"]) == (4 * 8 * message, 4 * 8 * REPORT)
+    assert metrics["cumulative_reported_bits"] == state.reported_bits == 4 * 8 * REPORT
+    with pytest.raises(TooFewClients) as caught:
+        averaging.next(state, [client(0), client(1)])
+    assert caught.value.state.reported_bits == 6 * 8 * REPORT
+    state, metrics = averaging.next(caught.value.state, [client(0), client(3)])
+    assert (metrics["report_bits"], metrics["cumulative_reported_bits"]) == (2 * 8 * REPORT, 8 * 8 * REPORT)
+    assert state.reported_bits == 8 * 8 * REPORT
+
+
+def reporting(forge):
+    """A network that changes the report of client 1."""
+    return lambda message, key: forge(message, key) if key.client == 1 and len(message) == REPORT else message
+
+
+def claiming(loss=1.0, correct=3, seen=30, steps=2):
+    """Replaces a report by one of these numbers, right in form."""
+    return lambda message, key: pack([struct.pack("<dqqq", loss, correct, seen, steps)], peek(message)[0], key)
+
+
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        (lambda message, key: message[:60] + bytes([message[60] ^ 4]) + message[61:], "the checksum does not fit"),
+        (lambda message, key: message[:-1], "32 bytes of body, the message has 31"),
+        (lambda message, key: message + b"0", "32 bytes of body, the message has 33"),
+        (lambda message, key: b"", "a message has at least 48 bytes, this one 0"),
+        (lambda message, key: repacked(message, key._replace(round=7)), "round 7, client 1; expected seed 0, round 0"),
+        (
+            lambda message, key: repacked(message, key._replace(client=0)),
+            "client 0; expected seed 0, round 0, client 1",
+        ),
+        (lambda message, key: repacked(message, key._replace(seed=9)), "seed 9"),
+        (claiming(correct=31), "no training gives the report"),
+        (claiming(correct=-1), "no training gives the report"),
+        (claiming(steps=0), "no training gives the report"),
+        (claiming(steps=31), "no training gives the report"),
+        (claiming(correct=0, seen=0, steps=0), "no training gives the report"),
+        (claiming(correct=-5, seen=-3, steps=-4), "no training gives the report"),
+        (claiming(loss=math.nan), "tensor 'report/loss' cannot be decoded: a value is NaN or infinite"),
+        (claiming(loss=math.inf), "tensor 'report/loss' cannot be decoded: a value is NaN or infinite"),
+    ],
+    ids=range(15),
+)
+def test_a_report_that_no_client_sends_is_refused_with_its_update(process, client, caplog, forge, reason):
+    averaging, alone = process(network=reporting(forge)), process()
+    state, metrics = averaging.next(averaging.initialize(), [client(0), client(1)])
+    without, expected = alone.next(alone.initialize(), [client(0)])
+    assert same(state.weights, without.weights)
+    assert (metrics["clients"], metrics["clients_failed/refused"], metrics["uploads"]) == (1, 1, 2)
+    assert [metrics[f"train/{name}"] for name in ("loss", "accuracy")] == [
+        expected[f"train/{name}"] for name in ("loss", "accuracy")
+    ]
+    # its bytes were sent
+    for name in ("aggregated_bits", "report_bits"):
+        assert metrics[name] == 2 * expected[name]
+    assert "client 1 is left out: " in caplog.text and reason in caplog.text
+
+
+def test_a_clients_weight_does_not_follow_its_report(process, client):
+    honest, boasting = process(), process(network=reporting(claiming(30.0, 5, 10**6, 3)))
+    clients = [client(0), client(1)]
+    state, metrics = honest.next(honest.initialize(), clients)
+    other, claimed = boasting.next(boasting.initialize(), clients)
+    assert metrics["clients"] == claimed["clients"] == 2
+    assert claimed["train/accuracy"] < 0.01 < metrics["train/accuracy"]  # the report was read
+    assert same(state.weights, other.weights)
+
+
 def test_what_was_decoded_from_the_messages_is_what_trained_the_model(process, client, sent, monkeypatch):
     """Fails if either side used the original tensors: they differ from what the bytes hold."""
     started_from = []
@@ -111,10 +210,11 @@ def test_what_was_decoded_from_the_messages_is_what_trained_the_model(process, c
     state, _ = averaging.next(start, [client(number, n) for number, n in sizes.items()])
 
     messages = dict(sent)
-    received, _ = UINT8.decode(messages[Key(0, 0)], Key(0, 0), schema)
+    codec = UINT8.bind(schema)
+    received, _ = codec.decode(messages[Key(0, 0)], Key(0, 0))
     assert not same(received, start.weights)
     assert all(same(weights, received) for weights in started_from)
-    updates = {number: UINT8.decode(messages[Key(0, 0, number)], Key(0, 0, number), schema)[0] for number in sizes}
+    updates = {number: codec.decode(messages[Key(0, 0, number)], Key(0, 0, number)).tensors for number in sizes}
     for name, value in start.weights.items():
         mean = sum(updates[number][name].double() * n for number, n in sizes.items()) / sum(sizes.values())
         torch.testing.assert_close(state.weights[name], (value + mean).float(), rtol=1e-6, atol=1e-7)
@@ -125,17 +225,17 @@ def test_one_changed_symbol_changes_the_model(process, client, monkeypatch, dire
     averaging = process(broadcast=UINT8, upload=UINT8)
     start = averaging.initialize()
     clean, _ = averaging.next(start, [client(0), client(1)])
-    encode = StateDictEncoder.encode
+    encode = Codec.encode
 
     def tampering(self, tensors, key, *args, **kwargs):
-        message, updates = encode(self, tensors, key, *args, **kwargs)
-        if (key.client == 1) == (direction == "upload"):
+        message, reports = encode(self, tensors, key, *args, **kwargs)
+        if tensors.keys() == start.weights.keys() and (key.client == 1) == (direction == "upload"):
             body = bytearray(message[:-4])
             body[44 + 8 + 1000] ^= 0x80  # a symbol of the first tensor, behind its minimum and maximum
             message = bytes(body) + struct.pack("<I", zlib.crc32(body))
-        return message, updates
+        return Encoded(message, reports)
 
-    monkeypatch.setattr(StateDictEncoder, "encode", tampering)
+    monkeypatch.setattr(Codec, "encode", tampering)
     tampered, metrics = averaging.next(start, [client(0), client(1)])
     assert metrics["clients_failed"] == 0
     changed = clean.weights["big.weight"] != tampered.weights["big.weight"]
@@ -225,14 +325,15 @@ def test_a_client_with_one_example_takes_part(process, client):
 
 def test_a_damaged_message_is_counted_and_left_out(process, client, monkeypatch):
     averaging = process()
-    encode = StateDictEncoder.encode
+    encode = Codec.encode
 
     def damaging(self, tensors, key, *args, **kwargs):
-        message, updates = encode(self, tensors, key, *args, **kwargs)
-        return (message[:-5] + b"\x00" + message[-4:] if key.client == 1 else message), updates
+        message, reports = encode(self, tensors, key, *args, **kwargs)
+        damaged = key.client == 1 and "big.weight" in tensors
+        return Encoded(message[:-5] + b"\x00" + message[-4:] if damaged else message, reports)
 
     clean, _ = averaging.next(averaging.initialize(), [client(0)])
-    monkeypatch.setattr(StateDictEncoder, "encode", damaging)
+    monkeypatch.setattr(Codec, "encode", damaging)
     state, metrics = averaging.next(averaging.initialize(), [client(0), client(1)])
     assert same(state.weights, clean.weights)
     assert (metrics["clients_failed"], metrics["uploads"]) == (1, 2)  # its bytes were sent
@@ -241,25 +342,25 @@ def test_a_damaged_message_is_counted_and_left_out(process, client, monkeypatch)
 def test_an_update_beyond_float32_is_its_clients_and_not_the_runs(process, client, monkeypatch, caplog):
     """3e38 is a number, but times the client's 30 examples it is none."""
     averaging = process()
-    encode = StateDictEncoder.encode
+    encode = Codec.encode
 
     def huge(self, tensors, key, *args, **kwargs):
-        if key.client == 1:
+        if key.client == 1 and "small.bias" in tensors:
             tensors = {**tensors, "small.bias": torch.full((10,), 3e38)}
         return encode(self, tensors, key, *args, **kwargs)
 
     clean, _ = averaging.next(averaging.initialize(), [client(0)])
-    monkeypatch.setattr(StateDictEncoder, "encode", huge)
+    monkeypatch.setattr(Codec, "encode", huge)
     state, metrics = averaging.next(averaging.initialize(), [client(0), client(1)])
     assert same(state.weights, clean.weights)
     assert (metrics["clients_failed/refused"], metrics["uploads"]) == (1, 2)
-    assert "client 1 is left out: tensor 'small.bias' times 30 examples is beyond torch.float32" in caplog.text
+    assert "client 1 is left out: tensor 'small.bias' times 30 overflows torch.float32" in caplog.text
 
 
 def test_too_few_clients_are_an_error_that_says_why(process, client):
     averaging = process(min_clients=2)
     with pytest.raises(
-        TooFewClients, match=r"round 0: 1 of 2 clients .* at least 2 must; client 9: it has no examples"
+        TooFewClients, match=r"round 1: 1 of 2 clients .* at least 2 must; client 9: it has no examples"
     ):
         averaging.next(averaging.initialize(), [client(0), failing(9, EMPTY)])
     with pytest.raises(TooFewClients, match="0 of 0"):
@@ -270,7 +371,7 @@ def test_weights_that_are_no_numbers_are_not_sent(process, client):
     averaging = process()
     state = averaging.initialize()
     weights = state.weights | {"big.bias": torch.full((16,), float("inf"))}
-    with pytest.raises(Diverged, match=r"round 0: tensor 'big.bias' holds NaN or infinity"):
+    with pytest.raises(Diverged, match=r"round 1: tensor 'big.bias' holds NaN or infinity"):
         averaging.next(replace(state, weights=weights), [client(0)])
 
 
@@ -279,7 +380,7 @@ def test_another_rounds_message_is_refused(process, client, sent):
     state, _ = averaging.next(averaging.initialize(), [client(0)])
     key, message = sent[1]
     with pytest.raises(MessageError, match="round 0, client 0; expected seed 0, round 1, client 0"):
-        StateDictEncoder().decode(message, key._replace(round=1), schema_of(state.weights))
+        StateDictEncoder().bind(schema_of(state.weights)).decode(message, key._replace(round=1))
 
 
 def test_evaluation_is_the_mean_over_all_examples(process, client, tiny):
@@ -329,17 +430,18 @@ def test_an_adaptive_stage_learns_over_rounds_and_its_bytes_are_counted(process,
     assert metrics["aggregated_bits"] - plain_metrics["aggregated_bits"] == 2 * 32
     for name, value in state.weights.items():
         torch.testing.assert_close(adapted.weights[name], value, atol=1e-5, rtol=1e-5)
-    own = adapted.upload["big.weight"][0]
-    assert float(own["n"]) == 2.0
-    assert 0 < float(own["largest"]) < 1
-    assert float(adapted.broadcast["big.weight"][0]["n"]) == 2.0
+    assert float(adapted.upload["big.weight/0/n"]) == 2.0
+    assert 0 < float(adapted.upload["big.weight/0/largest"]) < 1
+    assert float(adapted.broadcast["big.weight/0/n"]) == 2.0
     again, _ = learning.next(adapted, [client(2)])
-    assert float(again.upload["big.weight"][0]["n"]) == 3.0
+    assert float(again.upload["big.weight/0/n"]) == 3.0
 
 
 def test_errors_of_encoding_name_the_tensor():
     with pytest.raises(EncodeError, match=r"tensor 'w' holds NaN"):
-        StateDictEncoder().encode({"w": torch.tensor([1.0, float("nan")])}, Key(0))
+        StateDictEncoder().bind({"w": TensorSpec((2,), torch.float32)}).encode(
+            {"w": torch.tensor([1.0, float("nan")])}, Key(0)
+        )
 
 
 def test_of_each_few_clients_the_largest_start_first_and_keep_their_places():
@@ -366,19 +468,20 @@ def test_clients_train_on_the_initial_weights_and_the_decoded_difference(process
     averaging = process(broadcast=FROM_INITIAL, upload=DIFFERENCES, seed=3)
     state = averaging.initialize()
     start, schema = {k: v.clone() for k, v in state.weights.items()}, schema_of(state.weights)
+    from_initial, alone = FROM_INITIAL.bind(schema), DIFFERENCES.bind(schema)
     for number in range(3):
         before = {k: v.clone() for k, v in state.weights.items()}
         sent.clear(), started_from.clear()
         state, metrics = averaging.next(state, [client(i) for i in range(2)])
         (key, message), *_ = sent
         assert metrics["broadcast_bits"] == 8 * len(message) * 2
-        received, _ = FROM_INITIAL.decode(message, key, schema, reference=start)
+        received, _ = from_initial.decode(message, key, reference=start)
         assert all(same(weights, received) for weights in started_from) and len(started_from) == 2
         # the same bytes by hand: the difference, alone
         difference = {k: before[k] - start[k] if v.numel() > 100 else before[k] for k, v in before.items()}
-        own, _ = DIFFERENCES.encode(difference, key)
+        own, _ = alone.encode(difference, key)
         assert own[44:-4] == message[44:-4]
-        decoded, _ = DIFFERENCES.decode(own, key, schema)
+        decoded, _ = alone.decode(own, key)
         for name, value in received.items():
             expected = start[name] + decoded[name] if value.numel() > 100 else before[name]
             assert torch.equal(value, expected)
@@ -416,7 +519,9 @@ def test_references_that_there_are_not_are_refused_at_once(process):
 @pytest.mark.parametrize("rules", [{"dnse*": Encoder()}, {"*": Encoder(), "dense2.bias": Encoder()}], ids=str)
 def test_a_rule_that_no_tensor_follows_is_refused(process, rules):
     """Else what is measured is not what was meant."""
-    with pytest.raises(FedqError, match=rf"encoder\.upload\.rules: no tensor follows '{re.escape([*rules][-1])}': it"):
+    with pytest.raises(
+        FedqError, match=rf"encoder\.upload\.rules: no tensor follows '{re.escape([*rules][-1])}': no name fits it"
+    ):
         process(upload=StateDictEncoder(rules=rules))
 
 
@@ -429,3 +534,11 @@ def test_a_clients_weight_is_what_it_trains_on(process, client):
     both = averaging.next(state, [few, many])[0].weights
     for name, value in both.items():
         torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
+
+
+def test_clients_that_fail_alike_are_one_line(process, client, caplog):
+    averaging = process(network=lambda message, key: message[:-1] if key.client else message)
+    averaging.next(averaging.initialize(), [client(i) for i in range(4)])
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("round 1: client 1 and 2 more are left out: the header says")

@@ -171,7 +171,7 @@ def test_a_dataset_that_draws_from_a_generator_of_all_threads_is_refused(process
         return Examples(x + 0.1 * noise(), y)
 
     averaging = process()
-    with pytest.raises(FedqError, match=f"or the dataset while it is read, from {whose}'s generator"):
+    with pytest.raises(FedqError, match=f"or the dataset draws while it is read. The generator is {whose}'s,"):
         averaging.next(averaging.initialize(), [replace(client(0), load=load)])
 
 

@@ -17,7 +17,8 @@ from fedq.encoding import (
     UniformQuantization,
 )
 from fedq.errors import FedqError
-from fedq.learning import LocalTraining, client_side
+from fedq.learning import LocalTraining
+from fedq.learning import client as client_half
 from fedq.learning.local_training import update_of
 
 UPLOADS = {
@@ -39,7 +40,7 @@ def losses(process, client, upload, structured, rounds=1, parts=None, **settings
         return update_of(trained, received)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_side, "update_of", recording)
+        patch.setattr(client_half, "update_of", recording)
         state, found = averaging.initialize(), []
         for number in range(rounds):
             cohort = [client(i) for i in range(3)]
@@ -47,12 +48,12 @@ def losses(process, client, upload, structured, rounds=1, parts=None, **settings
             assert metrics["clients_failed"] == 0
             found.append(metrics["train/loss"])
             for i, update in enumerate(lost[-3:]):
-                upload, params = averaging.upload, averaging.upload.params(averaging._schema, state.upload)
-                key = Key(0, number, i)
-                decoded, _ = upload.decode(upload.encode(update, key, params)[0], key, averaging._schema, params)
+                codec, key = averaging.protocol.weights.upload, Key(0, number, i)
+                params = codec.adaptation.params(state.upload)
+                decoded, _ = codec.decode(codec.encode(update, key, params).message, key, params)
                 lost[-3 + i] = max(
                     float((decoded[n] - update[n]).norm() / update[n].norm().clamp(min=1e-30))
-                    for n in averaging._parameters  # of a small one the mask may leave nothing
+                    for n in averaging.protocol.parameters  # of a small one the mask may leave nothing
                 )
             state = after
     return found, lost

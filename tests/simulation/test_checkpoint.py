@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import os
 import zipfile
 from functools import partial
@@ -7,13 +8,14 @@ import pytest
 import torch
 from noise import RUN, Noise, make_process
 
+from fedq.config import ConfigError
 from fedq.encoding import Encoder, PowerSGD, StateDictEncoder
-from fedq.encoding.state_dict import flatten
 from fedq.learning import FederatedAveraging, LocalTraining, ServerState
 from fedq.models import MLP
 from fedq.simulation import checkpoint
 from fedq.simulation.checkpoint import CheckpointError
 from fedq.simulation.loop import rounds
+from fedq.simulation.run import check_form
 
 CONFIG = {"run": {"seed": 3, "rounds": 5}, "client": {"lr": 0.1}}
 
@@ -45,14 +47,15 @@ def test_no_field_of_a_state_is_left_out(tmp_path):
     values = {
         "weights": tensors,
         "optimizer": {"a": 1},
-        "broadcast": {"w": {0: tensors}},
-        "upload": {"w": {1: tensors}},
+        "broadcast": {"w/0/a": torch.tensor(2)},
+        "upload": {"w/1/a": torch.tensor(3)},
     }
     values |= {
         "residual": {"w": torch.ones(3)},
+        "groups": {"*control/w": torch.full((3,), 4.0)},
         "received": {"w": torch.zeros(3)},
-        "lengths": (5, 6),
-        "holders": {7: 8},
+        "kept": (torch.tensor([5, 6], dtype=torch.uint8), torch.tensor([7], dtype=torch.uint8)),
+        "last_received": {7: 8},
     }
     names = [field.name for field in dataclasses.fields(ServerState)]
     numbers = {name: 10 + i for i, name in enumerate(names) if name not in values}
@@ -74,7 +77,7 @@ def test_what_the_encoders_have_learnt_is_in_a_checkpoint(tmp_path):
     states = [state for state, _ in rounds(process, process.initialize(), dataset, RUN)]
     loaded, _ = checkpoint.load(checkpoint.save(states[2], CONFIG, tmp_path, 2))
     for direction in ("broadcast", "upload"):
-        start, kept, found = (flatten(getattr(s, direction)) for s in (process.initialize(), states[2], loaded))
+        start, kept, found = (getattr(s, direction) for s in (process.initialize(), states[2], loaded))
         assert kept.keys() == found.keys() == start.keys()
         assert len(kept) == 3  # the layers above the threshold
         for path, value in kept.items():
@@ -83,7 +86,7 @@ def test_what_the_encoders_have_learnt_is_in_a_checkpoint(tmp_path):
             assert not torch.equal(value, start[path])
     *_, (last, _) = rounds(learning(), loaded, dataset, RUN)
     assert all(torch.equal(value, last.weights[name]) for name, value in states[4].weights.items())
-    assert all(torch.equal(value, flatten(last.upload)[path]) for path, value in flatten(states[4].upload).items())
+    assert all(torch.equal(value, last.upload[path]) for path, value in states[4].upload.items())
 
 
 def test_the_last_checkpoints_are_kept_and_no_half_written_one(tmp_path, monkeypatch):
@@ -116,8 +119,18 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"round": "3"}, {"optimizer": 5}, {"weights": [1]}, {"holders": []}, {"norm": None}, {"config": 7}],
-    ids=lambda change: next(iter(change)),
+    [
+        *({"round": wrong} for wrong in ("3", -1, True, 1.0, 2**40)),
+        *({"weights": wrong} for wrong in ([1], {"w": 1}, {1: torch.ones(2)}, {"w": torch.eye(2).to_sparse()})),
+        *({"upload": wrong} for wrong in (5, {"w": {"0": {}}}, {"w": 1}, {1: torch.ones(2)})),
+        *({"last_received": wrong} for wrong in ([], {"7": 8}, {7: -8})),
+        *({"norm": wrong} for wrong in (None, math.nan, math.inf, -1.0)),
+        {"optimizer": 5},
+        {"kept": (5, "6")},
+        {"repeats": 2**32},
+        {"config": 7},
+    ],
+    ids=str,
 )
 def test_what_is_of_another_type_is_not_a_checkpoint(change, tmp_path):
     whole = {field.name: getattr(some_states()[0], field.name) for field in dataclasses.fields(ServerState)} | {
@@ -126,7 +139,25 @@ def test_what_is_of_another_type_is_not_a_checkpoint(change, tmp_path):
     torch.save(whole, tmp_path / "round_000001.pt")
     assert checkpoint.load(tmp_path / "round_000001.pt")[1] == CONFIG
     torch.save(whole | change, tmp_path / "round_000001.pt")
-    with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: it is not one of this program's"):
+    with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: (it is not one of|Validating sparse)"):
+        checkpoint.load(tmp_path / "round_000001.pt")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed_or_refused_in_a_sentence(tmp_path):
+    """Of commit 1c20104: adaptive state by tensor and place, and of the broadcasts only their lengths."""
+    after = some_states()[0]
+    plain = {name: getattr(after, name) for name in ("round", "weights", "optimizer", "broadcasted_bits", "norm")}
+    nested = {"broadcast": {"w": {0: {"a": torch.ones(2)}}, "v.w": {}}, "upload": {"w": {1: {"b": torch.zeros(1)}}}}
+    old = plain | nested | {"residual": {}, "received": {}, "lengths": (), "holders": {}, "config": CONFIG}
+    torch.save(old, tmp_path / "round_000001.pt")
+    loaded, _ = checkpoint.load(tmp_path / "round_000001.pt")
+    assert {path: value.tolist() for path, value in loaded.broadcast.items()} == {"w/0/a": [1, 1]}
+    assert {path: value.tolist() for path, value in loaded.upload.items()} == {"w/1/b": [0]}
+    assert torch.equal(loaded.weights["w"], after.weights["w"]) and loaded.reported_bits == 0
+    torch.save(old | {"lengths": (5, 6), "holders": {7: 8}}, tmp_path / "round_000001.pt")
+    with pytest.raises(
+        CheckpointError, match=r"round_000001.pt cannot be used: .* without the broadcasts that reference"
+    ):
         checkpoint.load(tmp_path / "round_000001.pt")
 
 
@@ -134,6 +165,22 @@ def some_states() -> list[ServerState]:
     """Those after each of five rounds, of a model so small that a file is soon read and written."""
     w, n = torch.arange(30.0), range(1, 6)
     return [ServerState(i, {"w": i * w}, {"state": {0: {"momentum_buffer": w - i}}}, {}, {}, 10 * i, i) for i in n]
+
+
+def test_a_state_of_another_optimizer_is_refused(tmp_path):
+    process = make_process()
+    *_, (state, _) = rounds(process, process.initialize(), Noise(), dataclasses.replace(RUN, rounds=2))
+    check_form(process, state, tmp_path)
+    short = {"momentum_buffer": torch.ones(3)}
+    for forged in (
+        {"a": 1},
+        {"state": {}, "param_groups": []},
+        state.optimizer | {"state": 5},
+        state.optimizer | {"state": state.optimizer["state"] | {0: short}},
+    ):
+        sentence = f"{tmp_path}: its checkpoint holds another state of the server optimizer: "
+        with pytest.raises(ConfigError, match=sentence):
+            check_form(process, dataclasses.replace(state, optimizer=forged), tmp_path)
 
 
 def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
@@ -153,6 +200,13 @@ def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
             assert states_equal(loaded, state)
             assert config == CONFIG
     assert refused > 180  # much of so small a file are its dates and the like
+    entry = 0
+    while (entry := whole.find(b"PK\x01\x02", entry + 1)) > 0:
+        damaged = bytearray(whole)
+        damaged[entry + 38] ^= 16  # a folder: torch would leave the tensor's memory as it was
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is marked as a folder"):
+            checkpoint.load(path)
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError):
@@ -168,9 +222,9 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     state, its_folder = checkpoint.resume("auto", tmp_path, CONFIG)
     assert (state.round, its_folder) == (2, tmp_path)
     assert str(newest) in caplog.text
-    assert checkpoint.serials(folder) == [2, 1]
+    assert checkpoint.attempts(folder) == [2, 1]
     # the run that goes on does away with the damaged one, and not with what it stands on
-    (folder / "round_000099.tmp").write_bytes(b"half a checkpoint")
+    (folder / f"round_000099.pt.{'0a' * 16}.tmp").write_bytes(b"half a checkpoint")
     checkpoint.save(states[1], CONFIG, folder, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["round_000001.pt", "round_000002.pt"]
     for path in folder.iterdir():

@@ -9,14 +9,24 @@ import torch
 from noise import RUN, Noise
 
 from fedq.data import Client, Examples
-from fedq.encoding import ANS, Encoder, FixedWidth, Key, MessageError, StateDictEncoder, TopK, UniformQuantization
-from fedq.encoding.state_dict import schema_of
+from fedq.encoding import (
+    ANS,
+    Encoder,
+    FixedWidth,
+    Key,
+    MessageError,
+    StateDictEncoder,
+    TopK,
+    UniformQuantization,
+    schema_of,
+)
 from fedq.learning import ClientFailure, FederatedAveraging, LocalTraining, TooFewClients
 from fedq.models import MLP
 from fedq.simulation.faults import Faults
 from fedq.simulation.loop import cohort, rounds
 from fedq.tracking.summary import Summary
 
+REPORT = 48 + 4 * 8  # bytes of a report: the frame, a loss and three counts
 KINDS = [field.name for field in fields(Faults)]
 CHAINS = {
     "float32": Encoder(),
@@ -50,16 +60,17 @@ def test_probabilities_must_be_some(wrong):
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("kind", ["nan", "damaged", "replayed"])
 def test_what_a_faulty_client_sends_is_always_refused(chain, kind):
-    encoder, faults = StateDictEncoder(CHAINS[chain], 50), Faults(**{kind: 1.0})
+    faults = Faults(**{kind: 1.0})
     generator = torch.Generator().manual_seed(0)
     update = {"w": torch.randn(20, 10, generator=generator), "b": torch.randn(10, generator=generator)}
+    codec = StateDictEncoder(CHAINS[chain], 50).bind(schema_of(update))
     for i in range(500 if kind == "damaged" else 100):
-        message, _ = encoder.encode(update, key(i))
+        message, _ = codec.encode(update, key(i))
         received = faults.uplink(message, key(i))
         assert received != message
         reason = {"nan": "NaN", "damaged": " ", "replayed": "round"}[kind]
         with pytest.raises(MessageError, match=reason):
-            encoder.decode(received, key(i), schema_of(update))
+            codec.decode(received, key(i))
 
 
 def test_who_is_absent_or_crashes_or_is_late_sends_nothing():
@@ -88,7 +99,7 @@ def run(faults: Faults, clients=None, min_clients: int = 1, **changes):
         LocalTraining(lr=0.1),
         partial(torch.optim.SGD, lr=1.0),
         seed=RUN.seed,
-        uplink=faults.uplink,
+        network=faults.uplink,
         min_clients=min_clients,
     )
     config = replace(FAULTY, min_clients=min_clients, **changes)
@@ -112,12 +123,14 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
             "refused": drawn["nan"] + drawn["damaged"] + drawn["replayed"],
             "outlier": 0,
             "unable": 0,
+            "lost": 0,
         }
         assert {kind: metrics[f"clients_failed/{kind}"] for kind in kinds} == kinds
         assert metrics["clients"] == drawn[None] == 8 - metrics["clients_failed"]
         # what was sent is counted, whatever became of it
         assert metrics["uploads"] == 8 - drawn["absent"] - drawn["crash"]
         assert metrics["aggregated_bits"] == metrics["uploads"] * metrics["broadcast_bits"] // 8  # all float32
+        assert metrics["report_bits"] == metrics["uploads"] * 8 * REPORT
     assert len(seen) >= 5  # the seed makes most of them happen
 
     # the very same model as that of a run in which those clients were never drawn
@@ -144,6 +157,8 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
     for _, metrics in outcome:  # the bits of a cohort in vain are the round's too
         assert metrics["broadcast_bits"] == message * 8 * (metrics["repeats"] + 1)
     assert sum(metrics["aggregated_bits"] for _, metrics in outcome) == outcome[-1][0].aggregated_bits
+    assert sum(metrics["report_bits"] for _, metrics in outcome) == outcome[-1][0].reported_bits
+    assert all(metrics["report_bits"] == metrics["uploads"] * 8 * REPORT for _, metrics in outcome)
     # and so are those who failed in it, and its time
     drops = [sum(faults.drawn(Key(3, s, int(n))) == "absent" for n in cohort(3, s, 40, 8)) for s in range(40)]
     ends = [-1, *serials]

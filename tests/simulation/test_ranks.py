@@ -18,18 +18,18 @@ from fedq.encoding import (
     Encoder,
     FixedWidth,
     HadamardRotation,
-    Key,
     PowerSGD,
     ScaledSign,
     StateDictEncoder,
     UniformQuantization,
 )
-from fedq.learning import FederatedAveraging, FederatedDropout, LocalTraining, Task
+from fedq.learning import ErrorFeedback, FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
+from fedq.learning.error_feedback import Direction
 from fedq.learning.guard import NormGuard
 from fedq.models import MLP
 from fedq.simulation import ranks as ranks_module
-from fedq.simulation.client_state_files import Residuals
+from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.ranks import RankLost, Ranks, split
 from fedq.simulation.stopping import Stopping
 from fedq.simulation.workers import Workers
@@ -49,11 +49,11 @@ def make_client(number: int) -> Client:
 
 
 def make_process(
-    upload: StateDictEncoder, workers: Workers, residuals: Residuals, dropout: FederatedDropout | None = None
+    upload: Direction, workers: Workers, store: ClientStateFiles, dropout: FederatedDropout | None = None
 ) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
     broadcast = learning() if dropout else ROTATED  # with dropout clients' ranks encode broadcasts, and report
-    if upload.error_feedback:  # clients that keep what they did not tell keep what they were told, too
+    if isinstance(upload, ErrorFeedback):  # clients that keep what they did not tell keep what they were told, too
         broadcast = replace(ROTATED, reference="last")
     return FederatedAveraging(
         partial(MLP, 10),
@@ -63,7 +63,7 @@ def make_process(
         upload,
         seed=5,
         map=workers.map,
-        residuals=residuals,
+        store=store,
         submodel=dropout,
         guard=NormGuard("clip", multiple=1.0),  # about half of all, from the second round on
     )
@@ -73,9 +73,9 @@ def learning() -> StateDictEncoder:
     return StateDictEncoder(Encoder([PowerSGD(2)]), 1000)  # reports of its clients are added up
 
 
-def feeding_back() -> StateDictEncoder:
+def feeding_back() -> ErrorFeedback:
     chain = Encoder([HadamardRotation(), ScaledSign()], FixedWidth())
-    return StateDictEncoder(chain, 1000, error_feedback=True)
+    return ErrorFeedback(StateDictEncoder(chain, 1000))
 
 
 def run(
@@ -83,7 +83,7 @@ def run(
     size: int,
     workers: int,
     port: int,
-    upload: StateDictEncoder,
+    upload: Direction,
     folder: Path,
     queue,
     rounds: int = 3,
@@ -91,13 +91,13 @@ def run(
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with Ranks(Stopping()) as ranks, Workers(workers) as pool:
-        residuals = Residuals(folder, 5, 10**6, shared=size > 1)
-        process = make_process(upload, pool, residuals, dropout)
+        store = ClientStateFiles(folder, 5, 10**6, shared=size > 1)
+        process = make_process(upload, pool, store, dropout)
         if rank:
-            for order, message in ranks.listen():
-                ranks.contribute_to(order, message, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
+            for order in ranks.listen():
+                ranks.contribute_to(order, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
             return
-        residuals.begin(0)
+        store.resume(0)
         state = process.initialize()
         clients = [make_client(number) for number in range(len(SIZES))]
         for _ in range(rounds):
@@ -105,7 +105,7 @@ def run(
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
-        queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits))
+        queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits, state.reported_bits))
 
 
 def free_port() -> int:
@@ -195,21 +195,21 @@ def fail(rank: int, port: int, folder: Path, queue) -> None:
     """Rank 0 alone fails in a round, where rank 1 waits for it; how long each then lives goes to the queue."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
-    def contribute(task, clients):
+    def contribute(broadcast, clients):
         raise OSError("a file is damaged")
 
     try:
         with Ranks(Stopping()) as ranks:
             if rank:
-                process = make_process(StateDictEncoder(), Workers(1), Residuals(folder, 5, 10**6, shared=True))
-                for order, message in ranks.listen():
-                    ranks.contribute_to(order, message, process.contribute, lambda _, n: [*map(make_client, n)])
-            process = make_process(StateDictEncoder(), Workers(1), Residuals(folder, 5, 10**6, shared=True))
-            message, _ = process.broadcast.encode(process.initialize().weights, Key(5))
+                process = make_process(StateDictEncoder(), Workers(1), ClientStateFiles(folder, 5, 10**6, shared=True))
+                for order in ranks.listen():
+                    ranks.contribute_to(order, process.contribute, lambda _, n: [*map(make_client, n)])
+            process = make_process(StateDictEncoder(), Workers(1), ClientStateFiles(folder, 5, 10**6, shared=True))
+            broadcast, _ = process.downlink.open(process.initialize(), range(4))
             started = time.monotonic()
             assert not ranks.apart
             try:
-                ranks.gather(contribute, Task(0, message, 0.0), [make_client(number) for number in range(4)])
+                ranks.gather(contribute, broadcast, [make_client(number) for number in range(4)])
             finally:
                 queue.put((ranks.apart, started))
     except OSError:

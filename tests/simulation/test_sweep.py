@@ -132,6 +132,28 @@ def test_a_folder_of_another_sweep_is_left_as_it_is(tmp_path):
     assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("foreign", ["{}", "[]", "not json", '{"status": "failed"}', '{"status": "completed"}'])
+def test_foreign_files_below_a_sweep_hide_no_failed_job(tmp_path, foreign):
+    (tmp_path / "sweep" / "other").mkdir(parents=True)
+    (tmp_path / "sweep" / "other" / "summary.json").write_text(foreign)
+    (tmp_path / "sweep" / ".jobs").mkdir()
+    (tmp_path / "sweep" / ".jobs" / "7").write_text(f"{tmp_path}/sweep/other")  # of an earlier sweep in this folder
+    command = ("-m", *SHORT, "run.rounds=1", "run.clients_per_round=50", f"hydra.sweep.dir={tmp_path}/sweep")
+    done = fedq(tmp_path, *command, code=1)
+    listed = done.stderr[done.stderr.index("these jobs of the sweep failed") :].splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in listed] == [f"{tmp_path}/sweep/0"]
+
+
+def test_a_sweep_in_a_folder_with_older_runs_speaks_of_its_own_jobs(tmp_path):
+    fedq(tmp_path, *SHORT, "run.clients_per_round=50", "hydra.run.dir=outputs/failed", code=1)
+    fedq(tmp_path, *SHORT, "run.clients_per_round=1", "encoder=sign", "hydra.run.dir=outputs/cheap")
+    seeds = ("run.seed=0,1", "run.accuracy_floor=0")
+    done = fedq(tmp_path, "-m", *SHORT, *seeds, "hydra.sweep.dir=outputs/")
+    (answer,) = (line for line in done.stdout.splitlines() if line.startswith("fewest bits"))
+    assert f" in {tmp_path}/outputs/" in answer
+    assert "cheap" not in answer
+
+
 def test_a_run_that_its_launcher_ends_is_interrupted(tmp_path):
     with pytest.raises(SystemExit), Summary(tmp_path):
         sys.exit(-1)  # as submitit does once a job is back in the queue
@@ -169,14 +191,14 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
     command += ["run.rounds=40", "run.evaluate_every=20", "run.checkpoint_every=1000", "hydra.sweep.dir=sweep"]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
         log = tmp_path / "log_0"
-        while not (log.exists() and "round 5 " in log.read_text()):
+        while not (log.exists() and "round 5: " in log.read_text()):
             assert running.poll() is None, running.stdout.read()
             time.sleep(0.01)
         os.kill(int((tmp_path / "pid_0").read_text()), signal.SIGUSR2)  # as Slurm does before it stops a job
         output = running.stdout.read().decode()
     assert running.returncode == 0, output
-    assert int(log.read_text().split("going on after ")[1].split()[0]) >= 5
-    assert "going on after " not in (tmp_path / "log_1").read_text()
+    assert int(log.read_text().split("resumed after ")[1].split()[0]) >= 5
+    assert "resumed after " not in (tmp_path / "log_1").read_text()
     assert_same_run(tmp_path / "sweep" / "0", tmp_path / "sweep" / "1")
     runs = folders_and_summaries(tmp_path / "sweep")
     assert [runs[name]["status"] for name in ("0", "1")] == ["completed"] * 2
@@ -185,7 +207,7 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
 
 
 def test_a_summary_of_what_never_started_is_nobodys(tmp_path):
-    """So a sweep given again tells again of a job that is refused, and goes on."""
+    """So a sweep that is given again reports the refused job again, and continues."""
     for _ in range(2):
         with pytest.raises(ValueError, match="refused"), Summary(tmp_path) as own:
             raise ValueError("refused")

@@ -1,9 +1,9 @@
 """Asymmetric numeral systems.
 
-Four states of 32 bits take turns (Giesen 2014) and move 16 bits at a time through one stream; division is a
-multiplication by an exact reciprocal, and no step branches on a symbol. Measured on 1,605,632 symbols of 8 bits from a
-rounded normal law, all in one run and one thread of a shared core, where a copy of as many float32 took 0.28 ms (M
-symbols/s to encode, to decode; bytes above the empirical entropy, tables included):
+Four states of 32 bits take turns (Giesen 2014) and move 16 bits at a time through one stream. A multiplication by an
+exact reciprocal replaces the division, and no step branches on a symbol. The table holds million symbols a second and
+the bytes above the empirical entropy, tables included. It was measured on 1,605,632 symbols of 8 bits from a rounded
+normal law, in one run and one thread of a shared core; a copy of as many float32 took 0.28 ms.
 
     σ = 25, 6.69 bits a symbol          encode  decode
     ANS()                                  150     320  +0.07 %
@@ -16,11 +16,13 @@ symbols/s to encode, to decode; bytes above the empirical entropy, tables includ
     constriction 0.5, the law given        160      34  +0.00 %
     zlib, Huffman only                      72     228  +0.52 %
 
-All loops are compiled by numba on their first use, which takes some 10 seconds, once a machine: it keeps them.
-
-Format, little-endian: the window (first token that occurs, uint16; how many more up to the last, uint16); the table,
-or what else the model needs; the centre where symbols are split (int32, see tokens.py); four states (uint32); words
-(uint16); the split symbols' low bits. A tensor without elements has no bytes.
+Format, little-endian:
+- the window: the first token that occurs (uint16), and the distance to the last one (uint16);
+- the table, or the model's parameters;
+- the centre if symbols are split (int32, see tokens.py);
+- four states (uint32) and words (uint16);
+- the low bits of split symbols.
+A tensor without elements has no bytes.
 """
 
 import struct
@@ -30,88 +32,87 @@ from typing import Literal
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
-from fedq.encoding.coders import models
-from fedq.encoding.coders import tokens as shared
+from fedq.encoding.coders import models, tokens
 from fedq.encoding.coders.coder import Buffer, Coder
 from fedq.encoding.schema import TensorSpec
+from fedq.errors import check_choice
 
 _BITS = struct.Struct("B")
 _STATES = struct.Struct("<4I")
-_LOW = 1 << 16  # the least state, and the one that the last symbol must lead to
+_LOW = 1 << 16  # the least state; decoding must end in it
 _CHOICES = (10, 12, 14, 16)  # bits of the sum of a table's frequencies
 _BLOCK = 1 << 16
 
+Model = Literal["empirical", "normal", "laplace", "student", "adaptive"]
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]
-"""Tokens, and the frequencies of all tokens that they are coded with."""
+"""Pairs: tokens, and the frequencies of the whole alphabet that code them."""
 
 
 @dataclass(frozen=True)
 class ANS(Coder):
     """Range asymmetric numeral systems (Duda 2013): as short as the entropy, for any integers of 32 bits.
 
-    Takes symbols of any number of levels, or none, in any integer dtype; up to 4,096 levels each is coded as it is.
+    Takes symbols of any number of levels, or none, in any integer dtype. Up to 4,096 levels, each symbol is a token.
 
-    model: where the frequencies come from.
-    "empirical": from a table in the message, as coarse as pays; some 30 to 250 bytes for 256 symbols. Within 1 % of
-    the empirical entropy on a million symbols; worst where hundreds of symbols are rarer than 1 in 65,536 each.
-    "normal", "laplace", "student": from the law of that family that fits best, 7 bytes (see models.py). Above the
-    entropy by the distance of that law from the symbols; every symbol stays codable.
-    "adaptive": from the symbols already coded, block by block, each twice as large as the one before up to 65,536
-    symbols; nothing travels but the window. It loses what it has to learn, about 5 bits a symbol that occurs and
-    change of the law, and gains where the law drifts.
+    model: the source of the frequencies.
+        "empirical": a table in the message, some 30 to 250 bytes for 256 symbols; it is no finer than it pays. Within
+        1 % of the empirical entropy on a million symbols. The worst case is hundreds of symbols that are each rarer
+        than 1 in 65,536.
+        "normal", "laplace", "student": the law of this family that fits best, in 7 bytes (see models.py). The excess
+        over the entropy is the distance of the law from the symbols. Every symbol can be coded.
+        "adaptive": the symbols already coded, block by block; blocks double up to 65,536 symbols. No table is sent.
+        Learning costs about 5 bits for each symbol that occurs, and again when the law changes; a slowly moving law is
+        followed.
     """
 
-    model: Literal["empirical", "normal", "laplace", "student", "adaptive"] = "empirical"
+    model: Model = "empirical"
 
     def __post_init__(self) -> None:
-        if self.model not in ("empirical", "normal", "laplace", "student", "adaptive"):
-            raise ValueError(f"model must be empirical, normal, laplace, student or adaptive, not {self.model!r}")
+        check_choice("model", self.model, Model)
 
+    @override
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
-        """As Coder.encode."""
         if not spec.numel:
             return b""
-        centre, tokens, low = shared.tokenise(symbols, spec)
-        counts = shared.histogram(tokens, spec)
-        first, last = shared.window(counts)
+        centre, values, low = tokens.tokenise(symbols, spec)
+        counts = tokens.histogram(values, spec)
+        first, last = tokens.window(counts)
         table, bits, window = b"", models.BITS, counts[first : last + 1]
         if self.model == "adaptive":
-            blocks = _adapt(tokens, first, last, spec)
+            blocks = _adapt(values, first, last, spec)
         else:
             if self.model == "empirical":
                 table, frequencies, bits = _make_table(window)
             else:
-                table, frequencies = models.fit(self.model, window, shared.edges(spec)[first : last + 2])
-            blocks = [(tokens, _placed(frequencies, first, spec))]
-        return b"".join((shared.WINDOW.pack(first, last - first), table, centre, *push(blocks, bits), low))
+                table, frequencies = models.fit(self.model, window, tokens.edges(spec)[first : last + 2])
+            blocks = [(values, _placed(frequencies, first, spec))]
+        return b"".join((tokens.WINDOW.pack(first, last - first), table, centre, *_push(blocks, bits), low))
 
+    @override
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode."""
-        tokens, centre = shared.empty(spec), 0
-        if len(tokens):
-            first, last, data = shared.take_window(data, spec)
+        values, centre = tokens.empty(spec), 0
+        if len(values):
+            first, last, data = tokens.take_window(data, spec)
             bits = models.BITS
             if self.model == "adaptive":
-                blocks = _adapt(tokens, first, last, spec)
+                blocks = _adapt(values, first, last, spec)
             else:
                 if self.model == "empirical":
                     frequencies, bits, data = _take_table(data, last - first + 1)
                 else:
-                    frequencies, data = models.take(self.model, data, shared.edges(spec)[first : last + 2])
-                blocks = [(tokens, _placed(frequencies, first, spec))]
-            centre, data = shared.take_centre(data, spec)
-            stream = Stream(data)
-            for block, frequencies in blocks:
-                stream.pop(block, frequencies, bits)
-            data = stream.close()
-        return shared.detokenise(centre, tokens, data, spec)
+                    frequencies, data = models.take(self.model, data, tokens.edges(spec)[first : last + 2])
+                blocks = [(values, _placed(frequencies, first, spec))]
+            centre, data = tokens.take_centre(data, spec)
+            data = _pop(data, blocks, bits)
+        return tokens.detokenise(centre, values, data, spec)
 
+    @override
     def model_size(self, data: memoryview) -> int:
-        """As Coder.model_size."""
         if not len(data):
             return 0
-        (_, more), rest = shared.take(shared.WINDOW, data)
+        (_, more), rest = tokens.take(tokens.WINDOW, data)
         if self.model == "empirical":
             rest = _take_table(rest, more + 1)[-1]
         elif self.model != "adaptive":
@@ -119,66 +120,62 @@ class ANS(Coder):
         return len(data) - len(rest)
 
 
-def push(blocks: Blocks, bits: int) -> tuple[Buffer, Buffer]:
-    """Returns the stream, in two parts, of blocks of tokens; the frequencies that go with each sum to 2^bits."""
+def _push(blocks: Blocks, bits: int) -> tuple[Buffer, Buffer]:
+    """Returns the stream of blocks of tokens, in two parts; the frequencies of each block sum to 2^bits."""
+    from fedq.encoding.coders.ans_loops import rans_encode
+
     blocks = list(blocks)
-    out = np.empty(sum(len(tokens) for tokens, _ in blocks) + 1, np.uint16)  # each token gives a word at most
+    out = np.empty(sum(len(values) for values, _ in blocks) + 1, np.uint16)  # each token gives a word at most
     at, states = len(out), np.full(4, _LOW, np.uint64)
-    for tokens, frequencies in reversed(blocks):
+    for values, frequencies in reversed(blocks):
         dividend, divisor = np.uint64(1 << (bits + 32)), np.maximum(frequencies, 1).astype(np.uint64)
         reciprocals = (dividend + divisor - np.uint64(1)) // divisor
-        at = shared.kernels().rans_encode(tokens, _entries(frequencies), reciprocals, bits, out, at, states)
+        at = rans_encode(values, _entries(frequencies), reciprocals, bits, out, at, states)
     return _STATES.pack(*states.tolist()), out[at:].astype("<u2", copy=False).data
 
 
-class Stream:
-    """What `push` made, and more behind it: read block by block."""
+def _pop(data: memoryview, blocks: Blocks, bits: int) -> memoryview:
+    """Inverts `_push`: fills the blocks, returns the rest of `data`. Raises ValueError for bytes never written."""
+    from fedq.encoding.coders.ans_loops import rans_decode
 
-    def __init__(self, data: memoryview) -> None:
-        states, self._data = shared.take(_STATES, data)
-        self._states, self._at = np.array(states, np.uint64), 0
-        self._words = np.zeros(len(self._data) // 2 + 4, np.uint16)  # the last four are padding
-        self._words[:-4] = np.frombuffer(self._data, "<u2", len(self._data) // 2)
-
-    def pop(self, tokens: np.ndarray, frequencies: np.ndarray, bits: int) -> None:
-        """Fills `tokens`. Raises ValueError where the stream ends before."""
-        slots = np.repeat(np.arange(len(frequencies), dtype=tokens.dtype), frequencies)
-        entries = _entries(frequencies)
-        self._at = shared.kernels().rans_decode(self._words, self._at, entries, slots, bits, tokens, self._states)
-        if self._at < 0:
+    start, data = tokens.take(_STATES, data)
+    states, at = np.array(start, np.uint64), 0
+    words = np.zeros(len(data) // 2 + 4, np.uint16)  # the last four are padding
+    words[:-4] = np.frombuffer(data, "<u2", len(data) // 2)
+    for values, frequencies in blocks:
+        slots = np.repeat(np.arange(len(frequencies), dtype=values.dtype), frequencies)
+        at = rans_decode(words, at, _entries(frequencies), slots, bits, values, states)
+        if at < 0:
             raise ValueError("the stream ends before its last symbol")
-
-    def close(self) -> memoryview:
-        """Returns what is behind the stream. Raises ValueError where it is not at its end."""
-        if (self._states != _LOW).any():
-            raise ValueError("the stream does not end in its first state")
-        return self._data[2 * self._at :]
+    if (states != _LOW).any():
+        raise ValueError("the stream does not end in its first state")
+    return data[2 * at :]
 
 
 def _entries(frequencies: np.ndarray) -> np.ndarray:
-    """Returns frequency · 2³² + the sum of those before."""
+    """Returns, for each token, frequency · 2³² + the sum of the frequencies before."""
     entries: np.ndarray = (frequencies << 32 | np.cumsum(frequencies) - frequencies).astype(np.uint64)
     return entries
 
 
 def _placed(window: np.ndarray, first: int, spec: TensorSpec) -> np.ndarray:
-    """Returns what is known of the tokens from `first` on, with 0 for all others."""
-    values = np.zeros(shared.alphabet(spec), np.int64)
+    """Returns an array over the whole alphabet: `window` from token `first` on, and 0 elsewhere."""
+    values = np.zeros(tokens.alphabet(spec), np.int64)
     values[first : first + len(window)] = window
     return values
 
 
-def _adapt(tokens: np.ndarray, first: int, last: int, spec: TensorSpec) -> Blocks:
-    """Yields growing blocks with the frequencies that those before tell; `tokens` are filled in as it goes on.
+def _adapt(values: np.ndarray, first: int, last: int, spec: TensorSpec) -> Blocks:
+    """Yields growing blocks of `values`, each with the frequencies of the tokens in the blocks before.
 
-    Each token counts from the start as half an occurrence. From one large block to the next, counts lose half of
-    their weight, so that the model follows a change.
+    A decoder fills each block before it asks for the next. Every token counts as half an occurrence at the start. After
+    each block of full size counts are halved, so that the model follows a change.
     """
     weights, start, length = np.ones(last - first + 1, np.int64), 0, 256
-    while start < len(tokens):
-        block = tokens[start : start + length]
-        yield block, _placed(shared.normalise(weights, models.BITS), first, spec)
-        weights += 2 * shared.histogram(block, spec)[first : last + 1]
+    while start < len(values):
+        block = values[start : start + length]
+        yield block, _placed(tokens.normalise(weights, models.BITS), first, spec)
+        weights += 2 * tokens.histogram(block, spec)[first : last + 1]
         start += length
         if length < _BLOCK:
             length *= 2
@@ -187,9 +184,9 @@ def _adapt(tokens: np.ndarray, first: int, last: int, spec: TensorSpec) -> Block
 
 
 def _make_table(counts: np.ndarray) -> tuple[bytes, np.ndarray, int]:
-    """Returns the table that makes payload and table shortest, as bytes and as frequencies, and its bits.
+    """Returns the table that makes table and payload shortest, as bytes and as frequencies, and its bits.
 
-    More bits make a truer and longer table, and fall out of the fastest cache: they must save 1 byte in 1,000.
+    More bits make a more exact and longer table, and a slower one: they must save 1 byte in 1,000.
     """
     used = np.flatnonzero(counts)
     choices: list[tuple[float, bytes, np.ndarray, int]] = []
@@ -197,8 +194,8 @@ def _make_table(counts: np.ndarray) -> tuple[bytes, np.ndarray, int]:
         if len(used) > 1 << bits:
             break
         frequencies = np.zeros(len(counts), np.int64)
-        frequencies[used] = shared.normalise(counts[used], bits)
-        table = bytes([bits]) + shared.pack_numbers(frequencies)
+        frequencies[used] = tokens.normalise(counts[used], bits)
+        table = bytes([bits]) + tokens.pack_numbers(frequencies)
         size = len(table) + float((counts[used] * (bits - np.log2(frequencies[used]))).sum()) / 8
         choices.append((size, table, frequencies, bits))
     limit = 1.001 * min(size for size, *_ in choices)
@@ -206,9 +203,9 @@ def _make_table(counts: np.ndarray) -> tuple[bytes, np.ndarray, int]:
 
 
 def _take_table(data: memoryview, count: int) -> tuple[np.ndarray, int, memoryview]:
-    """Inverts `_make_table`; returns the frequencies, their bits and the rest of `data`."""
-    (bits,), data = shared.take(_BITS, data)
-    numbers, data = shared.take_numbers(data, count)
+    """Inverts `_make_table`: returns the frequencies, their bits and the rest of `data`."""
+    (bits,), data = tokens.take(_BITS, data)
+    numbers, data = tokens.take_numbers(data, count)
     if bits not in _CHOICES or int(numbers.min()) < 0 or int(numbers.sum()) != 1 << bits:
         raise ValueError(f"frequencies that sum to {int(numbers.sum())} are not of {bits} bits")
     return numbers, bits, data

@@ -5,34 +5,38 @@ from typing import Literal
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.coders.bit_stream import BitReader, from_natural, planes, read, to_natural, unary, write
 from fedq.encoding.coders.coder import Coder
 from fedq.encoding.schema import TensorSpec
+from fedq.errors import check_choice
+
+Code = Literal["gamma", "delta"]
 
 
 @dataclass(frozen=True)
 class Elias(Coder):
-    """Elias's gamma or delta code (1975): good for any falling probabilities, and nothing is sent beside the bits.
+    """Elias's gamma or delta code (1975): good for falling probabilities; no table is sent.
 
-    x from 1 takes 2⌊log₂ x⌋ + 1 bits in gamma; in delta ⌊log₂ x⌋ + 2⌊log₂(⌊log₂ x⌋ + 1)⌋ + 1, fewer from x = 32 on.
-    Symbols are coded as x − 1; where there are no levels they are any integers of 32 bits, negative ones as 2·|v| − 1.
+    An integer x from 1 takes 2⌊log₂ x⌋ + 1 bits in gamma, and ⌊log₂ x⌋ + 2⌊log₂(⌊log₂ x⌋ + 1)⌋ + 1 in delta: fewer from
+    x = 32 on. A symbol s is coded as x = s + 1. Takes symbols of any number of levels, or any integers of 32 bits; a
+    negative integer v counts as s = 2·|v| − 1, another one as 2·v.
 
     code: "gamma" or "delta".
     """
 
-    code: Literal["gamma", "delta"] = "gamma"
+    code: Code = "gamma"
 
     def __post_init__(self) -> None:
-        if self.code not in ("gamma", "delta"):
-            raise ValueError(f"code must be gamma or delta, not {self.code!r}")
+        check_choice("code", self.code, Code)
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
-        """As Coder.encode. Raises ValueError for a symbol out of range."""
+        """Raises ValueError for a symbol out of range."""
         return write(to_natural(symbols, spec), self._code)
 
+    @override
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode."""
         if len(data) > 9 * spec.numel:  # the longest code has 65 bits
             raise ValueError(f"{len(data)} bytes are no Elias code of {spec.numel} symbols")
         return from_natural(read(data, spec.numel, self._decode), spec)
@@ -58,7 +62,7 @@ def _log2(values: np.ndarray) -> np.ndarray:
 
 
 def _read(reader: BitReader, widths: np.ndarray) -> np.ndarray:
-    """Reads what stands behind the leading one of numbers of `widths` + 1 bits."""
+    """Reads numbers of `widths` + 1 bits, of which the leading one is not sent."""
     if widths.max(initial=0) > 32:
         raise ValueError("an integer has more than 33 bits")
     values: np.ndarray = reader.planes(len(widths), widths) | np.int64(1) << widths

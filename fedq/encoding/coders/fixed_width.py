@@ -1,4 +1,4 @@
-"""Fixed width: every symbol in the same number of bits, with none left over."""
+"""Fixed width: every symbol takes the same number of bits, without gaps."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.schema import TensorSpec
@@ -15,16 +16,18 @@ from fedq.encoding.schema import TensorSpec
 class FixedWidth(Coder):
     """Packs symbols below `levels` into ⌈log₂ levels⌉ bits each, least significant bit first.
 
-    n symbols of b bits take ⌈n·b / 8⌉ bytes: less than one byte is wasted a tensor. The rate is the entropy of
-    uniform symbols when `levels` is a power of two, and up to 1 bit a symbol above the entropy of others.
+    n symbols of b bits take ⌈n·b / 8⌉ bytes: a tensor wastes less than one byte. If `levels` is a power of two, the
+    rate is the entropy of uniform symbols; else it is up to 1 bit a symbol above. Raises ValueError without levels.
     """
 
+    needs_levels = True
+
+    @override
     def size(self, spec: TensorSpec) -> int:
-        """As Coder.size."""
         return -(-spec.numel * _width(spec) // 8)
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
-        """As Coder.encode. Raises ValueError for a symbol out of range: it would spill into its neighbours."""
+        """Raises ValueError for a symbol out of range: it would change its neighbours."""
         width, values = _width(spec), checked(symbols, 0, (spec.levels or 0) - 1)
         if width in (8, 16):
             return np.ascontiguousarray(values, f"<u{width // 8}").view(np.uint8).data
@@ -33,7 +36,7 @@ class FixedWidth(Coder):
         if width in (2, 4):
             padded = np.zeros(self.size(spec) * (8 // width), np.uint8)
             padded[: len(values)] = values
-            words = padded.view(f"<u{8 // width}")  # each becomes one byte: its lowest
+            words = padded.view(f"<u{8 // width}")  # the lowest byte of each word remains
             for shift, _ in _folds(width):
                 words = words | words >> shift
             return words.astype(np.uint8).data
@@ -47,8 +50,8 @@ class FixedWidth(Coder):
             packed[:, byte] |= (column << shift if shift >= 0 else column >> -shift).astype(np.uint8)
         return packed.reshape(-1)[: self.size(spec)].data
 
+    @override
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode."""
         width, n = _width(spec), spec.numel
         dtype = np.uint8 if width <= 8 else np.uint32
         if width in (8, 16):
@@ -85,9 +88,9 @@ def _width(spec: TensorSpec) -> int:
 
 
 def _folds(width: int) -> list[tuple[int, int]]:
-    """Lists what packs a word of 8 / width symbols, one a byte, into its lowest byte: shifts to the right.
+    """Lists the right shifts that pack a word of 8 / width symbols, one a byte, into its lowest byte.
 
-    Each doubles the symbols that stand together, from k to 2k; with it the mask of all that stand so before.
+    Each shift doubles the number of symbols side by side, from k to 2k. With it comes the mask of groups of k.
     """
     word = 64 // width
     return [
@@ -104,7 +107,7 @@ def _group(width: int) -> tuple[int, int]:
 
 
 def _overlaps(width: int) -> list[tuple[int, int, int]]:
-    """Lists (symbol, byte, left shift from the symbol's bits to the byte's) for all that share a bit in a group."""
+    """Lists symbol, byte, and left shift from the symbol's bits to the byte's, for all that share a bit in a group."""
     group, stride = _group(width)
     return [
         (symbol, byte, symbol * width - byte * 8)

@@ -1,39 +1,40 @@
-"""Distributions that both sides of the wire compute alike from two or three small integers.
+"""Distributions that both sides compute alike from two or three small integers.
 
-Machines differ in the last bit of exp, log and erf, which could give one side another frequency. IEEE 754 leaves no
-choice for +, −, ×, ÷ and the square root, so that nothing else is used for what travels: e⁻ᵗ is
-(1 / (1 + u + u²/2))^(2²⁰) with u = t / 2²⁰, right to 10⁻⁹, and a power is a product. Only the fit uses more.
+Machines differ in the last bit of exp, log and erf; one side could then have another frequency. IEEE 754 defines every
+bit of +, −, ×, ÷ and the square root. So frequencies use only these: e⁻ᵗ is (1 / (1 + u + u²/2))^(2²⁰) with
+u = t / 2²⁰, with an error of 10⁻⁹, and a power is a product. Only the search for the best law uses others.
 """
 
 import struct
 
 import numpy as np
 
-from fedq.encoding.coders import tokens as shared
+from fedq.encoding.coders import tokens
 
 BITS = 16
-"""The bits of the sum of the frequencies."""
+"""Frequencies sum to 2^BITS."""
 
 _WIRE = struct.Struct("<HiB")  # the scale, the location in 256ths, Student's degrees of freedom (else 0)
 SIZE = _WIRE.size
 _SCALES = 16 * 38  # 16 an octave, from 2⁻⁴
 _FREEDOMS = (1, 2, 3, 5, 10)
-_POINTS = 4  # at which the density is averaged over a token's integers
+_POINTS = 4  # of the density, averaged over a token's integers
 
 
 def take(family: str, data: memoryview, edges: np.ndarray) -> tuple[np.ndarray, memoryview]:
-    """Reads the parameters of a family; returns the frequencies and the rest of `data`."""
-    (scale, location, freedom), rest = shared.take(_WIRE, data)
+    """Reads a family's parameters: returns the frequencies and the rest of `data`."""
+    (scale, location, freedom), rest = tokens.take(_WIRE, data)
     if scale >= _SCALES or freedom not in (_FREEDOMS if family == "student" else (0,)):
         raise ValueError(f"no {family} distribution has scale {scale} and {freedom} degrees of freedom")
     return _frequencies(family, scale, location, freedom, edges), rest
 
 
 def fit(family: str, counts: np.ndarray, edges: np.ndarray) -> tuple[bytes, np.ndarray]:
-    """Returns the parameters that code the counted tokens in the fewest bits found, and the frequencies.
+    """Returns the parameters that take the fewest bits found for the counted tokens, and the frequencies.
 
-    The location is the mean for `normal`, else the median; the scale is searched from the mean distance to it.
-    `edges` (float64, one more than tokens) are where the tokens' integers begin and end.
+    The location is the mean for "normal", else the median. The search of the scale starts at the mean distance from it.
+
+    edges: the limits between the tokens' integers (float64, one more than tokens).
     """
     middle, total = (edges[1:] + edges[:-1]) / 2, int(counts.sum())
     below = np.cumsum(counts)
@@ -57,13 +58,13 @@ def fit(family: str, counts: np.ndarray, edges: np.ndarray) -> tuple[bytes, np.n
                 while 0 <= scale + direction < _SCALES and (found := cost(scale + direction, freedom)) < least:
                     scale, least = scale + direction, found
         choices.append((least, scale, freedom))
-        start = scale  # from one to the next it moves little
+        start = scale  # the best scale of the next freedom is near
     _, scale, freedom = min(choices)
     return _WIRE.pack(scale, place, freedom), _frequencies(family, scale, place, freedom, edges)
 
 
 def _frequencies(family: str, scale: int, location: int, freedom: int, edges: np.ndarray) -> np.ndarray:
-    """Returns the frequencies of the tokens, each in proportion to the density over its integers."""
+    """Returns frequencies of tokens, in proportion to the density over their integers."""
     unit = np.ldexp(16.0 + scale % 16, scale // 16 - 8)
     widths, masses = np.diff(edges), np.zeros(len(edges) - 1)
     for point in range(_POINTS):
@@ -71,13 +72,13 @@ def _frequencies(family: str, scale: int, location: int, freedom: int, edges: np
         masses += _density(family, distance, freedom)
     masses *= widths
     peak = masses.max()
-    if peak < 2.0**-900:  # so far off that denormal numbers, which some threads take for 0, could matter
-        return shared.normalise(np.ones(len(masses), np.int64), BITS)
-    return shared.normalise(np.floor(masses / peak * 2.0**30).astype(np.int64), BITS)
+    if peak < 2.0**-900:  # so far off that denormal numbers matter, which some threads treat as 0
+        return tokens.normalise(np.ones(len(masses), np.int64), BITS)
+    return tokens.normalise(np.floor(masses / peak * 2.0**30).astype(np.int64), BITS)
 
 
 def _density(family: str, distance: np.ndarray, freedom: int) -> np.ndarray:
-    """Returns the density at a distance in units of the scale, but for a factor."""
+    """Returns the density, without its constant factor, at a distance in units of the scale."""
     if family == "student":
         root = np.sqrt(1 / (1 + distance * distance / freedom))
         power: np.ndarray = root

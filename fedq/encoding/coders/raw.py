@@ -1,9 +1,10 @@
-"""Exact values: the bytes of the tensor as they are."""
+"""Exact values: the bytes of the tensor."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.schema import TensorSpec
@@ -11,20 +12,20 @@ from fedq.encoding.schema import TensorSpec
 
 @dataclass(frozen=True)
 class Raw(Coder):
-    """Every element in its own dtype, little-endian, in row-major order. Any dtype; no overhead."""
+    """Every element in its own dtype, little-endian, in row-major order. Takes any dtype; no overhead."""
 
     def size(self, spec: TensorSpec) -> int:
-        """As Coder.size: elements × bytes an element."""
+        """Returns elements × bytes an element."""
         return spec.numel * spec.dtype.itemsize
 
+    @override
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
-        """As Coder.encode."""
-        # as_strided, as one element or none counts as contiguous whatever its stride, and view would refuse it
+        # as_strided: one element, or none, is contiguous with any stride, and view would refuse it
         flat = symbols.cpu().contiguous().as_strided((symbols.numel(),), (1,))
         return flat.view(torch.uint8).numpy().data
 
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode. Booleans must be the bytes 0 or 1, symbols within their levels."""
+        """Raises ValueError for booleans other than 0 and 1, and for symbols beyond their levels."""
         values = torch.empty(spec.numel * spec.dtype.itemsize, dtype=torch.uint8)
         values.numpy()[:] = data
         if spec.dtype == torch.bool and bool((values > 1).any()):

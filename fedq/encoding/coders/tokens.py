@@ -1,8 +1,6 @@
-"""What the entropy coders share: symbols ↔ tokens of a small alphabet, and tables of numbers ↔ few bytes."""
+"""Symbols ↔ tokens of a small alphabet, and tables of numbers ↔ few bytes, for the entropy coders."""
 
-import importlib
 import struct
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,40 +8,31 @@ from torch import Tensor
 
 from fedq.encoding.coders.coder import checked, limits
 from fedq.encoding.schema import TensorSpec
-from fedq.errors import MissingPackage
 
 MOST = 4096
-"""The most levels that are tokens themselves."""
+"""The most levels for which each symbol is a token."""
 
 WINDOW = struct.Struct("<HH")
-"""The first token that occurs, and how many more there are up to the last."""
+"""The first token that occurs, and the distance to the last one."""
 
 _SPLIT = 2 * 1199 + 1  # the tokens of 32-bit integers
 _CENTRE = struct.Struct("<i")
 
 
-def kernels(module: str = "coders._kernels") -> Any:
-    """Returns a module of compiled loops: that of the coders of tokens, or another of fedq.encoding."""
-    try:
-        return importlib.import_module(f"fedq.encoding.{module}")
-    except ImportError as error:
-        raise MissingPackage('this needs numba, for its compiled loops: pip install -e ".[coders]"') from error
-
-
 def alphabet(spec: TensorSpec) -> int:
-    """Returns how many tokens there are for symbols of `spec`.
+    """Returns the number of tokens for symbols of `spec`.
 
-    Up to 4,096 levels, a symbol is its token. Other integers (32 bits, signed) are taken from a centre: those up to
-    1,023 below or above it each have their own token; beyond, one token stands for an eighth of a power of two, and
-    the bits below travel as they are, which costs next to nothing where the distribution is smooth over an eighth.
+    Up to 4,096 levels, each symbol is a token. Other integers (32 bits, signed) are relative to a centre. Each integer
+    up to 1,023 below or above it has its own token. Beyond, a token stands for an eighth of a power of two, and the
+    lower bits are sent as they are: that costs little if the distribution is smooth over an eighth.
     """
     return _direct(spec) or _SPLIT
 
 
 def edges(spec: TensorSpec) -> np.ndarray:
-    """Returns where the integers of each token begin, half-way from those before, and where the last's end (float64).
+    """Returns the limits between the integers of neighbouring tokens, and both outer limits (float64).
 
-    Integers are told from 0, or from the centre where there is one.
+    They are relative to the centre, if there is one.
     """
     if direct := _direct(spec):
         return np.arange(direct + 1) - 0.5
@@ -53,22 +42,24 @@ def edges(spec: TensorSpec) -> np.ndarray:
 
 
 def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, bytes]:
-    """Returns the centre, the tokens (uint8 up to 256, else uint16; flat) and the low bits of at least one symbol.
+    """Returns the centre, the tokens (a vector of uint8 up to 256 tokens, else uint16) and the low bits.
 
-    Raises ValueError for a symbol out of range.
+    symbols: one element at least. Raises ValueError for a symbol out of range.
     """
+    from fedq.encoding.coders.tokens_loops import split
+
     values = checked(symbols, *limits(spec))
     if direct := _direct(spec):
         return b"", values.astype(np.uint8 if direct <= 256 else np.uint16, copy=False), b""
     sample = np.sort(values[:: len(values) // MOST + 1])
     centre = int(sample[len(sample) // 2])
     tokens, low = np.empty(len(values), np.uint16), np.empty(4 * len(values) + 1, np.uint8)
-    used = kernels().split(values.astype(np.int32, copy=False), centre, tokens, low)
+    used = split(values.astype(np.int32, copy=False), centre, tokens, low)
     return _CENTRE.pack(centre), tokens, low[:used].tobytes()
 
 
 def take_centre(data: memoryview, spec: TensorSpec) -> tuple[int, memoryview]:
-    """Reads the centre, where there is one; returns it and the rest."""
+    """Reads the centre, if there is one: returns the centre and the rest of `data`."""
     if _direct(spec):
         return 0, data
     (centre,), data = take(_CENTRE, data)
@@ -76,16 +67,18 @@ def take_centre(data: memoryview, spec: TensorSpec) -> tuple[int, memoryview]:
 
 
 def take(format_: struct.Struct, data: memoryview) -> tuple[tuple[int, ...], memoryview]:
-    """Reads a fixed number of bytes; returns what they hold and the rest. Raises ValueError where they are missing."""
+    """Reads a struct: returns its values and the rest of `data`. Raises ValueError if bytes are missing."""
     if len(data) < format_.size:
         raise ValueError(f"{format_.size} bytes are expected, {len(data)} are left")
     return format_.unpack_from(data), data[format_.size :]
 
 
 def histogram(tokens: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """Returns how often each of the tokens that symbols of `spec` may have occurs."""
+    """Returns how often each token of the alphabet occurs."""
+    from fedq.encoding.coders.tokens_loops import count_tokens
+
     size = alphabet(spec)
-    counts: np.ndarray = kernels().histogram(tokens, max(256, size))
+    counts: np.ndarray = count_tokens(tokens, max(256, size))
     return counts[:size]
 
 
@@ -96,7 +89,7 @@ def window(counts: np.ndarray) -> tuple[int, int]:
 
 
 def take_window(data: memoryview, spec: TensorSpec) -> tuple[int, int, memoryview]:
-    """Reads the first and the last token that occur; returns the rest of `data` too."""
+    """Reads the first and the last token that occur: returns both and the rest of `data`."""
     (first, more), data = take(WINDOW, data)
     if first + more >= alphabet(spec):
         raise ValueError(f"there are no tokens {first} to {first + more}")
@@ -109,46 +102,52 @@ def empty(spec: TensorSpec) -> np.ndarray:
 
 
 def detokenise(centre: int, tokens: np.ndarray, low: memoryview, spec: TensorSpec) -> Tensor:
-    """Inverts `tokenise`. Raises ValueError where `low` is not what belongs to the tokens."""
+    """Inverts `tokenise`. Raises ValueError if the low bits do not fit the tokens."""
+    from fedq.encoding.coders.tokens_loops import join
+
     values, used = tokens, 0
     if not _direct(spec):
         values = np.empty(len(tokens), np.int32)
-        used = kernels().join(tokens, centre, padded(low), *limits(spec), values)
+        used = join(tokens, centre, padded(low), *limits(spec), values)
     if used != len(low):
-        raise ValueError("the bytes behind the tokens do not fit them")
+        raise ValueError("the low bits do not fit the tokens")
     if values.dtype == np.uint16:
-        values = values.astype(np.int32)  # torch knows little of uint16
+        values = values.astype(np.int32)  # torch has few operations for uint16
     return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 
 
 def padded(data: memoryview) -> np.ndarray:
-    """Returns the bytes with 8 zeros behind them: what a loop may read of them without a check."""
+    """Returns the bytes and 8 zeros: a loop may read up to 8 bytes beyond the end."""
     values = np.zeros(len(data) + 8, np.uint8)
     values[: len(data)] = data
     return values
 
 
 def pack_numbers(numbers: np.ndarray) -> bytes:
-    """Returns integers from 0 to 2¹⁷ in few bytes: a first one tells how, the others hold their Golomb code.
+    """Returns integers from 0 to 2¹⁷ in few bytes: the Golomb code of the integers or of their differences.
 
-    They are coded as they are, or as differences where neighbours are alike.
+    The first byte holds the choice, and the order of the code.
     """
+    from fedq.encoding.coders.tokens_loops import golomb_encode
+
     steps = np.diff(numbers, prepend=0)
     codes, out = [], np.empty(5 * len(numbers) + 6, np.uint8)
     for delta, values in ((0, numbers), (16, np.where(steps < 0, -2 * steps - 1, 2 * steps))):
         for order in range(16):
             out[0] = delta + order
-            used = kernels().golomb_encode(values, order, out[1:])
+            used = golomb_encode(values, order, out[1:])
             codes.append(out[: 1 + used].tobytes())
     return min(codes, key=len)
 
 
 def take_numbers(data: memoryview, count: int) -> tuple[np.ndarray, memoryview]:
-    """Inverts `pack_numbers`; returns the numbers (int64, any values) and the rest of `data`."""
+    """Inverts `pack_numbers`: returns the numbers (int64, any values) and the rest of `data`."""
+    from fedq.encoding.coders.tokens_loops import golomb_decode
+
     if not len(data) or data[0] >= 32:
         raise ValueError("a table is missing")
     values = np.empty(count, np.int64)
-    used = kernels().golomb_decode(padded(data[1 : 6 * count + 7]), data[0] % 16, values)
+    used = golomb_decode(padded(data[1 : 6 * count + 7]), data[0] % 16, values)
     if used < 0:
         raise ValueError("a table is damaged")
     if data[0] >= 16:
@@ -157,10 +156,10 @@ def take_numbers(data: memoryview, count: int) -> tuple[np.ndarray, memoryview]:
 
 
 def normalise(counts: np.ndarray, bits: int) -> np.ndarray:
-    """Returns frequencies (int64) in proportion to `counts`, none below 1, whose sum is 2^bits.
+    """Returns frequencies (int64) in proportion to `counts`, at least 1 each, with the sum 2^bits.
 
-    Only integers, so that both sides find the same. `counts` are 0 or more, fewer than 2^bits, not all 0, and
-    sum to less than 2⁴⁷.
+    All arithmetic is in integers: every machine finds the same. `counts` are 0 or more, fewer than 2^bits, not all 0,
+    and their sum is below 2⁴⁷.
     """
     low, room, mass = np.zeros(len(counts), bool), 1 << bits, int(counts.sum())
     while bool((few := ~low & (counts * room < mass)).any()):
@@ -174,6 +173,6 @@ def normalise(counts: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _direct(spec: TensorSpec) -> int | None:
-    """Returns the number of levels where each is a token, None where there are too many."""
+    """Returns the number of levels if each symbol is a token, else None."""
     lowest, highest = limits(spec)
     return highest + 1 if lowest == 0 and highest < MOST else None

@@ -1,36 +1,38 @@
-"""Several symbols to a byte, and runs of the byte that means nothing but zeros."""
+"""Several symbols a byte, and runs of bytes of zeros."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.coders.coder import Coder, checked
 from fedq.encoding.schema import TensorSpec
+from fedq.errors import check_range
 
 
 @dataclass(frozen=True)
 class ZeroRuns(Coder):
     """3LC's base-3⁵ ("quartic") and zero-run encoding (Lim 2019), for up to 243 levels.
 
-    As many symbols as fit are the digits of one byte below 243: five of three levels (1.6 bits each), first digit
-    most significant. The byte of nothing but zeros is left out of runs: a run of 2, 3 … such bytes is one byte from
-    levelsᵏ up to 255, so that three levels have runs of 2 to 14 as the bytes 243 to 255. Longer runs are split, the
-    longest first. The last byte is filled up with zeros.
+    The symbols are digits of bytes below 243, as many a byte as fit, the first digit most significant: five symbols of
+    three levels, 1.6 bits each. A run of 2, 3, … bytes that hold only zeros is one byte, from levelsᵏ up to 255: with
+    three levels the bytes 243 to 255 are runs of 2 to 14. Longer runs are split, the longest part first. Zeros fill the
+    last byte up.
 
-    zero: the symbol that is most frequent, None for the middle one (levels // 2), which stands for 0 in symmetric
-    quantisers.
+    zero: the most frequent symbol; None: the middle one (levels // 2), which is 0 in symmetric quantisers.
     """
+
+    needs_levels = True
 
     zero: int | None = None
 
     def __post_init__(self) -> None:
-        if self.zero is not None and self.zero < 0:
-            raise ValueError(f"zero must be a symbol from 0, not {self.zero}")
+        check_range("zero", self.zero, 0, integer=True, optional=True)
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
-        """As Coder.encode. Raises ValueError for a symbol out of range."""
+        """Raises ValueError for a symbol out of range."""
         levels, digits, zero, base = self._layout(spec)
         values = checked(symbols, 0, levels - 1)
         groups = np.full((-(-len(values) // digits), digits), zero, np.uint8)
@@ -51,8 +53,8 @@ class ZeroRuns(Coder):
         kept[places] = offsets % (257 - base) == 0
         return packed[kept].tobytes()
 
+    @override
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode."""
         levels, digits, zero, base = self._layout(spec)
         groups = -(-spec.numel // digits)
         if len(data) > groups:
@@ -73,7 +75,7 @@ class ZeroRuns(Coder):
         return torch.from_numpy(values[: spec.numel]).to(spec.dtype).reshape(spec.shape)
 
     def _layout(self, spec: TensorSpec) -> tuple[int, int, int, int]:
-        """Returns the levels, the symbols to a byte, the zero, and the number of bytes that are not runs."""
+        """Returns the levels, the symbols a byte, the zero, and the number of bytes that are not runs."""
         levels = spec.levels
         if levels is None or not 2 <= levels <= 243 or (self.zero or 0) >= levels:
             raise ValueError(f"ZeroRuns packs symbols of 2 to 243 levels that include {self.zero}, not {levels} levels")

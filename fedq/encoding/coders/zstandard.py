@@ -1,9 +1,9 @@
 """Zstandard: a general compressor, for comparison.
 
-Its entropy coder is Huffman's over bytes; it finds repetitions too, such as rows of zeros in an update: where there are
-any, it may be shorter than ANS, which takes symbols one by one. Measured as in ans.py: 538 M symbols/s to encode and
-469 to decode, 0.84 % above an entropy of 6.69 bits; much more above it below 1 bit a symbol. The bytes depend on the
-library's version; any version decodes them.
+Its entropy coder is Huffman's over bytes. It also finds repetitions, such as rows of zeros in an update: it may then be
+shorter than ANS, which codes symbols one by one. Measured as in ans.py: 538 million symbols a second to encode and 469
+to decode, 0.84 % above an entropy of 6.69 bits, and far above the entropy below 1 bit a symbol. The bytes depend on the
+library's version; every version decodes them.
 """
 
 import importlib
@@ -13,20 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.coders.coder import Buffer, Coder, checked
 from fedq.encoding.coders.fixed_width import FixedWidth
 from fedq.encoding.coders.raw import Raw
 from fedq.encoding.schema import TensorSpec
-from fedq.errors import MissingPackage
+from fedq.errors import MissingPackage, check_range
 
 
 @dataclass(frozen=True)
 class Zstandard(Coder):
     """Zstandard (RFC 8878) over the symbols' bytes: one frame, without checksum and size.
 
-    Symbols of 1, 2 or 4 bits fill bytes first; of those of several bytes, all lowest bytes come first, then the next.
-    Of signed integers, small ones have small codes. Any other dtype without levels is compressed as its bytes are.
+    Symbols of 1, 2 or 4 bits are packed into bytes first. For symbols of several bytes, all lowest bytes come first,
+    then all second bytes, and so on. Signed integers are mapped so that small magnitudes have small codes. Other dtypes
+    without levels are compressed as bytes.
 
     level: 1 (fast) to 22.
     """
@@ -34,11 +36,10 @@ class Zstandard(Coder):
     level: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.level <= 22:
-            raise ValueError(f"level must be from 1 to 22, not {self.level}")
+        check_range("level", self.level, 1, 22, integer=True)
 
+    @override
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
-        """As Coder.encode."""
         if spec.levels is not None:
             checked(symbols, 0, spec.levels - 1)
         if _signed(spec):
@@ -49,14 +50,14 @@ class Zstandard(Coder):
         compressed: bytes = compressor.compress(planes)
         return compressed
 
+    @override
     def decode(self, data: memoryview, spec: TensorSpec) -> Tensor:
-        """As Coder.decode."""
         coder, plain, stride = _plain(spec)
         size, zstandard = coder.size(plain), _zstandard()
         decompressor = zstandard.ZstdDecompressor(max_window_size=max(1 << 10, 1 << size.bit_length()))
         try:
-            if zstandard.frame_content_size(data) != -1:  # memory for all of it would be taken before a look at it
-                raise ValueError("a frame tells its size")
+            if zstandard.frame_content_size(data) != -1:  # its memory would be reserved before the frame is read
+                raise ValueError("a frame declares its size")
             raw = decompressor.decompress(data, max_output_size=max(1, size), allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ValueError(f"not a Zstandard frame of at most {size} bytes: {error}") from error
@@ -72,7 +73,7 @@ class Zstandard(Coder):
 
 
 def _plain(spec: TensorSpec) -> tuple[FixedWidth | Raw, TensorSpec, int]:
-    """Returns what makes bytes of the symbols, for which spec, and how many bytes belong together."""
+    """Returns the coder that turns symbols into bytes, the spec for it, and the bytes of a symbol."""
     if spec.levels is None:
         return Raw(), spec, spec.dtype.itemsize
     levels = next(levels for levels in (2, 4, 16, 256, 1 << 16, spec.levels) if spec.levels <= levels)
@@ -80,7 +81,7 @@ def _plain(spec: TensorSpec) -> tuple[FixedWidth | Raw, TensorSpec, int]:
 
 
 def _signed(spec: TensorSpec) -> bool:
-    """Tells whether symbols are taken in the order 0, −1, 1, −2 …: else a sign would fill all bits above the value."""
+    """Returns whether symbols are mapped in the order 0, −1, 1, −2 …: else signs would fill all upper bits."""
     return spec.levels is None and spec.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -2,59 +2,64 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fedq.encoding.encoder import is_finite
-from fedq.encoding.numerics import chunks, largest_magnitude, working_dtype
+from fedq.encoding.numerics import chunks, is_finite, largest_magnitude, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
+from fedq.errors import check_choice
 from fedq.keys import Key
 
-_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
+ShortDtype = Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+_DTYPES = {name: getattr(torch, name) for name in get_args(ShortDtype)}
 
 
 @dataclass(frozen=True)
 class Cast(EncodingStage):
-    """Rounds every element to the nearest value of a shorter dtype, ties to even, as the dtype's standard has it.
+    """Rounds every element to the nearest value of a shorter dtype, ties to even.
 
-    Takes a floating tensor of any shape and gives one of the same shape: float16 (IEEE 754-2008) and bfloat16 as they
-    are; float8_e4m3fn and float8_e5m2 (Micikevicius 2022) as their bits, symbols 0 … 255, so that any coder takes
-    them. What is beyond the largest finite value becomes that, never infinity. Small values become the dtype's
-    denormals. The relative error is at most 2^-11, 2^-8, 2^-4 and 2^-3 where the result is normal. Float64 is rounded
-    by way of float32, so that a value within 2^-24 of a tie may go to the wrong side.
+    Takes a floating tensor of any shape; gives a tensor of the same shape. float16 (IEEE 754-2008) and bfloat16 stay
+    floating. float8_e4m3fn and float8_e5m2 (Micikevicius 2022) become symbols 0 … 255, their bits: every coder takes
+    symbols. A value beyond the dtype's largest finite value becomes the largest, never infinity. Small values become
+    denormals of the dtype. Where the result is normal, the relative error is at most 2^-11, 2^-8, 2^-4 and 2^-3, in the
+    order of these dtypes. float64 is rounded by way of float32: a value within 2^-24 of a tie may go to the wrong side.
 
-    With `scale` the tensor is first multiplied by the power of two 2^e that brings its largest magnitude into the
-    uppermost octave of the dtype: nothing is clipped, and float8 has all of its range. e is a side value of two bytes.
+    dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2.
+    scale: Whether to multiply the tensor by a power of two first, so that its largest magnitude lies in the dtype's
+        highest octave. No element is then clipped, and float8 uses its whole range. The exponent is a side value of two
+        bytes.
     """
 
-    dtype: str = "float16"
+    dtype: ShortDtype = "float16"
     scale: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
+        check_choice("dtype", self.dtype, ShortDtype)
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """With `scale` its exponent (int16)."""
+        """The exponent of the scale (int16), with `scale`."""
         working_dtype(self, spec)
         return {"exponent": TensorSpec((), torch.int16)} if self.scale else {}
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """The dtype, or symbols of 256 levels."""
+        """The shorter dtype, or symbols of 256 levels."""
         if self.scale and not -1024 <= int(side["exponent"]) <= 1203:
             raise ValueError(f"the exponent of a scale is {int(side['exponent'])}")
         dtype = _DTYPES[self.dtype]
         return TensorSpec.symbols(spec.shape, 256) if dtype.itemsize == 1 else TensorSpec(spec.shape, dtype)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         dtype, exponent, side = _DTYPES[self.dtype], 0, {}
         largest = torch.finfo(dtype).max
         if self.scale:
             peak = largest_magnitude(x)
-            # x = m · 2^e with m in [½, 1): the exponents tell by how much, and the fractions whether it is one too many
+            # x = m · 2^e with m in [½, 1): subtract exponents, and 1 more where the fraction is above the dtype's
+            # largest
             (fraction, own), (top_fraction, top) = math.frexp(peak), math.frexp(largest)
             exponent = top - own - (fraction > top_fraction) if peak else 0
             side = {"exponent": torch.tensor(exponent, dtype=torch.int16)}
@@ -66,11 +71,11 @@ class Cast(EncodingStage):
         return y, side
 
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode. Raises ValueError for codes of NaN and infinity."""
+        """Raises ValueError for codes of NaN and infinity."""
         work, dtype, largest = working_dtype(self, spec), _DTYPES[self.dtype], torch.finfo(spec.dtype).max
         exponent = int(side["exponent"]) if self.scale else 0
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
-        # of float8, as torch takes several times longer to turn it into float32
+        # a table for float8: torch's own conversion to float32 takes several times longer
         table = torch.arange(256, device=y.device).to(torch.uint8).view(dtype).to(work) if dtype.itemsize == 1 else None
         for part, out in chunks(y, decoded):
             value = part.to(work) if table is None else table.index_select(0, part.int())
@@ -81,7 +86,7 @@ class Cast(EncodingStage):
 
 
 def _times_power(x: Tensor, exponent: int) -> Tensor:
-    """Returns x · 2^exponent, in steps, as the power itself may be too large or too small for the dtype."""
+    """Returns x · 2^exponent, in steps: the power itself may be too large or too small for the dtype."""
     while exponent:
         part = max(-120, min(120, exponent))
         x, exponent = x * 2.0**part, exponent - part

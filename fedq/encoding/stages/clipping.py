@@ -1,4 +1,4 @@
-"""Clipping: what is too large is cut down or zeroed, at a fixed limit or at one that follows the cohort."""
+"""Clipping: large tensors or elements are scaled down, clamped or zeroed, at a fixed or an adaptive limit."""
 
 import math
 from abc import abstractmethod
@@ -7,63 +7,70 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.adaptive import StateUpdate
 from fedq.encoding.numerics import exact_divide, largest_magnitude, sums, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import AdaptiveEncodingStage, EncodingStage
+from fedq.errors import check_choice, check_range
 from fedq.keys import Key
 
+By = Literal["norm", "value"]
 _FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
 class Clip(EncodingStage):
-    """What the fixed limits share. Takes and gives a floating tensor of any shape; nothing is undone.
+    """The base of stages with a fixed limit. Takes and gives a floating tensor of any shape; decoding changes nothing.
 
-    limit: positive.
+    limit: from 1.2e-38 to 3.4e38, float32's normal numbers.
     """
 
     limit: float
 
     def __post_init__(self) -> None:
-        _check_positive("limit", self.limit)
+        check_range("limit", self.limit, _FLOAT32.tiny, _FLOAT32.max)
 
+    @override
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """None."""
         working_dtype(self, spec)
         return {}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         return y.clone()
 
 
 @dataclass(frozen=True)
 class ClipByValue(Clip):
-    """Cuts each element off at ±limit. See Clip."""
+    """Clamps each element to ±limit (see Clip)."""
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         return _clip_by_value(x, self.limit), {}
 
 
 @dataclass(frozen=True)
 class ClipByNorm(Clip):
-    """Scales a tensor down to ‖x‖₂ = limit where it is longer. See Clip."""
+    """Scales a tensor down to ‖x‖₂ = limit if its norm is larger (see Clip)."""
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         return _clip_by_norm(x, self.limit)[0], {}
 
 
 @dataclass(frozen=True)
 class QuantileStage(AdaptiveEncodingStage):
-    """What the adaptive stages share: an estimate of a quantile of the clients' sizes (Andrew 2021, §2).
+    """The base of adaptive limits: an estimate of a quantile of the clients' sizes (Andrew 2021, §2).
 
-    A client reports one byte: whether its size is at most the estimate C. Where that holds for a share b of a cohort,
-    the next round has C · exp(−rate · (b − quantile)), so that C moves to the quantile and stays about there. Each
-    tensor has its own estimate; for one of the whole model, encode it joint.
+    Each client reports one byte: whether its size is at most the estimate C. If the share of such clients in a cohort
+    is b, the next estimate is C · exp(−rate · (b − quantile)). So C moves to the quantile. Each tensor has its own
+    estimate; `joint` encoding has one estimate for the whole model.
+
+    initial: the first estimate, from 1.2e-38 to 3.4e38.
+    quantile: from 0 to 1.
+    rate: above 0, at most 100.
     """
 
     initial: float
@@ -71,14 +78,12 @@ class QuantileStage(AdaptiveEncodingStage):
     rate: float
 
     def __post_init__(self) -> None:
-        _check_positive("initial", self.initial)
-        if not 0 < self.rate <= 100:
-            raise ValueError(f"rate must be positive and at most 100, not {self.rate}")
-        if not 0 <= self.quantile <= 1:
-            raise ValueError(f"quantile must be from 0 to 1, not {self.quantile}")
+        check_range("initial", self.initial, _FLOAT32.tiny, _FLOAT32.max)
+        check_range("rate", self.rate, above=0, high=100)
+        check_range("quantile", self.quantile, 0, 1)
 
+    @override
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """None."""
         working_dtype(self, spec)
         return {}
 
@@ -94,44 +99,44 @@ class QuantileStage(AdaptiveEncodingStage):
         """Whether the client's size is at most the estimate."""
         return {"within": StateUpdate(TensorSpec((), torch.bool), "stack")}
 
+    @override
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
-        """As Adaptive.update_state."""
         share = float(aggregated["within"].double().mean())
         estimate = float(state["estimate"]) * math.exp(-self.rate * (share - self.quantile))
-        # zero and infinity would never be left again
+        # an estimate of 0 or infinity would stay so
         return {"estimate": torch.tensor(min(max(estimate, _FLOAT32.tiny), _FLOAT32.max), dtype=torch.float32)}
 
+    @override
     def encode(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        """As AdaptiveEncodingStage.encode."""
         y, within = self._limit(x, float(params["estimate"]))
         return y, {}, {"within": torch.tensor(within)}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key, params: Tensors) -> Tensor:
-        """As AdaptiveEncodingStage.decode."""
         return y.clone()
 
     @abstractmethod
     def _limit(self, x: Tensor, estimate: float) -> tuple[Tensor, bool]:
-        """Returns what travels instead of `x`, and whether the size of `x` is at most the estimate."""
+        """Returns the tensor to send, and whether the size of `x` is at most the estimate."""
 
 
 @dataclass(frozen=True)
 class AdaptiveQuantileClip(QuantileStage):
-    """Clips at an estimate of a quantile of the clients' norms (Andrew 2021), here without its noise.
+    """Clips at an estimate of a quantile of the clients' norms (Andrew 2021), without the paper's noise.
 
-    by: "norm" scales x down to that norm; "value" takes the quantile of the largest magnitudes, and cuts each element
-    off there. For the other arguments see QuantileStage.
+    initial, quantile, rate: see QuantileStage.
+    by: "norm" scales x down to the quantile of norms; "value" clamps each element to the quantile of largest
+        magnitudes.
     """
 
     initial: float = 1.0
     quantile: float = 0.8
     rate: float = 0.2
-    by: Literal["norm", "value"] = "norm"
+    by: By = "norm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.by not in ("norm", "value"):
-            raise ValueError(f"by must be norm or value, not {self.by!r}")
+        check_choice("by", self.by, By)
 
     def _limit(self, x: Tensor, estimate: float) -> tuple[Tensor, bool]:
         if self.by == "norm":
@@ -141,10 +146,14 @@ class AdaptiveQuantileClip(QuantileStage):
 
 @dataclass(frozen=True)
 class ZeroOutliers(QuantileStage):
-    """Sends zeros for a tensor whose largest magnitude is beyond multiplier · C + increment: corrupt, more likely.
+    """Sends zeros for a tensor whose largest magnitude is above multiplier · C + increment: it is likely corrupt.
 
-    C is the estimate of a quantile of the clients' largest magnitudes, see QuantileStage. As in TensorFlow Federated
-    (zeroing_factory), whose values are the defaults: C soon follows to a little above the largest seen.
+    C is the estimate of a quantile of the clients' largest magnitudes. The defaults are those of TensorFlow Federated's
+    zeroing_factory: C soon moves a little above the largest magnitude seen.
+
+    initial, quantile, rate: see QuantileStage.
+    multiplier: from 1.2e-38 to 3.4e38.
+    increment: 0 or more.
     """
 
     initial: float = 10.0
@@ -155,9 +164,8 @@ class ZeroOutliers(QuantileStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("multiplier", self.multiplier)
-        if not 0 <= self.increment < math.inf:
-            raise ValueError(f"increment must be 0 or more, not {self.increment}")
+        check_range("multiplier", self.multiplier, _FLOAT32.tiny, _FLOAT32.max)
+        check_range("increment", self.increment, 0)
 
     def _limit(self, x: Tensor, estimate: float) -> tuple[Tensor, bool]:
         largest = largest_magnitude(x)
@@ -165,22 +173,17 @@ class ZeroOutliers(QuantileStage):
 
 
 def _clip_by_value(x: Tensor, limit: float) -> Tensor:
-    """Returns `x` cut off at ±limit."""
+    """Returns `x` clamped to ±limit."""
     limit = min(limit, torch.finfo(x.dtype).max)
     return x.clamp(-limit, limit)
 
 
 def _clip_by_norm(x: Tensor, limit: float) -> tuple[Tensor, bool]:
-    """Returns `x`, scaled down to ‖x‖₂ = limit where it is longer, and whether it is not."""
+    """Returns `x` scaled down to ‖x‖₂ ≤ limit, and whether its norm was at most the limit."""
     largest = largest_magnitude(x)
-    # ‖x‖ / max |x|, from 1 to √n: no overflow, whatever x
+    # ‖x‖ / max |x| is from 1 to √n: it never overflows
     ratio = math.sqrt(sums(x, lambda part: exact_divide(part, largest).square())[0]) if largest else 0.0
     if largest * ratio <= limit:
         return x, True
     unit = exact_divide(x.to(torch.promote_types(x.dtype, torch.float32)), largest)
     return unit.mul_(limit / ratio).to(x.dtype), False
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
-        raise ValueError(f"{name} must be positive, and within float32's range, not {value}")

@@ -1,39 +1,46 @@
-"""Kashin's representation: more numbers than the tensor has, none of them large."""
+"""Kashin's representation: more numbers than the tensor has elements, none of them large."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.numerics import LARGEST_BLOCK, exact_divide, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.rotation import decoded, hadamard_, random_signs
+from fedq.encoding.stages.random_numbers import random_signs
+from fedq.encoding.stages.rotation import check_power_of_two, decoded, hadamard_
+from fedq.errors import check_range
 from fedq.keys import Key
 
-_CHUNK = 1 << 18  # coefficients worked on at a time: the working set stays in the cache
+_CHUNK = 1 << 18  # coefficients at a time, which stay in the cache
 
 
 @dataclass(frozen=True)
 class KashinRepresentation(EncodingStage):
-    """Writes a tensor in a frame of more vectors than dimensions, with coefficients that are all small.
+    """Writes a tensor in a frame of more vectors than dimensions, with small coefficients (Lyubarskii, Vershynin 2010).
 
-    Takes a floating tensor of n elements; gives N numbers (N,) in float32, float64 for float64: `redundancy` · n,
-    rounded up to whole blocks, and so much more travels. The elements are dealt out to the blocks in turn, as many to
-    each; a block's frame is a random choice of the Hadamard matrix's columns, with random signs. The coefficients are
-    clipped at ‖block‖ / √(delta · B); what is then left is written in the frame and clipped at `eta` times that, and so
-    on; the last of the `iterations` is not clipped, so that the inverse is exact but for rounding, as a rotation's
-    (Lyubarskii & Vershynin 2010; Caldas 2018; the first defaults are TensorFlow Model Optimization's, whose delta
-    counts the dimensions before the redundancy).
+    Takes a floating tensor of n elements; gives N coefficients (N,) in float32, or float64 for float64. N is
+    redundancy · n, rounded up to whole blocks. Elements are dealt out to the blocks in turn. A block's frame is a
+    random choice of the Hadamard matrix's columns, with random signs. The coefficients are clipped at
+    ‖block‖ / √(delta · B). The rest is written in the frame again and clipped at `eta` times that limit, and so on. The
+    last iteration does not clip, so that the inverse is exact but for rounding errors (Caldas 2018). The defaults are
+    TensorFlow Model Optimization's, whose delta counts the dimensions before the redundancy.
 
-    Of B coefficients none is beyond K·‖block‖/√B, with K ≤ 1/((1 − eta)·√delta) after many iterations in theory. In
-    blocks of 1024 of Gaussian values, K is 2.8 on average at redundancy 4/3 (2.4 at 2), where the rotation alone has
-    3.5; 15 iterations with eta 0.7 and delta 3 reach 2.0 (1.8). Error that quantisation makes of the coefficients is
-    divided by the redundancy. At equal bits it beats the rotation alone with the latter constants only, by a fifth at 3
-    bits an element. It spreads nothing beyond a block: with few large values, put a HadamardRotation before it.
+    Of B coefficients none is beyond K · ‖block‖ / √B; in theory K ≤ 1 / ((1 − eta) · √delta) after many iterations. For
+    normal values in blocks of 1,024, K is 2.8 on average at redundancy 4/3 and 2.4 at 2; the rotation alone has 3.5.
+    15 iterations with eta 0.7 and delta 3 reach 2.0 and 1.8. The squared error of quantised coefficients is divided by
+    the redundancy. At equal bits the stage beats the rotation alone with the latter constants only, by a fifth at 3
+    bits an element. Nothing is spread beyond a block: for tensors with few large values put a HadamardRotation first.
 
-    redundancy: 1 to 64. block: B, a power of two up to 16,384; fewer in a small tensor. shared: see Rotation.
+    redundancy: coefficients an element, 1 to 64.
+    iterations: 1 or more.
+    eta: ratio of each clipping limit to the one before, between 0 and 1.
+    delta: above 0; the first limit is proportional to 1/√delta.
+    block: B, a power of two up to 16,384; smaller for a small tensor.
+    shared: see Rotation.
     """
 
     redundancy: float = 4 / 3
@@ -46,29 +53,25 @@ class KashinRepresentation(EncodingStage):
     unbiased = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.redundancy <= 64:
-            raise ValueError(f"redundancy must be from 1 to 64, not {self.redundancy}")
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be 1 or more, not {self.iterations}")
-        if not 0 < self.eta < 1:
-            raise ValueError(f"eta must be between 0 and 1, not {self.eta}")
-        if not 0 < self.delta < math.inf:
-            raise ValueError(f"delta must be positive, not {self.delta}")
-        if not 1 <= self.block <= LARGEST_BLOCK or self.block & (self.block - 1):
-            raise ValueError(f"block must be a power of two up to {LARGEST_BLOCK}, not {self.block}")
+        check_range("redundancy", self.redundancy, 1, 64)
+        check_range("iterations", self.iterations, 1, integer=True)
+        check_range("eta", self.eta, above=0, below=1)
+        check_range("delta", self.delta, above=0)
+        check_range("block", self.block, 1, LARGEST_BLOCK, integer=True)
+        check_power_of_two("block", self.block)
 
     @property
     def commutes_with_sum(self) -> bool:
-        """True where all clients have the same frame."""
+        """True if all clients have the same frame."""
         return self.shared
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """The coefficients, in a row."""
+        """The coefficients as a vector."""
         blocks, size, _ = self._blocks(spec.numel)
         return TensorSpec((blocks * size,), working_dtype(self, spec))
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         blocks, size, own = self._blocks(x.numel())
         flat = x.reshape(-1).to(working_dtype(self, TensorSpec.of(x)))
         rows = torch.nn.functional.pad(flat, (0, blocks * own - len(flat))).view(own, blocks).t()
@@ -83,15 +86,15 @@ class KashinRepresentation(EncodingStage):
             for _ in range(self.iterations - 1):
                 clipped = left.clamp(-level, level)
                 part += clipped
-                # what the clipped coefficients left, in the frame: a projection
+                # the rest, written in the frame: a projection
                 hadamard_(left.sub_(clipped))
                 hadamard_(left.masked_fill_(others, 0))
                 level *= self.eta
             part += left
         return y.view(-1), {}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         blocks, size, own = self._blocks(spec.numel)
         signs, columns = self._frame(spec.numel, key, y.device)
 
@@ -106,14 +109,14 @@ class KashinRepresentation(EncodingStage):
         return decoded(inverse, y, spec)
 
     def _blocks(self, n: int) -> tuple[int, int, int]:
-        """Returns the number of blocks of a tensor of n, the coefficients and the elements in each."""
+        """Returns the number of blocks of a tensor of n elements, and the coefficients and elements in each."""
         wanted = math.ceil(self.redundancy * n)
         size = min(self.block, 1 << (max(wanted, 1) - 1).bit_length())
         blocks = -(-wanted // size)
         return blocks, size, -(-n // max(blocks, 1))
 
     def _frame(self, n: int, key: Key, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Returns the signs of the elements, by block, and the columns of the matrix that the frame has."""
+        """Returns the signs of the elements, by block, and the columns of the Hadamard matrix in the frame."""
         blocks, size, own = self._blocks(n)
         key = key.shared() if self.shared else key
         columns = torch.from_numpy(key.fold("columns").permutation(size)[:own])
@@ -122,6 +125,6 @@ class KashinRepresentation(EncodingStage):
 
 
 def _chunks(blocks: int, size: int) -> list[slice]:
-    """Returns the blocks to work on at a time."""
+    """Returns slices of blocks that fit into the cache."""
     step = max(1, _CHUNK // size)
     return [slice(start, start + step) for start in range(0, blocks, step)]

@@ -1,4 +1,4 @@
-"""What codebooks share: elements ↔ the nearest of some sorted levels; the levels for a normal distribution."""
+"""Elements ↔ the nearest of sorted levels, and the levels for a normal distribution."""
 
 import math
 from functools import cache
@@ -13,13 +13,16 @@ from fedq.encoding.schema import TensorSpec
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Returns which level is nearest to each element of `x` (any shape, floating): uint8, the lower of two.
+    """Returns the index of the level nearest to each element (uint8), the lower of two.
 
-    levels: up to 256, sorted (float64, on the CPU). The time hardly depends on their number: a table tells from the
-    upper 16 bits of a float32 how many thresholds are surely below, which leaves to compare with the next.
+    The time hardly depends on the number of levels. For the upper 16 bits of a float32, a table holds how many
+    thresholds are surely below; few comparisons remain.
+
+    x: floating, of any shape.
+    levels: up to 256, sorted (float64, on the CPU).
     """
     work = torch.promote_types(x.dtype, torch.float32)
-    thresholds = (levels[:-1] / 2 + levels[1:] / 2).to(x.device, work)  # halved first: their sum may overflow
+    thresholds = (levels[:-1] / 2 + levels[1:] / 2).to(x.device, work)  # halved first: the sum may overflow
     next_threshold = torch.cat((thresholds, thresholds.new_tensor([torch.inf])))
     table, most = _table(thresholds) if work == torch.float32 and x.numel() > CHUNK // 8 else (thresholds, 256)
     symbols = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
@@ -36,13 +39,13 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def look_up(y: Tensor, levels: Tensor, spec: TensorSpec) -> Tensor:
-    """Returns the tensor of `spec` of the symbols `y`; `levels` (float64) beyond the dtype become its largest."""
+    """Returns the tensor of `spec` for the symbols `y`; levels (float64) are clamped to the dtype's range."""
     limit = torch.finfo(spec.dtype).max
     return levels.clamp(-limit, limit).to(y.device, spec.dtype).index_select(0, y.reshape(-1).int()).view(spec.shape)
 
 
 def look_up_scaled(y: Tensor, levels: Tensor, scales: Tensor, block: int, spec: TensorSpec) -> Tensor:
-    """As look_up, each `block` consecutive elements times their own of `scales`."""
+    """Returns what `look_up` returns, with each `block` of consecutive elements multiplied by its own scale."""
     work = torch.promote_types(spec.dtype, torch.float32)
     decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
     flat, out, step = y.reshape(-1), decoded.view(-1), max(1, CHUNK // block) * block
@@ -58,8 +61,8 @@ def look_up_scaled(y: Tensor, levels: Tensor, scales: Tensor, block: int, spec: 
 def normal_levels(bits: int) -> Tensor:
     """Returns the 2^bits levels of least squared error for the standard normal distribution (float64, sorted).
 
-    Each level is the mean of what lies between the thresholds halfway to its neighbours. Newton's method solves this
-    from the levels that are best for many bits.
+    Each level is the mean of the values between the thresholds halfway to its neighbours. Newton's method starts from
+    the levels that are best for many bits.
     """
     n, normal = 1 << bits, NormalDist()
     levels = [NormalDist(0, math.sqrt(3)).inv_cdf((i + 0.5) / n) for i in range(n)]
@@ -97,7 +100,7 @@ def quantile_levels(bits: int) -> Tensor:
 
 
 def _table(thresholds: Tensor) -> tuple[Tensor, int]:
-    """Returns, for the upper 16 bits of a float32, the thresholds below all such numbers; and the most among them."""
+    """Returns how many thresholds are below all float32 numbers with given upper 16 bits, and the most among them."""
     cells = ordered(thresholds.view(torch.int32) >> 16, 16)
     within = torch.bincount(cells, minlength=1 << 16)
     below = (within.cumsum(0) - within).int()
@@ -106,6 +109,6 @@ def _table(thresholds: Tensor) -> tuple[Tensor, int]:
 
 
 def ordered(upper: Tensor, bits: int) -> Tensor:
-    """Returns 0 … 2^bits − 1 in the numbers' order from the upper bits of float32s: sign and magnitude, as an int."""
+    """Maps the upper bits of float32 numbers (as integers) to 0 … 2^bits − 1 in the order of the numbers."""
     half = 1 << bits - 1
     return (upper ^ ((upper >> 31) & (half - 1))) + half

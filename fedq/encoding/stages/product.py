@@ -1,17 +1,19 @@
-"""Product quantisation: short vectors of elements as the number of the nearest centroid."""
+"""Product quantisation: short vectors of elements are sent as the index of their nearest centroid."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.numerics import exact_divide, largest_magnitude, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
+from fedq.errors import check_range
 from fedq.keys import Key
 
-_SAMPLE = 1 << 14  # vectors that the centroids are fitted to
+_SAMPLE = 1 << 14  # vectors that the centroids are fitted to, at most
 _CHUNK = 1 << 18  # distances taken at a time
 
 
@@ -19,12 +21,14 @@ _CHUNK = 1 << 18  # distances taken at a time
 class ProductQuantization(EncodingStage):
     """Vectors of `dim` consecutive elements as one of 2^bits centroids (Jégou 2011; of networks Stock 2020).
 
-    Takes a floating tensor of n elements; gives ⌊n / dim⌋ symbols in a row: bits/dim bits an element. The centroids,
-    no more of them than vectors, and the n mod dim elements left over travel as side values. k-means, from as many
-    vectors that the key chooses, fits them to all vectors up to 16,384, else to so many that the key chooses. Every
-    vector is compared with every centroid, which takes far longer than what all other stages do. Biased.
+    Takes a floating tensor of n elements; gives ⌊n / dim⌋ symbols: bits/dim bits an element. Side values are the
+    centroids, at most as many as vectors, and the last n mod dim elements. The first centroids are vectors that the key
+    chooses. k-means fits the centroids to all vectors, or to 16,384 that the key chooses if there are more. Every
+    vector is compared with every centroid: the stage is far slower than all others. Biased.
 
-    dim: 1 or more. bits: 1 to 12. iterations: of k-means.
+    dim: elements of a vector, 1 or more.
+    bits: 1 to 12.
+    iterations: of k-means, 0 or more.
     """
 
     dim: int = 4
@@ -32,15 +36,12 @@ class ProductQuantization(EncodingStage):
     iterations: int = 10
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ValueError(f"dim must be 1 or more, not {self.dim}")
-        if not 1 <= self.bits <= 12:
-            raise ValueError(f"bits must be from 1 to 12, not {self.bits}")
-        if self.iterations < 0:
-            raise ValueError(f"iterations must be 0 or more, not {self.iterations}")
+        check_range("dim", self.dim, 1, integer=True)
+        check_range("bits", self.bits, 1, 12, integer=True)
+        check_range("iterations", self.iterations, 0, integer=True)
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The centroids and what is left over, in the tensor's own dtype."""
+        """The centroids and the last elements, in the tensor's own dtype."""
         working_dtype(self, spec)
         vectors, rest = divmod(spec.numel, self.dim)
         centroids = (min(vectors, 1 << self.bits), self.dim)
@@ -50,10 +51,10 @@ class ProductQuantization(EncodingStage):
         """A symbol for each vector."""
         return TensorSpec.symbols((spec.numel // self.dim,), max(1, len(side["centroids"])))
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         flat, n = x.reshape(-1), x.numel() // self.dim
-        # in units of the largest magnitude, where no square overflows
+        # in units of the largest magnitude: no square overflows
         vectors, unit = flat[: n * self.dim].view(n, self.dim), largest_magnitude(x) or 1.0
         sample = vectors
         if n > _SAMPLE:
@@ -72,14 +73,14 @@ class ProductQuantization(EncodingStage):
         symbols = _nearest(vectors, centroids, unit).to(TensorSpec.symbols((), max(1, len(centroids))).dtype)
         return symbols, {"centroids": rounded.cpu(), "rest": flat[n * self.dim :].to("cpu", copy=True)}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         vectors = side["centroids"].to(y.device).index_select(0, y.int()).view(-1)
         return torch.cat((vectors, side["rest"].to(y.device))).view(spec.shape)
 
 
 def _nearest(vectors: Tensor, centroids: Tensor, unit: float) -> Tensor:
-    """Returns which centroid is nearest to each of `vectors` / `unit` (int64)."""
+    """Returns the index of the centroid nearest to each of `vectors` / `unit` (int64)."""
     # the nearest has the largest ⟨v, c⟩ − ‖c‖²/2
     offsets, found = centroids.square().sum(1).mul_(-0.5), [torch.zeros(0, dtype=torch.int64, device=vectors.device)]
     if len(vectors) == 0:

@@ -1,4 +1,4 @@
-"""Random rotations: they spread a tensor's energy evenly, so that what quantises it next wastes no range."""
+"""Random rotations: they spread a tensor's energy evenly, so that a quantiser behind them wastes no range."""
 
 import math
 from abc import abstractmethod
@@ -9,29 +9,32 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fedq.encoding.encoder import is_finite
-from fedq.encoding.numerics import saturate, working_dtype
+from fedq.encoding.numerics import is_finite, saturate, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.random_numbers import random_signs
+from fedq.errors import check_range
 from fedq.keys import Key
 
-_CHUNK = 1 << 18  # elements worked on at a time: the working set stays in the cache
+_CHUNK = 1 << 18  # elements at a time, which stay in the cache
 
 
 @dataclass(frozen=True)
 class Rotation(EncodingStage):
-    """What the rotations share: rounds of random signs and an orthonormal transform in blocks, without padding.
+    """The base of rotations: random signs and an orthonormal transform in blocks, without padding.
 
-    Takes a floating tensor of n elements; gives n numbers (n,) in float32, float64 for float64. Blocks have `block`
-    elements, fewer in a small tensor. Where they do not fill it, one more overlaps the last of them, with fresh
-    signs: each step is orthogonal, hence the whole. The inverse is exact but for rounding, an error of a few
-    eps · ‖x‖₂. An Encoder refuses an x whose norm is beyond the dtype that this gives.
+    Takes a floating tensor of n elements; gives n numbers (n,) in float32, or float64 for float64. If blocks do not
+    fill the tensor, one more block overlaps the last, with fresh signs. Each step is orthogonal, and so is the
+    rotation. The inverse has a rounding error of a few eps · ‖x‖₂. An Encoder refuses an x whose norm is beyond the
+    output's dtype.
 
-    block: the most elements in a block. repeats: rounds; between two, each block is dealt out to all others, so that
-    a value spreads over block^repeats elements. shared: the same rotation for all clients of a round: they may be
-    summed before the inverse. Otherwise each has its own: what a biased quantiser does to one is independent of what
-    it does to the others, and averages out.
+    block: the most elements in a block; a small tensor has smaller blocks.
+    repeats: rounds, 1 or more. Between two rounds each block is dealt out to all blocks: a value spreads over
+        block^repeats elements.
+    shared: True: all clients of a round have the same rotation, and are summed before the inverse. False: each
+        client has its own; errors of a biased quantiser are then independent, and average out.
     """
 
     block: int | None = None
@@ -41,24 +44,22 @@ class Rotation(EncodingStage):
     unbiased = True
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"block must be 1 or more elements, not {self.block}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be 1 or more, not {self.repeats}")
+        check_range("block", self.block, 1, integer=True, optional=True)
+        check_range("repeats", self.repeats, 1, integer=True)
 
     @property
     def commutes_with_sum(self) -> bool:
-        """True where all clients rotate alike."""
+        """True if all clients have the same rotation."""
         return self.shared
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """As many numbers, in a row."""
+        """The same number of elements, as a vector."""
         return TensorSpec((spec.numel,), working_dtype(self, spec))
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         flat, size = x.reshape(-1), self._size(x.numel())
-        full = len(flat) - len(flat) % size  # what whole blocks fill
+        full = len(flat) - len(flat) % size  # the elements in whole blocks
         y = torch.empty(len(flat), dtype=working_dtype(self, TensorSpec.of(x)), device=x.device)
         y[full:] = flat[full:]
         for i in range(self.repeats):
@@ -72,8 +73,8 @@ class Rotation(EncodingStage):
                 self._rotate(window.view(-1, size))
         return y, {}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         size = self._size(spec.numel)
         full = len(y) - len(y) % size
 
@@ -91,7 +92,7 @@ class Rotation(EncodingStage):
         return decoded(inverse, y, spec)
 
     def _signs(self, n: int, i: int, key: Key, device: torch.device) -> Tensor:
-        """Returns the signs of all the blocks of round i."""
+        """Returns the signs of all blocks of round i."""
         size = self._size(n)
         return random_signs(-(-n // size) * size, (key.shared() if self.shared else key).fold(str(i)), device)
 
@@ -105,25 +106,26 @@ class Rotation(EncodingStage):
 
     @abstractmethod
     def _rotate_back(self, rows: Tensor) -> None:
-        """The inverse of _rotate."""
+        """Inverts `_rotate`, in place."""
 
 
 @dataclass(frozen=True)
 class HadamardRotation(Rotation):
     """The randomised Hadamard transform, in blocks of a power of two (Konečný 2016, §3; Suresh 2017, §3).
 
-    A value v alone in a block of B becomes ±v/√B throughout, and whatever the block, each element is then nearly
-    Gaussian, of variance ‖block‖²/B. With energy spread over blocks alike, uniform quantisation to k levels behind it
-    has a squared error of at most ‖x‖² · (2·ln n + 2) / (k − 1)², where without it that is up to
-    ‖x‖² · n / (2 · (k − 1)²). What it takes, gives and is told: see Rotation.
+    A value v alone in a block of B becomes ±v/√B in every element. Whatever the block, each element is nearly normal,
+    of variance ‖block‖²/B. If all blocks have the same energy, uniform quantisation to k levels has a squared error of
+    at most ‖x‖² · (2·ln n + 2) / (k − 1)²; without the rotation it is up to ‖x‖² · n / (2 · (k − 1)²).
+
+    block: a power of two.
+    repeats, shared: see Rotation.
     """
 
     block: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block & (self.block - 1):
-            raise ValueError(f"block must be a power of two, not {self.block}")
+        check_power_of_two("block", self.block)
 
     def _size(self, n: int) -> int:
         return min(self.block, 1 << max(n.bit_length() - 1, 0))
@@ -138,9 +140,11 @@ class HadamardRotation(Rotation):
 class CosineRotation(Rotation):
     """Random signs, then the orthonormal discrete cosine transform DCT-II, in blocks of any length.
 
-    A value v alone in a block of B becomes at most v·√(2/B) anywhere. Computed by a Fourier transform of the same
-    length (Makhoul 1980), numpy's: it gives the same bits on any number of threads, torch's does not. What it takes,
-    gives and is told: see Rotation; with block None the whole tensor is one block, which takes several times as long.
+    A value v alone in a block of B becomes at most v·√(2/B) in every element. A Fourier transform of the same length
+    computes it (Makhoul 1980). That is numpy's: torch's gives other bits on other numbers of threads.
+
+    block: 1 or more; None: the whole tensor is one block, which takes several times as long.
+    repeats, shared: see Rotation.
     """
 
     block: int | None = 4096
@@ -150,9 +154,9 @@ class CosineRotation(Rotation):
 
     def _rotate(self, rows: Tensor) -> None:
         n = rows.shape[1]
-        # scaled at once: whatever follows stays within about the norm of the row
+        # scaled first: all numbers stay within about the norm of the row
         v = torch.cat((rows[:, ::2], rows[:, 1::2].flip(1)), 1).mul_(math.sqrt(2 / n))
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever calls looks for infinity
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinity
             f = torch.view_as_real(torch.from_numpy(np.fft.rfft(v.cpu().numpy()))).to(rows)
         cos, sin = _quarter_wave(rows)
         rows[:, : n // 2 + 1] = f[..., 0] * cos + f[..., 1] * sin
@@ -172,8 +176,14 @@ class CosineRotation(Rotation):
         rows[:, 1::2] = v[:, (n + 1) // 2 :].flip(1)
 
 
+def check_power_of_two(name: str, value: int) -> None:
+    """Raises ValueError unless `value`, 1 or more, is a power of two."""
+    if value & (value - 1):
+        raise ValueError(f"{name} must be a power of two, not {value}")
+
+
 def hadamard_(rows: Tensor) -> None:
-    """Transforms each row, of a power of two, by the orthonormal Hadamard matrix, its own inverse; in place."""
+    """Multiplies each row, of a power of two, by the orthonormal Hadamard matrix, in place; it is its own inverse."""
     bits = rows.shape[1].bit_length() - 1
     # the matrix is a Kronecker product of two small ones
     left, right = (_hadamard_matrix(k).to(rows) for k in (bits // 2, bits - bits // 2))
@@ -196,16 +206,10 @@ def _quarter_wave(rows: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos().to(rows), angle.sin().to(rows)
 
 
-def random_signs(n: int, key: Key, device: torch.device) -> Tensor:
-    """Returns n signs of 1 and −1 (int8, shape (n,)): one bit of the key's stream each, least significant first."""
-    bits = np.unpackbits(key.bits(-(-n // 8), 8), count=n, bitorder="little").view(np.int8)
-    return torch.from_numpy(1 - 2 * bits).to(device)
-
-
 def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) -> Tensor:
-    """Returns the tensor of `spec` that a linear `inverse` makes of `y`, cut off at the dtype's limits.
+    """Returns the tensor of `spec` that a linear `inverse` makes of `y`, clamped to the dtype's range.
 
-    Quantised, or by an enemy's hand, `y` may be larger than what any tensor of `spec` gives.
+    A quantised or hostile `y` may be larger than any rotated tensor of `spec`.
     """
     x, limit = inverse(y), torch.finfo(spec.dtype).max
     if not is_finite(x):
@@ -216,7 +220,7 @@ def decoded(inverse: Callable[[Tensor], Tensor], y: Tensor, spec: TensorSpec) ->
 
 
 def _windows(n: int, size: int) -> list[tuple[int, int, int]]:
-    """Lists (start, stop, the place of the first sign) of the rows of blocks to transform at a time, in order."""
+    """Returns start, stop and the index of the first sign for each group of blocks that fits into the cache."""
     full, step = n - n % size, max(1, _CHUNK // size) * size
     windows = [(start, min(start + step, full), start) for start in range(0, full, step)]
     return windows + [(n - size, n, full)] * (n > full)

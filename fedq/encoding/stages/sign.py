@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.numerics import check_scale, exact_divide, largest_magnitude, sums, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
@@ -17,8 +18,8 @@ class ScaledSign(EncodingStage):
     """Keeps the signs, and the mean magnitude of all elements (EF-signSGD, Karimireddy 2019).
 
     Takes a floating tensor of any shape; gives symbols 0 (negative) and 1 (zero or positive) of the same shape, and
-    ‖x‖₁ / n as a side value. No other magnitude is nearer to x: the squared error is ‖x‖² − ‖x‖₁² / n, which is
-    1 − 2/π of ‖x‖² for a normal tensor. Biased.
+    ‖x‖₁ / n as a side value. No other magnitude has a smaller squared error, which is ‖x‖² − ‖x‖₁² / n: 1 − 2/π of ‖x‖²
+    for a normal tensor. Biased.
     """
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
@@ -30,30 +31,30 @@ class ScaledSign(EncodingStage):
         check_scale(side["scale"], spec)
         return TensorSpec.symbols(spec.shape, 2)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
-        # in units of the largest, so that the sum of a float64 tensor does not overflow
+        # in units of the largest magnitude: the sum of a float64 tensor does not overflow
         unit = largest_magnitude(x)
         (total,) = sums(x, lambda part: exact_divide(part, unit).abs_()) if unit else (0.0,)
         scale = torch.tensor(unit * (total / max(x.numel(), 1)), dtype=working_dtype(self, TensorSpec.of(x)))
         return _signs(x), {"scale": scale}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         return look_up(y, torch.stack((-side["scale"], side["scale"])), spec)
 
 
 @dataclass(frozen=True)
 class OneBitTwoMeans(EncodingStage):
-    """Keeps the signs, the mean of the negative elements and that of the others (1-bit SGD, Seide 2014).
+    """Keeps the signs, the mean of the negative elements and the mean of the others (1-bit SGD, Seide 2014).
 
     Takes a floating tensor of any shape; gives symbols 0 (negative) and 1 (zero or positive) of the same shape, and
-    the two means as side values, for the whole tensor where the paper has them for each column. The sum over the
-    tensor is kept; the squared error is at most that of ScaledSign. Biased.
+    the two means as side values. They are means over the whole tensor; the paper has means of each column. The sum over
+    the tensor is kept. The squared error is at most ScaledSign's. Biased.
     """
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The magnitudes of the two means, 0 of no elements: float64 for a float64 tensor, else float32."""
+        """The magnitudes of the two means (0 without elements): float64 for a float64 tensor, else float32."""
         mean = TensorSpec((), working_dtype(self, spec))
         return {"negative": mean, "positive": mean}
 
@@ -63,8 +64,8 @@ class OneBitTwoMeans(EncodingStage):
         check_scale(side["positive"], spec)
         return TensorSpec.symbols(spec.shape, 2)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         symbols, unit, dtype = _signs(x), largest_magnitude(x) or 1.0, working_dtype(self, TensorSpec.of(x))
         positives = int(symbols.sum())
         totals = sums(
@@ -76,8 +77,8 @@ class OneBitTwoMeans(EncodingStage):
         negative, positive = torch.tensor(means, dtype=dtype)
         return symbols, {"negative": negative, "positive": positive}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         return look_up(y, torch.stack((-side["negative"], side["positive"])), spec)
 
 

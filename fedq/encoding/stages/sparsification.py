@@ -1,4 +1,4 @@
-"""Sparsification: only some elements travel."""
+"""Sparsification: only some elements are sent."""
 
 import math
 from abc import abstractmethod
@@ -7,27 +7,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.coders import Coder, SparseMask
 from fedq.encoding.numerics import exact_divide, largest_magnitude, saturate, sums, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
+from fedq.errors import check_range
 from fedq.keys import Key
 
 
 @dataclass(frozen=True)
 class RandomMask(EncodingStage):
-    """Keeps elements that the key chooses, so that it costs no bytes to tell which (Konečný 2016, §3).
+    """Keeps elements that the key chooses: their places cost no bytes (Konečný 2016, §3).
 
     Takes a floating tensor of any shape; gives the k = fraction · n kept elements, rounded and at least one (shape
-    (k,), same dtype, in order). The n elements fall into k cells of neighbours, whose sizes differ by at most one, and
-    of each cell one element is kept. With `scale` it comes back times the size s of its cell, the others as 0:
-    unbiased, and of squared error Σ (s − 1)·x², about (n/k − 1)·‖x‖², as that of any unbiased random mask. What would
-    be beyond the dtype comes back as its largest value. Without `scale` kept elements come back as they are.
+    (k,), same dtype, in order). The n elements fall into k cells of neighbours, whose sizes differ by at most one. One
+    element of each cell is kept; all others are decoded as 0.
 
-    fraction: above 0, at most 1. shared: all clients of a round keep the same elements, so that their sum can be
-    decoded at once; the error of their mean is that of one. So does a broadcast with a mask at the same place of its
-    chain: what clients then send depends on which elements they are, and the mean is no longer unbiased.
+    fraction: above 0, at most 1.
+    shared: True: all clients of a round keep the same elements, and their sum is decoded once; the error of their
+        mean is that of one client. A broadcast with a mask at the same place of its chain keeps these elements too:
+        uploads then depend on the places, and their mean is biased.
+    scale: True multiplies a kept element by the size s of its cell, up to the dtype's largest value: unbiased, with
+        the squared error Σ (s − 1)·x², about (n/k − 1)·‖x‖², as of every unbiased random mask. False: kept elements are
+        decoded as they are.
     """
 
     fraction: float = 0.1
@@ -35,7 +39,7 @@ class RandomMask(EncodingStage):
     scale: bool = True
 
     def __post_init__(self) -> None:
-        _check_fraction(self.fraction)
+        check_range("fraction", self.fraction, above=0, high=1)
 
     @property
     def unbiased(self) -> bool:
@@ -44,7 +48,7 @@ class RandomMask(EncodingStage):
 
     @property
     def commutes_with_sum(self) -> bool:
-        """True where `shared`."""
+        """True with `shared`."""
         return self.shared
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
@@ -52,22 +56,22 @@ class RandomMask(EncodingStage):
         working_dtype(self, spec)
         return TensorSpec((_kept(self.fraction, spec.numel),), spec.dtype)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         places, _ = self._cells(x.numel(), key)
         return x.reshape(-1)[places.to(x.device)], {}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         places, sizes = self._cells(spec.numel, key)
         if self.scale:
             y = saturate(y.to(working_dtype(self, spec)) * sizes.to(y.device), spec.dtype)
         return _scattered(places, y, spec)
 
     def _cells(self, n: int, key: Key) -> tuple[Tensor, Tensor]:
-        """Returns of each cell the place of the element that is kept, and the number of elements."""
+        """Returns for each cell the place of its kept element, and its size."""
         k = _kept(self.fraction, n)
-        size, larger = divmod(n, max(k, 1))  # so many cells have one more
+        size, larger = divmod(n, max(k, 1))  # `larger` cells have one element more
         sizes = np.full(k, size)
         sizes[:larger] += 1
         draws = (key.shared() if self.shared else key).bits(k, 32).astype(np.int64)
@@ -78,44 +82,44 @@ class RandomMask(EncodingStage):
 
 
 class _Masked(EncodingStage):
-    """A stage that sends a mask of what it keeps beside the kept elements (in order, same dtype)."""
+    """The base of stages that send the kept elements (in order, same dtype) and a mask."""
 
     @abstractmethod
     def _mask(self, x: Tensor) -> np.ndarray:
-        """Returns which elements of x, a vector, are kept (bool)."""
+        """Returns the mask of a vector: True for elements to keep."""
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The mask: 1 where an element is kept."""
+        """The mask: 1 for kept elements."""
         working_dtype(self, spec)
         return {"mask": TensorSpec.symbols((spec.numel,), 2)}
 
     def side_coder(self, name: str) -> Coder:
-        """The gaps in the mask."""
+        """SparseMask."""
         return SparseMask()
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """The kept elements: as many as the mask has ones."""
+        """The kept elements: one for each 1 in the mask."""
         return TensorSpec((int(np.count_nonzero(side["mask"].numpy())),), spec.dtype)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         flat = x.reshape(-1)
         mask = self._mask(flat)
         places = torch.from_numpy(np.flatnonzero(mask))
         return flat[places.to(x.device)], {"mask": torch.from_numpy(mask.view(np.uint8))}
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         return _scattered(torch.from_numpy(np.flatnonzero(side["mask"].numpy().view(np.bool_))), y, spec)
 
 
 @dataclass(frozen=True)
 class TopK(_Masked):
-    """Keeps the elements of largest magnitude (Aji and Heafield 2017; Lin 2018); the others come back as 0.
+    """Keeps the elements of largest magnitude (Aji and Heafield 2017; Lin 2018); the others are decoded as 0.
 
     Takes a floating tensor of any shape; gives the k = fraction · n largest, rounded and at least one (shape (k,), same
-    dtype, in order), and a mask as a side value. Of equal magnitudes the first in order are kept. No other k elements
-    leave a smaller squared error: the sum of the others' squares. Biased: use it with error feedback.
+    dtype, in order), and a mask as a side value. Of equal magnitudes the first in order are kept. The squared error is
+    the sum of the other elements' squares: no other k elements leave less. Biased: use the stage with error feedback.
 
     fraction: above 0, at most 1.
     """
@@ -123,7 +127,7 @@ class TopK(_Masked):
     fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_fraction(self.fraction)
+        check_range("fraction", self.fraction, above=0, high=1)
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """The kept elements."""
@@ -135,7 +139,7 @@ class TopK(_Masked):
     def _mask(self, x: Tensor) -> np.ndarray:
         n, k = x.numel(), _kept(self.fraction, x.numel())
         magnitudes = x.to(working_dtype(self, TensorSpec.of(x))).abs().cpu().numpy()
-        # the bits of floats from 0 are in the floats' order, and faster to sort
+        # non-negative floats are in the order of their bits, and integers are faster to sort
         ranks = magnitudes.view(np.int32 if magnitudes.itemsize == 4 else np.int64)
         if k == n:
             return np.ones(n, np.bool_)
@@ -147,20 +151,20 @@ class TopK(_Masked):
 
 @dataclass(frozen=True)
 class Threshold(_Masked):
-    """Keeps the elements of a magnitude above a threshold (after Strom 2015); the others come back as 0.
+    """Keeps the elements of a magnitude above a threshold (after Strom 2015); the others are decoded as 0.
 
     Takes a floating tensor of any shape; gives the kept elements (shape (k,) with k from 0 to n, same dtype, in order)
-    and a mask as a side value. No error is above the threshold. Biased: use it with error feedback.
+    and a mask as a side value. No error is above the threshold. Biased: use the stage with error feedback.
 
-    threshold: from 0. relative: in units of the tensor's root mean square.
+    threshold: 0 or more.
+    relative: Whether the threshold is in units of the tensor's root mean square.
     """
 
     threshold: float = 1.0
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(f"threshold must be a finite number from 0, not {self.threshold}")
+        check_range("threshold", self.threshold, 0)
 
     def _mask(self, x: Tensor) -> np.ndarray:
         threshold, unit = self.threshold, largest_magnitude(x)
@@ -170,11 +174,6 @@ class Threshold(_Masked):
         magnitudes = x.to(working_dtype(self, TensorSpec.of(x))).abs().cpu().numpy()
         mask: np.ndarray = magnitudes > min(threshold, float(np.finfo(magnitudes.dtype).max))
         return mask
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
 
 
 def _kept(fraction: float, n: int) -> int:

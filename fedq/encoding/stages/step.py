@@ -1,18 +1,19 @@
-"""Quantisation with a fixed step and no bound: for an entropy coder."""
+"""Quantisation with a fixed step and any number of levels, for an entropy coder."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from fedq.encoding.coders.tokens import kernels
 from fedq.encoding.numerics import chunks, exact_divide, largest_magnitude, sums, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.uniform import noise
+from fedq.encoding.stages.random_numbers import noise
+from fedq.encoding.stages.uniform import Rounding
+from fedq.errors import check_choice, check_range
 from fedq.keys import Key
 
 _MOST = 1 << 30  # steps from 0; twice that fits int32, so that a sum of two does
@@ -20,45 +21,44 @@ _MOST = 1 << 30  # steps from 0; twice that fits int32, so that a sum of two doe
 
 @dataclass(frozen=True)
 class StepQuantization(EncodingStage):
-    """Rounds to multiples of a step, however many that makes: an entropy coder gives them the bits they deserve.
+    """Rounds to multiples of a step; an entropy coder behind the stage gives frequent symbols fewer bits.
 
-    Takes a floating tensor of any shape; gives integers of any sign (int32 of the same shape, no levels). `step` is
-    absolute, or with `relative` in units of the tensor's root mean square; then the product is a side value.
+    Takes a floating tensor of any shape; gives integers of any sign (int32 of the same shape, no levels). `encode`
+    raises ValueError for magnitudes of more than 2^30 steps.
 
-    rounding: "nearest"; "stochastic" or "dithered" as in UniformQuantization: unbiased, squared error up to step²/4
-        and always step²/12.
-    rate_weight: with "nearest", an element goes to the symbol with the least (error in steps)² + rate_weight · bits;
-        the bits are those of symbols with a geometric magnitude whose mean is that of their row times that of their
-        column over that of all, as CABAC takes it (see `rate_distortion`). 0 is plain rounding; ln 4 / 12 = 0.1155
-        is what a bit saves in error at high rate. Where the scales of rows and columns differ it is 0.1 to 0.3 dB
-        better than any dead zone at the same bytes; on one normal law up to 0.2 dB worse than the best.
-    dead_zone: with "nearest", magnitudes below dead_zone · step become 0, those below (dead_zone + 1) · step become
-        1, and so on: ½ is plain rounding, more makes more zeros. Above 0, up to 1.
-    centroids: with "nearest", the decoder moves all but the zeros by what their magnitudes are larger on average, a
-        side value: on a source whose density falls, towards 0.
+    On a normal source, with centroids and the best step, the squared error is within 1 % of that of the best scalar
+    quantiser with the same entropy: 0.348, 0.0889 and 0.0222 of the variance at 1, 2 and 3 bits (Farvardin and
+    Modestino 1984). Relative steps of 2.5, 1.07 and 0.519 have these rates; the best dead zone is ½, and larger for
+    heavier tails.
 
-    On a normal source the squared error, with centroids and the best step, is within 1 % of the best scalar quantiser's
-    of that entropy, 0.348 of the variance at 1 bit, 0.0889 at 2, 0.0222 at 3 (Farvardin & Modestino 1984). The best
-    dead zone is ½ there, which relative steps of 2.5, 1.07 and 0.519 give; for heavier tails it is larger. Raises
-    ValueError for magnitudes of more than 2^30 steps.
+    step: from 1e-37.
+    relative: True: the step is in units of the tensor's root mean square, and their product is a side value. False: in
+        the tensor's unit.
+    rounding: "nearest", "stochastic" or "dithered", as in UniformQuantization. "stochastic" is unbiased, with a
+        squared error of up to step²/4; "dithered" is unbiased, with step²/12.
+    dead_zone: with "nearest", magnitudes below dead_zone · step become 0, below (dead_zone + 1) · step 1, and so on.
+        Above 0, at most 1; ½ is plain rounding, more makes more zeros.
+    centroids: with "nearest", the decoder adds to all magnitudes but 0 their mean rounding error, a side value. On a
+        source with falling density that moves them towards 0.
+    rate_weight: with "nearest", an element becomes the symbol with the least (error in steps)² + rate_weight · bits.
+        The bits are those of a geometric magnitude, with the mean that `rate_distortion` describes. 0 is plain
+        rounding; ln 4 / 12 = 0.1155 is the error that a bit saves at high rate. If the scales of rows and columns
+        differ, the error is 0.1 to 0.3 dB less than with any dead zone at the same bytes; on one normal law it is up to
+        0.2 dB more.
     """
 
     step: float
     relative: bool = True
-    rounding: Literal["nearest", "stochastic", "dithered"] = "nearest"
+    rounding: Rounding = "nearest"
     dead_zone: float = 0.5
     centroids: bool = False
     rate_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1e-37 <= self.step < math.inf:
-            raise ValueError(f"step must be from 1e-37 and finite, not {self.step}")
-        if self.rounding not in ("nearest", "stochastic", "dithered"):
-            raise ValueError(f"rounding must be nearest, stochastic or dithered, not {self.rounding!r}")
-        if not 0 < self.dead_zone <= 1:
-            raise ValueError(f"dead_zone must be above 0 and at most 1, not {self.dead_zone}")
-        if not 0 <= self.rate_weight < math.inf:
-            raise ValueError(f"rate_weight must be 0 or more, not {self.rate_weight}")
+        check_range("step", self.step, 1e-37)
+        check_choice("rounding", self.rounding, Rounding)
+        check_range("dead_zone", self.dead_zone, above=0, high=1)
+        check_range("rate_weight", self.rate_weight, 0)
         if self.rounding != "nearest" and (self.dead_zone != 0.5 or self.centroids or self.rate_weight):
             raise ValueError(f"rounding must be nearest for dead_zone, centroids and rate_weight, not {self.rounding}")
         if self.rate_weight and self.dead_zone != 0.5:
@@ -66,16 +66,16 @@ class StepQuantization(EncodingStage):
 
     @property
     def unbiased(self) -> bool:
-        """True unless it is rounded to nearest."""
+        """True unless rounding is "nearest"."""
         return self.rounding != "nearest"
 
     @property
     def commutes_with_sum(self) -> bool:
-        """True where decoding is to multiply by a step that all share."""
+        """True if decoding only multiplies by a step that all clients share."""
         return not (self.relative or self.centroids or self.rounding == "dithered")
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The step, if relative, and the centroids' shift in steps, in float64 for a float64 tensor, else float32."""
+        """The step, if relative, and the centroids' shift in steps: float64 for a float64 tensor, else float32."""
         value = TensorSpec((), working_dtype(self, spec))
         return {name: value for name, given in (("step", self.relative), ("shift", self.centroids)) if given}
 
@@ -87,8 +87,8 @@ class StepQuantization(EncodingStage):
             raise ValueError(f"the centroids are shifted by {float(side['shift'])} steps")
         return TensorSpec(spec.shape, torch.int32)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         work, peak, side = working_dtype(self, TensorSpec.of(x)), largest_magnitude(x), {}
         step = self.step
         if self.relative:
@@ -96,10 +96,10 @@ class StepQuantization(EncodingStage):
             step = float(side["step"])
         if peak > _MOST * step:
             raise ValueError(f"{peak} is more than 2^30 steps of {step}")
-        # m > 0 costs a bit at least, and pays from m/2 + rate_weight/2m steps on: least for m = 1, or a larger one
+        # m > 0 costs a bit at least, and pays from m/2 + rate_weight/2m steps on: least for m = √rate_weight, or 1
         first = self.dead_zone + self.rate_weight / 2 if self.rate_weight <= 2 else math.sqrt(self.rate_weight)
         if self.rounding == "nearest" and peak < first * step:
-            # all is 0: behind singular vectors, most tensors
+            # all symbols are 0, as of most tensors behind singular vectors
             symbols, kept, excess = torch.zeros(x.shape, dtype=torch.int32, device=x.device), 0, 0.0
         elif self.rate_weight:
             symbols, kept, excess = rate_distortion(x, step, self.rate_weight)
@@ -116,14 +116,14 @@ class StepQuantization(EncodingStage):
         for part, out in chunks(x, symbols):
             scaled = exact_divide(part.to(torch.promote_types(x.dtype, torch.float32)), step)
             if self.rounding == "nearest":
-                # the cast cuts the fraction off, towards 0
+                # the cast rounds towards 0
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
             else:
                 out.copy_(scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17).floor_())
         return symbols
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
         step = min(float(side["step"]) if self.relative else self.step, torch.finfo(work).max)
         shift, beyond = float(side["shift"]) if self.centroids else 0.0, step * 2.0**32 >= largest
@@ -144,27 +144,33 @@ class StepQuantization(EncodingStage):
 
 
 def of_rms(step: float, x: Tensor, peak: float, work: torch.dtype) -> Tensor:
-    """Returns `step` times the root mean square of `x`, whose largest magnitude is `peak`, within what `work` holds."""
+    """Returns `step` times the root mean square of `x`, clamped to the range of the dtype `work`.
+
+    peak: the largest magnitude of `x`.
+    """
     rms = peak * math.sqrt(sums(x, lambda v: exact_divide(v, peak).square_())[0] / x.numel()) if peak else 0.0
     info = torch.finfo(work)
     return torch.tensor(min(max(step * rms, info.smallest_normal * info.eps), info.max), dtype=work)
 
 
 def rate_distortion(x: Tensor, step: float, weight: float) -> tuple[Tensor, int, float]:
-    """Returns the symbols (int32) of `x` where (error in steps)² + weight · bits is least, and what `_excess` does.
+    """Returns the symbols (int32) of `x` with the least (error in steps)² + weight · bits, and what `_excess` returns.
 
-    A magnitude of mean μ is taken for geometric: 1 more costs log₂(1 + 1/μ) bits, and the first of them the sign's.
-    μ follows the symbols, plainly rounded at first: it is found twice. Rates only ever pull towards 0.
+    A magnitude with mean μ counts as geometric: each unit costs log₂(1 + 1/μ) bits, and the first one also the sign's
+    bit. μ is the mean magnitude of the row, times that of the column, over that of all. It is computed twice: from
+    plainly rounded symbols, then from the symbols so found. The bits only move symbols towards 0.
     """
+    from fedq.encoding.stages.step_loops import cheapest_symbols
+
     spec = TensorSpec.of(x)
     values = x.reshape(spec.matrix).to(torch.promote_types(x.dtype, torch.float32)).cpu().numpy()
     symbols, units = np.empty(values.shape, np.int32), np.array([step, 0.5], values.dtype)
-    kept, excess = kernels("stages._kernels").rate_distortion(values, units, step, weight, symbols)
+    kept, excess = cheapest_symbols(values, units, step, weight, symbols)
     return torch.from_numpy(symbols).view(x.shape).to(x.device), kept, excess
 
 
 def _excess(x: Tensor, symbols: Tensor, step: float) -> tuple[int, float]:
-    """Returns how many symbols are not 0, and by how much their values' magnitudes, in steps, are more in all."""
+    """Returns the number of symbols other than 0, and the sum of their elements' magnitudes, in steps, less theirs."""
     kept = symbols.view(-1).nonzero().view(-1)
     excess = exact_divide(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
     return len(kept), sums(excess, lambda v: v)[0]

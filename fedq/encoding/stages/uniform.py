@@ -3,67 +3,65 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from fedq.encoding.numerics import in_rows, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
+from fedq.encoding.stages.random_numbers import noise
+from fedq.errors import check_choice, check_range
 from fedq.keys import Key
 
-_ENCODED, _DECODED = 1 << 18, 1 << 20  # elements worked on at a time: the working set stays in the cache
+Rounding = Literal["stochastic", "nearest", "dithered"]
+
+_ENCODED, _DECODED = 1 << 18, 1 << 20  # elements at a time, which stay in the cache
 
 
 @dataclass(frozen=True)
 class UniformQuantization(EncodingStage):
-    """Quantises to evenly spaced values, `step` apart, from the lower to the upper end of a range, both included.
+    """Quantises to evenly spaced values, one `step` apart, from the lower to the upper end of a range (Suresh 2017).
 
-    Takes a floating tensor of any shape; gives symbols of the same shape (uint8 up to 8 bits, else int32) and the
-    range as side values, in float64 for a float64 tensor, else float32.
+    Takes a floating tensor of any shape; gives symbols of the same shape (uint8 up to 8 bits, else int32), and the
+    range as side values: float64 for a float64 tensor, else float32. By default the range is from the minimum to the
+    maximum of the elements, with 2^bits values. `quantile` and `limit` make it −t to t, with 2^bits − 1 values, of
+    which one is 0. A range costs 64 bits, or 32 with `quantile`, for each channel or block.
 
-    rounding: "stochastic" rounds up with a probability equal to the fraction (Konečný 2016, §3; Suresh 2017, §2.2):
-        unbiased, squared error step²/6 at high rate. "nearest": step²/12 at high rate, biased. "dithered" adds a
-        number that is uniform in (−½, ½) steps before it rounds, and the receiver, who draws the same from the key,
-        subtracts it (Roberts 1962; Schuchman 1964): unbiased, the error is uniform and independent of the value,
-        step²/12 at any rate. The sum never leaves the half step around the range's ends, so that nothing overloads.
-        Random numbers have 16 bits: means are right to 2^−17 steps, no nearer; and with 9 to 12 bits, where a float32
-        holds both, to 2^−24 of the range.
-
-    The range is one of
-    - minimum to maximum of the elements: 2^bits values;
-    - −t to t where t is the `quantile` of the magnitudes: that share of the elements, rounded up, is not clipped. 1 is
-      the symmetric range, which clips none. Where the quantile is 0 but not all elements are, t is the largest;
-    - −t to t where t is `limit`, agreed beforehand: no side values; what is beyond is clipped.
-    From −t to t there are 2^bits − 1 values, and 0 is one of them. Clipping is biased.
-
-    There is a range for the whole tensor, for each channel along `axis`, or for each `block` of consecutive elements
-    in row-major order, the last one shorter. That costs 64 bits, with `quantile` 32, for each channel or block. A
-    tensor of fewer than two axes has no channels, and one range.
-
-    bits: 1 to 16; from 2 for −t to t. quantile: above 0, up to 1. limit: above 0. axis: negative counts from the last.
+    bits: 1 to 16; with quantile or limit 2 to 16.
+    rounding: "stochastic" rounds up with the fraction as probability (Konečný 2016, §3; Suresh 2017, §2.2): unbiased,
+        squared error step²/6 at high rate.
+        "nearest" is biased, with step²/12 at high rate.
+        "dithered" adds a uniform number in (−½, ½) steps before rounding. The receiver draws the same number from the
+        key, and subtracts it (Roberts 1962; Schuchman 1964): unbiased; the error is uniform and independent of the
+        value, step²/12 at any rate. The sum stays within half a step of the range, so that nothing is clipped.
+        Random numbers have 16 bits: means are exact to 2^−17 steps, and with 9 to 12 bits to 2^−24 of the range.
+    quantile: the share of elements within −t to t, rounded up; all others are clipped, which is biased. Above 0, at
+        most 1; 1 clips none. If this quantile of the magnitudes is 0, t is the largest magnitude.
+    limit: t, above 0, known to both sides: no side values. Elements beyond are clipped, which is biased.
+    axis: each channel along this axis has its own range; negative numbers count from the last axis. A tensor of fewer
+        than two axes has one range.
+    block: each block of consecutive elements, in row-major order, has its own range; the last may be shorter.
     """
 
     bits: int = 8
-    rounding: Literal["stochastic", "nearest", "dithered"] = "stochastic"
+    rounding: Rounding = "stochastic"
     quantile: float | None = None
     limit: float | None = None
     axis: int | None = None
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 16:
-            raise ValueError(f"bits must be from 1 to 16, not {self.bits}")
-        if self.rounding not in ("stochastic", "nearest", "dithered"):
-            raise ValueError(f"rounding must be stochastic, nearest or dithered, not {self.rounding!r}")
-        if self.quantile is not None and not 0 < self.quantile <= 1:
-            raise ValueError(f"quantile must be above 0 and at most 1, not {self.quantile}")
-        if self.limit is not None and not 0 < self.limit < math.inf:
-            raise ValueError(f"limit must be above 0 and finite, not {self.limit}")
-        if self.block is not None and self.block < 1:
-            raise ValueError(f"block must be 1 element or more, not {self.block}")
+        check_range("bits", self.bits, 1, 16, integer=True)
+        check_choice("rounding", self.rounding, Rounding)
+        check_range("quantile", self.quantile, above=0, high=1, optional=True)
+        check_range("limit", self.limit, above=0, optional=True)
+        check_range("axis", self.axis, integer=True, optional=True)
+        check_range("block", self.block, 1, integer=True, optional=True)
         if self._symmetric and self.bits < 2:
             raise ValueError("bits must be from 2 for a range with 0 in its middle, not 1")
         if sum(value is not None for value in (self.axis, self.block, self.limit)) > 1:
@@ -73,11 +71,11 @@ class UniformQuantization(EncodingStage):
 
     @property
     def unbiased(self) -> bool:
-        """True where nothing is clipped, unless it is rounded to nearest."""
+        """True if nothing is clipped, unless rounding is "nearest"."""
         return self.rounding != "nearest" and self.limit is None and self.quantile in (None, 1)
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The range's maximum, and its minimum where that is not −maximum: one for the tensor, or for each group."""
+        """The maximum of each range, and the minimum unless ranges are symmetric."""
         shape: tuple[int, ...] = ()
         if self._has_channels(spec):
             shape = (spec.shape[self.axis or 0],)
@@ -96,12 +94,12 @@ class UniformQuantization(EncodingStage):
                 raise ValueError("minimum and maximum are not a finite range")
         return TensorSpec.symbols(spec.shape, self._top + 1)
 
+    @override
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
-        """As EncodingStage.encode."""
         spec, rows = TensorSpec.of(x), self._rows(x)
         side = self._range(rows, spec)
         low, step, _ = self._grid(side, spec, x.device)
-        step = step.where(step > 0, 1)  # where all elements are the same
+        step = step.where(step > 0, 1)  # if all elements are equal
         symbols = torch.empty(rows.shape, dtype=self.encoded_spec(spec, side).dtype, device=x.device)
         random = key.bit_generator()
         for part, out, a, width in _chunks(_ENCODED, rows, symbols, low, step):
@@ -110,18 +108,18 @@ class UniformQuantization(EncodingStage):
                 scaled.add_(0.5 + self._origin)
             else:
                 scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17 + self._origin)
-            # cast by way of int32, which is several times faster than at once
+            # a cast by way of int32 is several times faster
             out.copy_(scaled.clamp_(0, self._top).int())
         return self._tensor(symbols, spec), side
 
+    @override
     def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key) -> Tensor:
-        """As EncodingStage.decode."""
         low, step, high = self._grid(side, spec, y.device)
         rows, largest = self._rows(y), torch.finfo(spec.dtype).max
         random = key.bit_generator() if self.rounding == "dithered" else None
         decoded = torch.empty(rows.shape, dtype=spec.dtype, device=y.device)
         for part, out, a, width, *b in _chunks(_DECODED, rows, decoded, low, step, *([] if high is None else [high])):
-            # in place where the dtype to work in is the one to give
+            # in place if the working dtype is the tensor's
             value = out.copy_(part) if out.dtype == step.dtype else part.to(step.dtype)
             if random is not None:
                 value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
@@ -137,16 +135,16 @@ class UniformQuantization(EncodingStage):
                 out.copy_(value)
         return self._tensor(decoded, spec)
 
-    @property
+    @cached_property
     def _symmetric(self) -> bool:
         return self.quantile is not None or self.limit is not None
 
-    @property
+    @cached_property
     def _top(self) -> int:
         """The largest symbol."""
         return (1 << self.bits) - (2 if self._symmetric else 1)
 
-    @property
+    @cached_property
     def _origin(self) -> int:
         """The symbol of 0 in a symmetric range, else of the minimum."""
         return self._top // 2 if self._symmetric else 0
@@ -160,7 +158,7 @@ class UniformQuantization(EncodingStage):
         return True
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Returns the elements with one row for each range; the last block is filled up with zeros."""
+        """Returns the elements as rows, one for each range; zeros fill the last block up."""
         if self._has_channels(TensorSpec.of(x)):
             return x.movedim(self.axis or 0, 0).flatten(1)
         flat = x.reshape(-1)
@@ -168,7 +166,7 @@ class UniformQuantization(EncodingStage):
         return in_rows(flat, block) if block else flat.view(1, 0)
 
     def _tensor(self, rows: Tensor, spec: TensorSpec) -> Tensor:
-        """The inverse of `_rows`."""
+        """Inverts `_rows`."""
         if not self._has_channels(spec):
             return rows.view(-1)[: spec.numel].view(spec.shape)
         shape = list(spec.shape)
@@ -180,7 +178,7 @@ class UniformQuantization(EncodingStage):
         side_spec = self.side_spec(spec)
         if not side_spec or not rows.numel():
             return {name: torch.zeros(own.shape, dtype=own.dtype) for name, own in side_spec.items()}
-        # the last block as long as it really is
+        # the last block without the zeros
         padding = rows.numel() - spec.numel
         ends = [self._ends(part) for part in ([rows[:-1], rows[-1:, :-padding]] if padding else [rows])]
         side = dict(zip(("minimum", "maximum"), map(torch.cat, zip(*ends, strict=True)), strict=True))
@@ -201,39 +199,33 @@ class UniformQuantization(EncodingStage):
         return -high, high
 
     def _grid(self, side: Tensors, spec: TensorSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the value of the symbol `_origin` and the step of each row (rows × 1), in the dtype to work in.
+        """Returns for each row (rows × 1) the value of the symbol `_origin`, the step, and the maximum.
 
-        That is float32 where its range and precision suffice. Then, the maximum of each row, if the last symbol's
-        value may round to beyond it.
+        The dtype is float32 if its range and precision suffice, else float64. The maximum is None unless rounding may
+        move the last symbol's value beyond it.
         """
         end = side["maximum"] if self.limit is None else torch.tensor(self.limit, dtype=torch.float64)
         start = torch.zeros_like(end) if self._symmetric else side["minimum"]
-        # numpy's, whose calls cost a fifth of torch's: these are few numbers
+        # numpy's calls cost a fifth of torch's for few numbers
         low, high = (v.double().numpy().reshape(-1, 1) for v in (start, end))
         steps, fits = self._top - self._origin, self.bits <= 12 and spec.dtype != torch.float64
-        with np.errstate(over="ignore"):  # what is beyond float32 does not fit
+        with np.errstate(over="ignore"):  # infinity does not fit
             extent = high - low
             fits = fits and bool(((extent == 0) | (extent > 1e-30) & (extent < 1e30)).all())
             work: type[np.floating] = np.float32 if fits else np.float64
             low, high, step = low.astype(work), high.astype(work), (extent / steps).astype(work)
-            step = np.where(step * steps + low > high, np.nextafter(step, work(0)), step)  # it was rounded up
+            step = np.where(step * steps + low > high, np.nextafter(step, work(0)), step)  # undo rounding up
             exceeds = bool((step * steps + low > high).any())
         first, width, last = (torch.from_numpy(v).to(device) for v in (low, step, high))
         return first, width, last if exceeds else None
 
 
 def _chunks(size: int, rows: Tensor, out: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts two tensors, and what there is for each of their rows, into pieces of about `size` elements."""
+    """Yields pieces of about `size` elements of two tensors, with the pieces of columns that belong to their rows."""
     if len(rows) == 1:
         rows, out = rows.t(), out.t()
-    # in fours of elements, for which a piece of the random stream is whole
+    # a multiple of four elements takes whole words of the random stream
     step = max(4, size // max(1, rows.shape[1]) // 4 * 4)
     for start in range(0, len(rows), step):
         here = slice(start, start + step)
         yield rows[here], out[here], *(column if len(column) == 1 else column[here] for column in columns)
-
-
-def noise(random: np.random.SFC64, like: Tensor) -> Tensor:
-    """Draws 16 random bits for each element: int16 r, so that (r + ½) / 2¹⁶ is evenly spread in (−½, ½)."""
-    draws = random.random_raw(-(-like.numel() // 4)).view(np.int16)[: like.numel()]
-    return torch.from_numpy(draws).to(like.device).reshape(like.shape)

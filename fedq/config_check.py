@@ -1,0 +1,254 @@
+"""Checks the keys and values of a configuration against the constructors that they describe."""
+
+import inspect
+import math
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedq.errors import FedqError
+
+DIRECTIONS = ("broadcast", "upload")
+
+RENAMED_KEYS = {
+    "run.dropout": "run.submodel",
+    "run.faults.dropout": "run.faults.absent",
+    "encoder.broadcast.pace": "encoder.broadcast.rate_control",
+    "encoder.upload.pace": "encoder.upload.rate_control",
+}
+"""Keys of the version before, each with its name today."""
+
+
+class ConfigError(FedqError):
+    """One sentence: which key is wrong, its value, and which values are allowed."""
+
+
+def to_container(cfg: Any, path: str = "", resolve: bool = True) -> Any:
+    """Returns the node at `path` as plain dicts and lists; all of `cfg` without a path.
+
+    resolve: Replace each ${…} by the value that it refers to.
+    Raises ConfigError for a ${…} that has no value, and for a value that is missing ("???").
+    """
+    try:
+        node = OmegaConf.select(cfg, path) if path else cfg
+        return (
+            OmegaConf.to_container(node, resolve=resolve, throw_on_missing=True) if OmegaConf.is_config(node) else node
+        )
+    except RecursionError as error:
+        raise ConfigError(f"{path}: a ${{…}} refers to what holds it") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """Returns one sentence about what Hydra or OmegaConf refuses in the command line or a YAML file."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    parent = getattr(cause, "parent_node", None)
+    text = " ".join(line.strip() for line in str(error).split("\nConfig search path")[0].splitlines() if line.strip())
+    if key and isinstance(parent, DictConfig) and "not in" in str(cause).splitlines()[0]:
+        allowed = ", ".join(sorted(map(str, parent))) or "none"
+        others = f", and with +{key}=… the other arguments of its class" if "_target_" in parent else ""
+        return moved(key, parent) or f"{key} is not a key; allowed here: {allowed}{others}"
+    if key:
+        reason = str(cause).splitlines()[0]
+        return f"{key}: {'its ${…} refers to itself' if reason.startswith('Recursive') else reason}"
+    if re.search(r"Could not (find|load) 'hydra/(launcher|sweeper)/", text):
+        return f'{text} (some come with pip install -e ".[sweep]")'
+    return text
+
+
+def moved(key: str, parent: typing.Mapping[Any, Any]) -> str:
+    """Returns a sentence with the new key of a `key` that this version does not have; "" if there is none.
+
+    parent: The node in which `key` is not allowed.
+    """
+    for old, new in RENAMED_KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{old} is now {new}"
+        if key == old.replace(".", "/"):
+            return f"{key} is now {new.replace('.', '/')}"
+    group, _, name = key.partition(".")
+    sides = [side for side in DIRECTIONS if group == "encoder" and name in (parent.get(side) or ())]
+    if len(sides) == 1:
+        return (
+            f"{key} sets both directions; this encoder has {name} in the {sides[0]} alone: "
+            f"use encoder.{sides[0]}.{name}"
+        )
+    return f"{key} is not a key: use encoder.broadcast.{name} or encoder.upload.{name}" if sides else ""
+
+
+def check_is_built(cfg: DictConfig, path: str) -> None:
+    """Raises ConfigError unless the node at `path` has a `_target_`."""
+    node = to_container(cfg, path)
+    if not isinstance(node, dict) or node.get("_target_") is None:
+        raise ConfigError(f"{path}._target_ is missing")
+
+
+def check_targets(cfg: DictConfig, path: str) -> None:
+    """Checks every node with a `_target_` at or below `path` against the target's signature."""
+    node = to_container(cfg, path)
+    if isinstance(node, dict):
+        if node.get("_target_") is not None:
+            try:
+                target = pkgutil.resolve_name(node["_target_"])
+            except (ImportError, AttributeError, ValueError, TypeError) as error:
+                raise ConfigError(f"{path}._target_: {node['_target_']!r} cannot be imported: {error}") from error
+            if not callable(target):
+                raise ConfigError(f"{path}._target_: {node['_target_']!r} is not a class or function")
+            check_arguments(cfg, path, target)
+        children = [(f"{path}.{key}", value) for key, value in node.items()]
+    else:
+        children = [(f"{path}[{i}]", value) for i, value in enumerate(node)]
+    for child, value in children:
+        if isinstance(value, dict | list):
+            check_targets(cfg, child)
+
+
+def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | None = None) -> None:
+    """Checks the keys and values of the node at `path` against the signature of `target`.
+
+    knobs: Further keys that the node may have, because a ${…} refers to them.
+    """
+    node = to_container(cfg, path)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path}: {node!r} is not allowed; it must be keys and values")
+    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some classes written in C have no signature
+        return
+    try:
+        hints = typing.get_type_hints(target.__dict__.get("__init__", target) if isinstance(target, type) else target)
+    except NameError:  # a name that only type checkers import
+        hints = {}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if path == "model" and "num_classes" not in parameters and not takes_any:
+        raise ConfigError(f"model._target_: {node['_target_']} must take num_classes, which the dataset has")
+    # arguments that the code adds: a server optimizer's parameters come first
+    added = {"model": ["num_classes"], "server": list(parameters)[:1]}.get(path, [])
+    for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if required and name not in given and name not in added:
+            raise ConfigError(f"{path}.{name} is missing")
+    for key, value in given.items():
+        place = _origin(cfg, f"{path}.{key}")
+        if key not in parameters:
+            if takes_any or key in (knobs or ()):
+                continue
+            others = ", and keys that a ${…} refers to" if knobs is not None else ""
+            allowed_here = f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}{others}"
+            raise ConfigError(moved(f"{path}.{key}", node) or allowed_here)
+        allowed = hints.get(key, Any)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{place}: {value} is not a finite number")
+        if not matches_type(value, allowed):
+            # run.faults=some is meant for a choice of the group run/faults
+            of_group = path == "run" and isinstance(value, str)
+            of_group = of_group and not matches_type("", allowed) and matches_type({}, allowed)
+            hint = f"; {path}/{key}={value} chooses a file of the group" if of_group else ""
+            raise ConfigError(f"{place}: {value!r} is not allowed; it must be {type_in_words(allowed)}{hint}")
+
+
+def references(node: Any, path: str, holder: str = "") -> set[str]:
+    """Returns the paths that the ${…} at or below the node at `path` refer to.
+
+    node: Plain, not resolved.
+    holder: The path of the node that holds this one.
+    """
+    if isinstance(node, dict):
+        return set().union(*(references(value, f"{path}.{key}", path) for key, value in node.items()))
+    if isinstance(node, list):
+        return set().union(*(references(value, f"{path}[{i}]", path) for i, value in enumerate(node)))
+    if not isinstance(node, str):
+        return set()
+    return {resolve_reference(holder, name) for name in re.findall(r"\$\{([\w.]+)\}", node)}
+
+
+def resolve_reference(holder: str, name: str) -> str:
+    """Returns the path that ${name} means in the node at `holder`."""
+    path = name.lstrip(".")
+    for _ in range(len(name) - len(path) - 1):  # each dot after the first is a step up
+        holder = re.sub(r"(\.\w+|\[[^\]]*\])$", "", holder)
+    return f"{holder}.{path}" if name.startswith(".") else path
+
+
+def _origin(cfg: DictConfig, path: str) -> str:
+    """Returns the path at which the value at `path` is written, where ${…} such as ${encoder.bits} lead to it."""
+    holder, _, key = path.rpartition(".")
+    written = to_container(cfg, holder, resolve=False)[key]
+    if not (isinstance(written, str) and re.fullmatch(r"\$\{[\w.]+\}", written)):
+        return path
+    return _origin(cfg, resolve_reference(holder, written[2:-1]))
+
+
+_WORDS: dict[Any, str] = {
+    **{int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"},
+    **{list: "a list", dict: "keys and values"},
+}
+
+
+def matches_type(value: Any, allowed: Any) -> bool:
+    """Tells whether a `value` from YAML is of the annotated type `allowed`; True for types that YAML cannot hold."""
+    origin = typing.get_origin(allowed)
+    if origin in (typing.Union, types.UnionType):
+        return any(matches_type(value, option) for option in _yaml_members(allowed))
+    if origin is Literal:
+        return value in typing.get_args(allowed)
+    if allowed is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if allowed is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if allowed in _WORDS:
+        return isinstance(value, allowed)
+    if (origin or allowed) in (list, dict):
+        return isinstance(value, origin or allowed)
+    if origin is tuple and ... not in typing.get_args(allowed):  # YAML has lists
+        members = typing.get_args(allowed)
+        return isinstance(value, list) and len(value) == len(members) and all(map(matches_type, value, members))
+    return True
+
+
+def _yaml_members(union: Any) -> list[Any]:
+    """Returns the members of a union that YAML can hold; all members if YAML can hold none."""
+    members = list(typing.get_args(union))
+    return [m for m in members if m in _WORDS or typing.get_origin(m) in (Literal, list, dict)] or members
+
+
+def type_in_words(allowed: Any) -> str:
+    """Returns an annotated type in words."""
+    origin = typing.get_origin(allowed)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_in_words(option) for option in _yaml_members(allowed))
+    if origin is Literal:
+        return " or ".join(map(str, typing.get_args(allowed)))
+    if origin is tuple:
+        return f"a list of {', '.join(map(type_in_words, typing.get_args(allowed)))}"
+    return _WORDS.get(origin or allowed, str(allowed))
+
+
+def call_or_config_error(path: str, function: Callable[[], Any]) -> Any:
+    """Calls `function`; a TypeError, ValueError or LookupError becomes a ConfigError that names `path`."""
+    try:
+        return function()
+    except (HydraException, TypeError, ValueError, LookupError) as error:
+        cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+        if isinstance(cause, TypeError | ValueError | LookupError):
+            raise ConfigError(f"{path}: {cause}") from error
+        raise cause from error
+
+
+def overridden(overrides: Iterable[str]) -> set[str]:
+    """Returns the keys and groups that the overrides of a command line set, add or delete."""
+    # Hydra keeps its overrides in a configuration, where a ${…} in one would be resolved
+    return {override.split("=")[0].lstrip("+~") for override in to_container(overrides, resolve=False)}

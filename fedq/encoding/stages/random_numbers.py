@@ -1,0 +1,31 @@
+"""Random numbers of stages, from the bits of a key's stream."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.keys import Key
+
+
+def random_integers(bits: np.random.SFC64, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns n integers of random bits."""
+    size = dtype.itemsize
+    words = bits.random_raw(-(-n * size // 8)).view(f"<i{size}")[:n]
+    return torch.from_numpy(words).to(device)
+
+
+def stochastic_round_(x: Tensor, bits: np.random.SFC64) -> Tensor:
+    """Rounds `x` ≥ 0 in place: up with the fraction as probability (to 2⁻²⁴), else down. 0 stays 0."""
+    random = random_integers(bits, x.numel(), torch.int32, x.device).bitwise_right_shift_(8).view(x.shape)
+    return x.add_(random, alpha=2**-24).add_(0.5).floor_()
+
+
+def noise(random: np.random.SFC64, like: Tensor) -> Tensor:
+    """Returns 16 random bits for each element as int16 r: (r + ½) / 2¹⁶ is uniform in (−½, ½)."""
+    return random_integers(random, like.numel(), torch.int16, like.device).reshape(like.shape)
+
+
+def random_signs(n: int, key: Key, device: torch.device) -> Tensor:
+    """Returns n signs of 1 and −1 (int8, shape (n,)): one bit of the key's stream each, least significant first."""
+    bits = np.unpackbits(key.bits(-(-n // 8), 8), count=n, bitorder="little").view(np.int8)
+    return torch.from_numpy(1 - 2 * bits).to(device)

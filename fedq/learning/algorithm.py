@@ -1,0 +1,81 @@
+"""The interface of an algorithm. The defaults are Federated Averaging's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fedq.encoding.schema import Schema, Tensors
+from fedq.learning.local_training import LocalTraining, TrainingMetrics
+from fedq.learning.round import Received
+
+
+class Weighing(NamedTuple):
+    """How much a client's update counts.
+
+    weight: The weight in the mean of the weights; groups have a plain mean.
+    scale: The factor of the update in the sum.
+    sums: Other numbers to add up over clients, for `FedAvg.rescale`.
+    """
+
+    weight: int
+    scale: float = 1.0
+    sums: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Federated Averaging (McMahan 2016, algorithm 1): clients send updates, the server takes their weighted mean.
+
+    Another algorithm overrides some of these methods. A *group* is a set of tensors that travels beside the weights, in
+    messages of its own, both ways. All groups pass the encoders of the run. Names of a group's tensors are
+    `*group/parameter`, so that they differ from all others in keys, messages and stores.
+    """
+
+    def groups(self, parameters: Tensors) -> dict[str, dict[str, Tensor]]:
+        """Returns the server's tensors of each group before the first round."""
+        return {}
+
+    def kept_schema(self, parameters: Schema) -> Schema:
+        """Returns the schema of what each client keeps between its rounds."""
+        return {}
+
+    def check(self, training: LocalTraining) -> None:
+        """Raises FedqError for local training that the algorithm does not allow."""
+
+    # the client's half
+
+    def correct(
+        self, gradients: dict[str, Tensor], weights: Mapping[str, Tensor], received: Received, kept: Tensors
+    ) -> None:
+        """Changes the gradients of a step in place. The step starts from `weights`."""
+
+    def upload(
+        self, update: Tensors, steps: int, training: LocalTraining, received: Received, kept: Tensors
+    ) -> dict[str, dict[str, Tensor]]:
+        """Returns the tensors of each group to send, after `steps` steps that gave `update`."""
+        return {}
+
+    def keep(self, decoded: Tensors, kept: Tensors) -> dict[str, Tensor]:
+        """Returns what the client keeps. `decoded` holds the groups' tensors as the server decodes them."""
+        return {}
+
+    # the server's half
+
+    def weigh(self, examples: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
+        """Returns how much an update counts, from the client's registered number of examples and its report."""
+        return Weighing(examples)
+
+    def rescale(self, sums: Mapping[str, float], weight: int) -> float:
+        """Returns the factor of the mean update. `sums` and `weight` are totals over the cohort."""
+        return 1.0
+
+    def step(self, groups: Tensors, means: Tensors, share: float) -> dict[str, Tensor]:
+        """Returns the server's tensors of the groups after a round.
+
+        means: The mean of what clients sent, for each tensor of `groups`.
+        share: The share of the population whose updates were used.
+        """
+        return {}

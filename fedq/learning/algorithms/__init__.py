@@ -1,0 +1,7 @@
+"""Federated algorithms, one in each file."""
+
+from fedq.learning.algorithm import FedAvg
+from fedq.learning.algorithms.fednova import FedNova
+from fedq.learning.algorithms.scaffold import Scaffold
+
+__all__ = ["FedAvg", "FedNova", "Scaffold"]

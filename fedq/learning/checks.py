@@ -1,0 +1,142 @@
+"""Options that cannot be combined, each with its error message; and the order in which options wrap a direction.
+
+On the way out: federated dropout cuts the tensors, error feedback adds the residual, the reference is subtracted, the
+common scale divides, and the chain encodes. On the server the guard checks the decoded update last.
+"""
+
+from dataclasses import replace
+from glob import escape
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fedq.encoding import Codec, Encoder, Key, StateDictEncoder, ZeroOutliers, schema_of
+from fedq.errors import FedqError
+from fedq.learning.algorithm import FedAvg
+from fedq.learning.error_feedback import Direction, ErrorFeedback
+from fedq.learning.local_training import LocalTraining
+from fedq.learning.submodel import FederatedDropout
+
+
+def check_together(
+    training: LocalTraining,
+    algorithm: FedAvg,
+    broadcast: Direction,
+    upload: Direction,
+    submodel: FederatedDropout | None,
+) -> None:
+    """Raises FedqError for options that cannot be combined, or that a direction does not have."""
+    algorithm.check(training)
+    down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
+    with_groups = type(algorithm).groups is not FedAvg.groups
+    refused = {
+        "run.submodel: reference=last needs clients that receive the whole model": submodel
+        and "last" in (down.reference, up.reference),
+        "run.submodel: error_feedback must be false: the residual of one sub-model is not that of the next": submodel
+        and (isinstance(broadcast, ErrorFeedback) or isinstance(upload, ErrorFeedback)),
+        "run.submodel: client.structured must be false: a sub-model is trained as it is": submodel
+        and training.structured,
+        f"run.submodel: algorithm={type(algorithm).__name__.lower()} needs clients that train the whole model": submodel
+        and with_groups,
+        f"upload.reference must be none, not {up.reference}: an update is a difference already": up.reference != "none",
+        "broadcast.rate_control: only clients know a training loss; use upload.rate_control": down.rate_control
+        and down.rate_control.reports == "loss",
+        "client.structured cannot go with encoder.upload.error_feedback: a structured update is sent without loss, and "
+        "the residual of another round is not in the subspace of this one": training.structured
+        and isinstance(upload, ErrorFeedback),
+    }
+    for sentence, applies in refused.items():
+        if applies:
+            raise FedqError(sentence)
+
+
+def fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictEncoder:
+    """Returns `encoder` with rules that send small floating buffers exact, whatever its threshold.
+
+    A small buffer has at most as many elements as the default threshold. The encoder's own rules come first. A step
+    that suits weights could round batch norm's running variances to below 0.
+
+    Raises FedqError for a rule that no tensor follows.
+    """
+    schema, largest = schema_of(model.state_dict()), StateDictEncoder().threshold
+    if idle := encoder.idle_rules(schema):
+        raise FedqError(
+            f"encoder.{way}.rules: no tensor follows {idle[0]!r}: no name fits it, or an earlier rule fits first. "
+            f"The tensors are {', '.join(schema)}"
+        )
+    buffers = {name: schema[name] for name, _ in model.named_buffers() if name in schema}
+    exact = [name for name, spec in buffers.items() if spec.dtype.is_floating_point and spec.numel <= largest]
+    rules = {escape(name): Encoder() for name in exact}
+    return replace(encoder, rules={**encoder.rules, **rules}) if rules else encoder
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises FedqError, naming the tensor, for a model whose state_dict cannot be sent and averaged.
+
+    Each entry must be a dense tensor with values, of a dtype that has a mean, and share no memory with another entry.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise FedqError("model: it has no parameter to train")
+    places: list[tuple[int, int, int, str]] = []  # storage, first byte, end, name
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise FedqError(
+                f"model: {name!r} of its state_dict is a {kind}: "
+                "get_extra_state must return a tensor; otherwise remove it"
+            )
+        if is_lazy(tensor):
+            raise FedqError(f"model: {name!r} has no shape yet: give lazy layers their sizes, or run the model once")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise FedqError(f"model: {name!r} must be a dense tensor with values, not sparse, quantized or meta")
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2):
+            raise FedqError(
+                f"model: {name!r} is {str(tensor.dtype).removeprefix('torch.')}: only floats of 16 to 64 bits, "
+                "integers and booleans have a mean; a buffer that never changes needs persistent=False"
+            )
+        extent = 1
+        for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
+            if size > 1 and stride < extent:
+                raise FedqError(f"model: elements of {name!r} share memory, as expand() makes them: clone() the tensor")
+            extent += (size - 1) * stride
+        if tensor.numel():
+            start = tensor.data_ptr()
+            end = start + extent * tensor.itemsize
+            storage = tensor.untyped_storage().data_ptr()
+            for other, first, last, other_name in places:
+                if other == storage and start < last and first < end:
+                    whole = (first, last) == (start, end)
+                    what = "are one tensor: weights that are tied" if whole else "share memory: tensors that overlap"
+                    raise FedqError(f"model: {other_name!r} and {name!r} {what} cannot be trained")
+            places.append((storage, start, end, name))
+
+
+def check_feedback(way: str, codec: Codec, key: Key) -> None:
+    """Raises FedqError if the chain's error on normal input exceeds the input's energy: residuals would diverge.
+
+    Error feedback needs a contraction (Karimireddy 2019). A chain that scales up to be unbiased often is none.
+    """
+    for chain in codec.chains.values():
+        if any(isinstance(stage, ZeroOutliers) for stage in chain.encoder.stages):
+            raise FedqError(
+                f"encoder.{way}.error_feedback must be false with ZeroOutliers: the next message would hold "
+                "the outliers"
+            )
+    draw, schema = key.generator(), codec.schema
+    zeros = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in schema.items()}
+    sent = {
+        name: torch.from_numpy(draw.standard_normal(schema[name].shape)).to(schema[name].dtype)
+        for name in codec.compressed
+    }
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    encoded = codec.encode(zeros | sent, key, params, reference=zeros, loss=1.0)
+    decoded, _ = codec.decode(encoded.message, key, params, reference=zeros)
+    left = sum(float((sent[name] - decoded[name]).double().square().sum()) for name in sent)
+    error = left / max(1.0, sum(float(value.double().square().sum()) for value in sent.values()))
+    if error > 1.001:
+        raise FedqError(
+            f"encoder.{way}.error_feedback must be false: this chain's squared error on normal numbers is {error:.2f} "
+            "times their energy. Residuals would grow from round to round. Use a chain that does not scale "
+            "up what it sends"
+        )

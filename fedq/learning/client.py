@@ -1,0 +1,166 @@
+"""The client's half of a round: bytes in, bytes out."""
+
+import threading
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedq.data import Examples
+from fedq.encoding import Codec, Key
+from fedq.encoding.schema import Tensors
+from fedq.errors import FedqError
+from fedq.keys import BROADCAST
+from fedq.learning.error_feedback import compensate, residual_of
+from fedq.learning.failures import ClientFailure
+from fedq.learning.local_training import Precision, TrainingMetrics, update_of
+from fedq.learning.protocol import Protocol
+from fedq.learning.round import Answer, Received, timed
+
+
+class ClientHalf:
+    """Trains on a client's examples and encodes the update.
+
+    The half holds the protocol, which follows from the configuration and the seed. A client's own state is an argument
+    (`kept`) and a part of the answer (`to_keep`). So one half serves many clients, in several threads.
+    """
+
+    def __init__(self, protocol: Protocol, precision: Precision = "float32") -> None:
+        """Raises FedqError if the upload cannot send structured updates without loss.
+
+        protocol: What both halves agree on.
+        precision: The precision of forward and backward passes.
+        """
+        self.protocol, self._precision = protocol, precision
+        self._local = threading.local()
+        buffers = dict(protocol.client_model.named_buffers())
+        self._unsent = {name: value for name, value in buffers.items() if name not in protocol.weights.schema}
+        if protocol.projection:
+            _check_projection(protocol, protocol.projection)
+
+    def answer(
+        self, received: Received, client: int, examples: Examples, kept: Tensors, seconds: dict[str, float]
+    ) -> Answer:
+        """Returns the client's answer to a broadcast.
+
+        received: What the broadcast decodes to.
+        client: The client's number.
+        examples: The client's examples.
+        kept: The tensors in the client's store, of the protocol's `kept_schema`; empty before the first answer.
+        seconds: The seconds of each phase; the method adds its own.
+
+        Raises ClientFailure if training fails, EncodeError if the update cannot be encoded.
+        """
+        protocol, key = self.protocol, Key(self.protocol.seed, received.attempt, client)
+        params = received.upload_params
+        with timed(seconds, "train"):
+            model = self._worker_model()
+            metrics = self._trained(model, received, examples, kept, params, key)
+            update = update_of(model.state_dict(), received.weights)
+        with timed(seconds, "encode"):
+            uploads: dict[str, dict[str, Tensor]] = {}
+            if protocol.initial_groups:
+                uploads = protocol.algorithm.upload(update, metrics.steps, protocol.training, received, kept)
+            if protocol.upload_feedback:
+                update = compensate(update, kept)
+            loss = metrics.loss / max(1, metrics.seen)
+            messages: list[bytes] = []
+            for name, group in protocol.groups.items():
+                tensors = uploads.get(name, update)
+                messages.append(group.upload.encode(tensors, key, params, loss=loss).message)
+            report = protocol.write_report(metrics, key)
+        to_keep: dict[str, Tensor] = {}
+        if protocol.kept_schema:
+            decoded: dict[str, Tensor] = {}
+            # the client decodes its own messages, to keep state that follows what the server decodes
+            with timed(seconds, "decode"):
+                for group, message in zip(protocol.groups.values(), messages, strict=True):
+                    decoded |= group.upload.decode(message, key, params, device=protocol.device).tensors
+            with timed(seconds, "encode"):
+                if protocol.upload_feedback:
+                    to_keep = residual_of(protocol.weights.upload, update, decoded)
+                groups = {name: decoded[name] for name in protocol.initial_groups}
+                to_keep |= protocol.algorithm.keep(groups, kept)
+                # contiguous, as read from a file: strides must not depend on the kind of store
+                to_keep = {name: value.contiguous().cpu() for name, value in to_keep.items()}
+        return Answer(messages, report, to_keep)
+
+    def _trained(
+        self, model: nn.Module, received: Received, examples: Examples, kept: Tensors, params: Tensors, key: Key
+    ) -> TrainingMetrics:
+        """Trains `model` in place. Raises ClientFailure for any error of the data or the model."""
+        protocol = self.protocol
+        if not len(examples.y):
+            raise ClientFailure("unable", "it has no examples")
+        project = correct = None
+        if protocol.projection:
+            project = partial(_project, protocol.projection, received.weights, key, params)
+        if protocol.initial_groups:
+            correct = partial(protocol.algorithm.correct, received=received, kept=kept)
+        try:
+            return protocol.training.train(
+                model, received.weights, examples, key.fold("train"), project, self._precision, correct
+            )
+        except (FedqError, ClientFailure):
+            raise
+        except Exception as error:
+            raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+
+    def _worker_model(self) -> nn.Module:
+        """Returns the calling thread's own copy of the model, as before its first client.
+
+        Training loads the weights later. Unsent buffers and attributes, such as a counter, have their first values.
+        """
+        if not hasattr(self._local, "model"):
+            self._local.model = deepcopy(self.protocol.client_model)
+            self._local.attributes = self._copied([_attributes(module) for module in self._local.model.modules()])
+        model: nn.Module = self._local.model
+        for module, attributes in zip(model.modules(), self._copied(self._local.attributes), strict=True):
+            for name in _attributes(module).keys() - attributes.keys():
+                delattr(module, name)
+            vars(module).update(attributes)
+        for name, value in self._unsent.items():
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, value.clone())
+        return model
+
+    def _copied(self, attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns copies of modules' attributes. The copies refer to the same modules and tensors of the model."""
+        model = self._local.model
+        return deepcopy(
+            attributes, {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+        )
+
+
+_OF_TORCH = nn.Module().__dict__.keys() - {"training"}
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Returns the attributes of a module, without torch's own."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+
+
+def _project(
+    codec: Codec, weights: Tensors, key: Key, params: Tensors, gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns what the server would decode from `gradients`. `weights` stand for the other tensors of the schema."""
+    message = codec.encode({**weights, **gradients}, key, params, loss=0.0).message
+    decoded, _ = codec.decode(message, key, params, device=next(iter(weights.values())).device)
+    return {name: decoded[name] for name in gradients}
+
+
+def _check_projection(protocol: Protocol, codec: Codec) -> None:
+    """Raises FedqError unless the upload sends the sum of two structured steps without loss."""
+    params = codec.adaptation.params(codec.adaptation.initial_state())
+    project = partial(_project, codec, protocol.initial, Key(protocol.seed, client=BROADCAST), params)
+    steps = {name: protocol.initial[name] for name, _ in protocol.model.named_parameters()}
+    first, second = project(steps), project({name: step.roll(1) for name, step in steps.items()})
+    total = {name: first[name] + second[name] for name in steps}
+    for name, again in project(total).items():
+        if float((again - total[name]).norm()) > 1e-3 * float(total[name].norm()):
+            raise FedqError(
+                f"client.structured: the upload of {name!r} is not a projection: it needs a chain such as RandomMask "
+                "or RandomSubspace without scale, and no lossy stage after it"
+            )

@@ -1,0 +1,176 @@
+"""A cohort: the server's half around each client, and clients on this machine."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from fedq.data import Client, Examples
+from fedq.encoding import EncodeError, Key, MessageError
+from fedq.errors import FedqError
+from fedq.learning.aggregation import one_thread
+from fedq.learning.client import ClientHalf
+from fedq.learning.client_state import ClientStore
+from fedq.learning.evaluation import Map
+from fedq.learning.failures import ClientFailure
+from fedq.learning.local_training import check_nothing_drawn, generators
+from fedq.learning.protocol import Protocol
+from fedq.learning.round import PHASES, Answer, Broadcast, ClientRecord, CohortResult, Received, Summand, timed
+from fedq.learning.server import Downlink, Uplink
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 16  # clients that are sorted by size at a time; at most as many updates wait for their neighbours
+
+Network = Callable[[bytes, Key], bytes]
+"""From the bytes of a client's message or report, and its key, to what the server receives.
+
+Raises ClientFailure if nothing arrives.
+"""
+
+Ask = Callable[[Client, list[bytes], Received, ClientRecord], tuple[Answer, int]]
+"""Sends messages to a client; returns what the server receives, and the client's registered number of examples.
+
+The simulation passes what the messages decode to as well, so that a cohort decodes the same bytes once. The record
+takes the bits that the client sends, and the seconds of its work. Raises ClientFailure if no usable answer comes.
+"""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Sends a broadcast to clients and adds up their answers. Each client sees bytes only.
+
+    protocol: What both halves agree on.
+    downlink: The half of the server that sends.
+    uplink: The half of the server that receives.
+    ask: Reaches a client, on this machine or elsewhere.
+    map: Applies a function to many clients.
+    """
+
+    protocol: Protocol
+    downlink: Downlink
+    uplink: Uplink
+    ask: Ask
+    map: Map
+
+    @one_thread()
+    def contribute(self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]]) -> CohortResult:
+        """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort."""
+        result = CohortResult(self.uplink.add)
+        with timed(result.seconds, "decode"):
+            # All clients decode the same bytes to the same weights, and do not change them: once is enough.
+            at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
+            received = self.protocol.receive([*at_once, *broadcast.messages])
+            result.received = received.weights
+        one_client = partial(self._one_client, broadcast, received)
+        for place, summand, record in self.map(one_client, _longest_first(clients)):
+            with timed(result.seconds, "aggregate"):
+                result.sums.add(place, summand)
+            result.records[place] = record
+            for phase in PHASES:
+                result.seconds[phase] += record.seconds[phase]
+        return result
+
+    def _one_client(
+        self, broadcast: Broadcast, received: Received, placed: tuple[int, Client]
+    ) -> tuple[int, Summand | None, ClientRecord]:
+        """Sends the messages to a client and reads its answer. If either fails, the record holds the reason."""
+        place, client = placed
+        record = ClientRecord(client.number)
+        try:
+            messages = self.downlink.messages(broadcast, client.number)
+            reports: dict[str, Tensor] = {}
+            if self.protocol.submodels:
+                with timed(record.seconds, "encode"):
+                    message, reports = self.downlink.part(received, client.number)
+                with timed(record.seconds, "decode"):
+                    messages, received = [message], self.protocol.receive([message], client=client.number)
+            record.broadcast_bits = 8 * sum(map(len, messages))
+            answer, examples = self.ask(client, messages, received, record)
+            summand = self.uplink.open(answer, received, examples, broadcast.norm, record)
+            return place, summand._replace(broadcast_reports=reports), record
+        except ClientFailure as failure:
+            record.failure, record.reason = failure.kind, str(failure)
+            if failure.__cause__:
+                log.debug("client %d:", client.number, exc_info=failure.__cause__)
+        except (EncodeError, MessageError) as error:
+            record.failure = "unable" if isinstance(error, EncodeError) else "refused"
+            record.reason = str(error)
+        if record.failure in ("silent", "unable"):
+            record.bits = record.report_bits = 0  # nothing was sent
+        return place, None, record
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """Clients on this machine.
+
+    half: The clients' half.
+    store: What clients keep between their rounds.
+    network: What happens to the bytes of answers on their way; None if they arrive as sent.
+    """
+
+    half: ClientHalf
+    store: ClientStore
+    network: Network | None
+
+    def ask(
+        self, client: Client, messages: list[bytes], received: Received, record: ClientRecord
+    ) -> tuple[Answer, int]:
+        """Trains a client and returns its answer. `messages` are not decoded again: `received` holds their tensors.
+
+        A client that sends nothing keeps its earlier state. Every other client commits its new state, because a client
+        does not know whether its answer arrives.
+        """
+        protocol, seconds, sent = self.half.protocol, record.seconds, False
+        with timed(seconds, "train"):
+            examples = _loaded(client, protocol.device)
+        with timed(seconds, "encode"):
+            schema = protocol.kept_schema
+            kept = self.store.load(client.number, received.attempt, schema) if schema else {}
+        answer = self.half.answer(received, client.number, examples, kept, seconds)
+        record.bits, record.report_bits = 8 * sum(map(len, answer.messages)), 8 * len(answer.report)
+        try:
+            if self.network:
+                key = Key(protocol.seed, received.attempt, client.number)
+                *messages, report = (self.network(message, key) for message in (*answer.messages, answer.report))
+                answer = answer._replace(messages=messages, report=report)
+            sent = True
+        except ClientFailure as failure:
+            sent = failure.kind != "silent"
+            raise
+        finally:
+            if sent and schema:
+                with timed(seconds, "encode"):
+                    self.store.commit(client.number, received.attempt, answer.to_keep)
+        # the number that the server has registered, not one that an answer claims
+        return answer, min(len(examples.y), protocol.training.max_examples or len(examples.y))
+
+
+def _loaded(client: Client, device: torch.device) -> Examples:
+    """Returns a client's examples. Raises FedqError if a file cannot be read, which is no fault of the client."""
+    before = generators(device)
+    try:
+        examples = client.load()
+    except OSError as error:
+        raise FedqError(f"the dataset's client {client.number} cannot be read: {error}") from error
+    except (FedqError, ClientFailure):
+        raise
+    except Exception as error:  # whatever an author's dataset raises
+        raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+    check_nothing_drawn(before, device)
+    return examples
+
+
+def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:
+    """Yields the clients, in each window of 16 those with the most examples first: no worker then idles at the end.
+
+    A window, because each update waits in memory until its neighbours in the cohort arrive.
+    """
+    clients = iter(clients)
+    while window := list(islice(clients, _WINDOW)):
+        yield from sorted(window, key=lambda placed: -placed[1].examples)

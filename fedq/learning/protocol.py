@@ -1,0 +1,193 @@
+"""What both halves of a round agree on before the first round, and how a client reads a broadcast."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedq.encoding import Codec, Key, MessageError, StateDictEncoder, TensorSpec, schema_of
+from fedq.encoding.message import peek
+from fedq.encoding.schema import Schema, Tensors
+from fedq.keys import BROADCAST
+from fedq.learning.algorithm import FedAvg
+from fedq.learning.checks import check_feedback, check_model, check_together, fitted
+from fedq.learning.error_feedback import Direction, ErrorFeedback
+from fedq.learning.failures import ClientFailure
+from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
+from fedq.learning.round import Received
+from fedq.learning.submodel import FederatedDropout, SubModels
+
+EXACT = StateDictEncoder()
+
+_UPLOAD = "upload/"  # in front of the names of the upload's params in a broadcast
+_REPORT = "report/"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that travel together, in a message of their own, both ways.
+
+    schema: The tensors' names and specs.
+    broadcast: The codec of the server's messages; the params of both directions are attached.
+    upload: The codec of the clients' messages; the reports to adaptive parts are attached.
+    """
+
+    schema: Schema
+    broadcast: Codec
+    upload: Codec
+
+    @cached_property
+    def adaptive(self) -> bool:
+        """Whether the group has adaptive parts in either direction."""
+        return bool(self.broadcast.adaptation.parts or self.upload.adaptation.parts)
+
+
+class Protocol:
+    """What both halves of a round hold. Each derives it from the configuration and the seed.
+
+    seed: The seed of every random draw.
+    device: Where tensors are decoded and models are trained.
+    algorithm: The federated algorithm.
+    training: The clients' local training.
+    model: The model, with the weights before the first round.
+    initial: The weights before the first round.
+    parameters: The names of the model's trainable parameters.
+    submodels: The sub-models of federated dropout; None if clients train the whole model.
+    client_model: What clients train: `model`, or a sub-model.
+    weights: The group of the model's weights, or of a sub-model's.
+    groups: All groups by name; `weights` is the first.
+    projection: With structured updates, the codec that projects a step on what an upload can send; None otherwise.
+    to_all: The codec of the broadcast of weights as the server opens it. With federated dropout it sends the whole
+        model exact, and each client's own message is cut from it.
+    exact: The codec of an exact message of all weights.
+    report: The codec of a client's report.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        client: LocalTraining,
+        broadcast: Direction,
+        upload: Direction,
+        *,
+        algorithm: FedAvg,
+        submodel: FederatedDropout | None,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Takes arguments of FederatedAveraging. Raises FedqError if they cannot be combined; see `checks`."""
+        self.seed, self.device, self.algorithm, self.training = seed, device, algorithm, client
+        self.broadcast_feedback = isinstance(broadcast, ErrorFeedback)
+        self.upload_feedback = isinstance(upload, ErrorFeedback)
+        down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
+        check_together(client, algorithm, broadcast, upload, submodel)
+        # Modules draw their first weights from torch's global generator: seed it, then restore its state.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(Key(seed).fold("model").integer())
+            built = model()
+        check_model(built)
+        self.model = channels_last(built.to(device))
+        state = self.model.state_dict()
+        self.initial = {name: value.detach().clone() for name, value in state.items()}
+        self.parameters = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.submodels = SubModels(self.model, submodel) if submodel else None
+        self.client_model = self.submodels.model(self.model) if self.submodels else self.model
+        down, up = fitted("broadcast", down, self.model), fitted("upload", up, self.model)
+        schema = schema_of(self.client_model.state_dict())
+        for way, direction, encoder in (("broadcast", broadcast, down), ("upload", upload, up)):
+            if isinstance(direction, ErrorFeedback):
+                check_feedback(way, encoder.bind(schema), Key(seed).fold("check"))
+        self.projection = up.bind(schema) if client.structured else None
+        self.weights = _group(schema, down, up)
+        self.groups = {"weights": self.weights}
+        self.initial_groups: dict[str, Tensor] = {}
+        for name, tensors in algorithm.groups({name: self.initial[name] for name in self.parameters}).items():
+            alone = (replace(way, reference="none", rules={}) for way in (down, up))
+            self.groups[name] = _group(schema_of(tensors), *alone)
+            self.initial_groups |= tensors
+        whole = schema_of(state)
+        self.exact = EXACT.bind(whole)
+        attached = self.weights.broadcast.attached_schema
+        self.to_all = EXACT.bind(whole, attached) if self.submodels else self.weights.broadcast
+        # if all tensors travel exact, no message has a reference
+        self.follows = down.reference == "last" and self.weights.broadcast.sends_differences
+        self.report = EXACT.bind(
+            {
+                _REPORT + name: TensorSpec((), torch.float64 if kind is float else torch.int64)
+                for name, kind in TrainingMetrics.__annotations__.items()
+            }
+        )
+        self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
+        if self.upload_feedback:
+            self.kept_schema |= {name: schema[name] for name in self.weights.upload.compressed}
+
+    def receive(self, messages: Sequence[bytes], held: Sequence[Tensors] = (), client: int = BROADCAST) -> Received:
+        """Returns what a client decodes from a broadcast.
+
+        messages: One message a group, in order. With reference=last, earlier messages come first: the broadcasts that
+            the client missed, or an exact message of the reference.
+        held: With reference=last, the `weights` and the `reference` that the client received last. A round that is
+            repeated builds on the reference again. The client holds the initial weights too.
+        client: The client's number if the messages are for this client alone, as with federated dropout.
+
+        An earlier message that builds on other weights is skipped: the client has received it, but its answer was lost.
+
+        Raises MessageError for messages that are damaged or of another run. Raises ClientFailure if the client does not
+        hold the weights that a message builds on.
+        """
+        start = len(messages) - len(self.groups)
+        if start < 0 or (start and not self.follows):
+            raise MessageError(f"a broadcast has {len(self.groups)} messages, this one {len(messages)}")
+        references = [*held, self.initial]
+        for place, message in enumerate(messages[: start + 1]):
+            key = Key(self.seed, peek(message)[1].round, client)
+            codec, draws = self.to_all, key
+            reference: Tensors = self.initial
+            if client != BROADCAST and self.submodels:
+                codec, draws = self.weights.broadcast, key.fold("broadcast")
+                reference = self.submodels.cut(self.initial, self.submodels.drawn(key))
+            elif self.follows and self.exact.expects(message, {}):
+                codec = self.exact
+            elif self.follows:
+                fitting = [weights for weights in references if codec.expects(message, weights)]
+                if not fitting and place < start:
+                    continue  # the client has this broadcast already
+                if not fitting:
+                    raise ClientFailure("lost", "it does not hold the weights that the broadcast builds on")
+                reference = fitting[0]
+            weights, attached = codec.decode(message, draws, reference=reference, device=self.device)
+            references = [weights]
+        tensors: dict[str, Tensor] = {}
+        for group, message in zip(list(self.groups.values())[1:], messages[start + 1 :], strict=True):
+            decoded, more = group.broadcast.decode(message, key, device=self.device)
+            tensors, attached = tensors | decoded, attached | more
+        up = {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}
+        return Received(key.round, weights, tensors, attached, up, reference)
+
+    def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
+        """Returns the bytes of a client's report."""
+        specs = self.report.schema.items()
+        tensors = {n: torch.tensor(v, dtype=spec.dtype) for (n, spec), v in zip(specs, metrics, strict=True)}
+        return self.report.encode(tensors, key).message
+
+    def read_report(self, report: bytes, key: Key) -> TrainingMetrics:
+        """Returns what a client reports. Raises MessageError for damaged bytes and for impossible numbers."""
+        loss, correct, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
+        metrics = TrainingMetrics(float(loss), int(correct), int(seen), int(steps))
+        if not (0 <= metrics.correct <= metrics.seen and 1 <= metrics.steps <= metrics.seen):
+            raise MessageError(f"no training gives the report {metrics}")
+        return metrics
+
+
+def attach(down: Tensors, up: Tensors) -> dict[str, Tensor]:
+    """Returns the params of both directions as a broadcast attaches them."""
+    return {**down, **{_UPLOAD + path: value for path, value in up.items()}}
+
+
+def _group(schema: Schema, down: StateDictEncoder, up: StateDictEncoder) -> Group:
+    upload = up.bind(schema, reports=True)
+    params = down.bind(schema).adaptation.params_schema
+    both = {**params, **{_UPLOAD + path: spec for path, spec in upload.adaptation.params_schema.items()}}
+    return Group(schema, down.bind(schema, attached=both), upload)

@@ -1,0 +1,57 @@
+"""Earlier runs: whether one is the run that a command asks for, and how its configuration differs."""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fedq.config import to_container
+from fedq.config_differences import config_differences
+
+
+def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the folder and the summary of a completed run of the configuration `cfg`, None if there is none.
+
+    The folder is `folder` or, in a search, which may draw the same choice again, the folder of another job.
+    """
+    run = to_container(cfg, "run") or {}  # nothing is checked yet
+    resume = str(run.get("resume"))
+    if resume == "never" or (resume != "auto" and is_inside(Path(resume), folder)):
+        return None
+    search = HydraConfig.get().mode == RunMode.MULTIRUN and run.get("accuracy_floor") is not None
+    others = sorted(Path(HydraConfig.get().sweep.dir).rglob("summary.json")) if search else []
+    for path in (folder / "summary.json", *others):
+        # a file that is cut short, or that another program wrote
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            rounds, wanted = summary["rounds"], run["rounds"]
+            enough = rounds == wanted or (path.parent == folder and rounds > wanted)
+            same = not config_differences(summary["config"], to_container(cfg), continuing=False)
+            if summary["status"] == "completed" and enough and same:
+                return path.parent, summary
+    return None
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Tells whether `path` is `folder` or below, with soft links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))  # Path.resolve raises for a loop
+
+
+def in_short(differing: list[str]) -> str:
+    """Returns the `differences` of two configurations as a phrase.
+
+    Of a group of which many keys differ, such as the encoder, the phrase gives the name and one key.
+    """
+    groups: dict[str, list[str]] = {}
+    for text in differing:
+        groups.setdefault(re.split(r"\W", text, maxsplit=1)[0], []).append(text)
+    return "; ".join(
+        f"the {group} differs, in {len(texts)} keys: {texts[0]}, …" if len(texts) > 3 else "; ".join(texts)
+        for group, texts in groups.items()
+    )

@@ -1,0 +1,316 @@
+"""One run: assemble its parts, resume it, do its rounds, save it."""
+
+import logging
+import os
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from fedq.config import (
+    CHANGES_NOTHING,
+    ConfigError,
+    RunConfig,
+    build,
+    build_protocol,
+    build_run,
+    build_server,
+    flatten,
+    to_container,
+)
+from fedq.config_check import overridden
+from fedq.data import Client, FederatedDataset
+from fedq.data.dataset import plain_integer
+from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
+from fedq.errors import FedqError
+from fedq.files import written_whole
+from fedq.learning import FederatedAveraging, ServerState
+from fedq.learning.server import server_step
+from fedq.simulation import checkpoint
+from fedq.simulation.client_state_files import ClientStateFiles
+from fedq.simulation.loop import Clients, rounds
+from fedq.simulation.ranks import Ranks, launched_at
+from fedq.simulation.stopping import Stopping
+from fedq.simulation.sweep import varied_keys
+from fedq.simulation.workers import Workers
+from fedq.tracking.console import ConsoleProgress
+from fedq.tracking.metrics import MetricsFile
+from fedq.tracking.summary import Summary
+from fedq.tracking.tensorboard import TensorBoard
+
+__all__ = ["Ranks", "launched_at", "serve", "train"]
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    cfg: DictConfig,
+    folder: Path,
+    metrics_file: MetricsFile,
+    summary: Summary,
+    stopping: Stopping,
+    ranks: Ranks | None = None,
+) -> None:
+    """Trains as a configuration says, and writes all results to the run's folder.
+
+    cfg: a checked configuration.
+    folder: the run's folder.
+    metrics_file: metrics.jsonl in this folder, locked for this process.
+    summary: the run's summary; the caller writes it to the folder at the end.
+    stopping: is asked after each client whether the run must stop.
+    ranks: the processes that share the run, None for this process alone.
+
+    Raises FedqError or OSError with one clear sentence. The rounds done until then are saved.
+    """
+    run, config = build_run(cfg), to_container(cfg)
+    with ExitStack() as stack:
+        earlier, store = resumed(run, folder, config, metrics_file), None
+        if clients_keep_state(cfg):
+            store = client_store(run, folder, earlier, shared=ranks is not None and ranks.size > 1)
+        if ranks:
+            shared = {"store": [str(store.folder), store.mark()]} if store and ranks.size > 1 else {}
+            ranks.tell({"job": config, **shared})
+        process, dataset, clients = assemble(cfg, stopping, stack, store)
+        state, done = process.initialize(), []
+        exact_message = process.protocol.exact.encode(state.weights, Key(run.seed)).message
+        log.info("run.rounds=%d in %s", run.rounds, folder)
+        for way in ("broadcast", "upload"):
+            if config["encoder"][way]["stages"] and not getattr(process.protocol.weights, way).compressed:
+                log.warning("encoder.%s compresses nothing: no tensor has more than encoder.threshold elements", way)
+        if earlier:
+            check_form(process, *earlier)
+            state, its_folder = earlier
+            log.info("resumed after %d rounds of %s", state.round, its_folder)
+            done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
+        # from here on nothing is refused
+        summary.start(config, 8 * len(exact_message))
+        keep_configuration(cfg, folder)
+        for metrics in done:
+            summary.write(metrics)
+        # a resumed run, with more rounds, say, keeps its name in TensorBoard
+        name = next((path.name for path in folder.glob("encoder=*")), _run_name())
+        tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done))
+        progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
+        gather = partial(ranks.gather, process.contribute) if ranks else None
+        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store)
+        try:
+            saver.save(state)
+            for after, metrics in rounds(process, state, dataset, run, clients, gather):
+                for tracker in (metrics_file, summary, tensorboard, progress):
+                    tracker.write(metrics)
+                state = after
+                if store:
+                    store.settle()
+                if state.round % run.checkpoint_every == 0:
+                    saver.save(state)
+        except BaseException:
+            try:
+                saver.save(state)
+            except OSError as error:  # must not hide why the run ends
+                log.warning("the state after %d rounds is not saved: %s", state.round, error)
+            raise
+        saver.save(state)
+    summary.print()
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints, each with all that a run needs to resume from it."""
+
+    config: dict[str, Any]
+    folder: Path
+    keep: int
+    metrics_file: MetricsFile
+    store: ClientStateFiles | None
+    saved: int | None = None
+
+    def save(self, state: ServerState) -> None:
+        """Writes a checkpoint of `state`, unless the last one is of the same round."""
+        if self.saved == state.round:
+            return
+        self.metrics_file.sync()
+        if self.store:
+            self.store.flush()
+        checkpoint.save(state, self.config, self.folder, self.keep)
+        self.saved = state.round
+        if self.store:
+            self.store.prune([state.attempt, *checkpoint.attempts(self.folder)])
+
+
+def resumed(
+    run: RunConfig, folder: Path, config: dict[str, Any], metrics_file: MetricsFile
+) -> tuple[ServerState, Path] | None:
+    """Returns the state to resume from and the folder of its run, or None for a new run.
+
+    Raises ConfigError if `folder` belongs to another run, or if more rounds are done than `run.rounds` asks for.
+    """
+    earlier = checkpoint.resume(run.resume, folder, config)
+    if not earlier and not metrics_file.empty:
+        raise ConfigError(f"{folder} belongs to another run; set hydra.run.dir or hydra.sweep.subdir")
+    if earlier and earlier[0].round > run.rounds:
+        raise ConfigError(
+            f"run.rounds: {earlier[0].round} rounds are done already, in {earlier[1]}; "
+            f"ask for more than {run.rounds}, or start in a new folder"
+        )
+    return earlier
+
+
+def check_form(process: FederatedAveraging, state: ServerState, folder: Path) -> None:
+    """Raises ConfigError if `process` cannot continue from the state of the run in `folder`."""
+    fresh = process.initialize()
+    if schema_of(state.weights) != schema_of(fresh.weights):
+        raise ConfigError(f"{folder}: its checkpoint is of another model: the tensors differ")
+    for way in ("broadcast", "upload"):
+        if schema_of(getattr(state, way)) != schema_of(getattr(fresh, way)):
+            raise ConfigError(f"{folder}: its checkpoint holds another state of encoder.{way}")
+    zeros = {name: torch.zeros_like(value) for name, value in state.weights.items()}
+    try:
+        server_step(process.server, state.optimizer, state.weights, frozenset(process.protocol.parameters), zeros, 1)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder}: its checkpoint holds another state of the server optimizer: {reason}") from error
+
+
+def clients_keep_state(cfg: DictConfig) -> bool:
+    """Returns whether clients keep state between their rounds: residuals, or what the algorithm needs."""
+    one = {"parameter": TensorSpec((1,), torch.float32)}
+    return bool(to_container(cfg, "encoder.upload").get("error_feedback") or build(cfg, "algorithm").kept_schema(one))
+
+
+def client_store(
+    run: RunConfig, folder: Path, earlier: tuple[ServerState, Path] | None, shared: bool
+) -> ClientStateFiles:
+    """Returns the store of the clients' state in the run's `folder`, as it was when `earlier` was saved."""
+    store = ClientStateFiles(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
+    if earlier:
+        state, its_folder = earlier
+        store.resume(state.attempt, its_folder / "checkpoints" / "residuals")
+    else:
+        store.resume(0)
+    return store
+
+
+def keep_configuration(cfg: DictConfig, folder: Path) -> None:
+    """Writes the files of `.hydra`. Hydra would write them before a job can refuse the folder of another run."""
+    parts = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    (folder / ".hydra").mkdir(exist_ok=True)
+    for name, part in parts.items():
+        with written_whole(folder / ".hydra" / f"{name}.yaml") as file:
+            file.write(OmegaConf.to_yaml(part).encode())
+
+
+def serve(ranks: Ranks) -> None:
+    """Does this rank's part of the jobs that rank 0 runs."""
+    refused: FedqError | None = None
+    with ExitStack() as stack:
+        for order in ranks.listen():
+            if "job" in order:
+                stack.close()
+                cfg, store = OmegaConf.create(order["job"]), None
+                if "store" in order:
+                    its_folder, mark = order["store"]
+                    store = ClientStateFiles.joined(its_folder, mark, build_run(cfg).seed)
+                try:
+                    (process, _, clients), refused = assemble(cfg, ranks.stopping, stack, store), None
+                except FedqError as error:  # rank 0 finds the same, reports it and begins the next job of a sweep
+                    refused = error
+            elif refused:
+                raise refused
+            else:
+                ranks.contribute_to(order, process.contribute, clients)
+
+
+def assemble(
+    cfg: DictConfig, stopping: Stopping, stack: ExitStack, store: ClientStateFiles | None = None
+) -> tuple[FederatedAveraging, FederatedDataset, Clients]:
+    """Returns the process, the dataset and the clients that a checked configuration describes.
+
+    stopping: is asked after each client whether the run must stop.
+    stack: ends the worker threads.
+    store: what clients keep between their rounds; in memory if None.
+
+    Raises ConfigError if the parts do not fit together.
+    """
+    run = build_run(cfg)
+    device, dataset = own_device(run.device), build(cfg, "dataset")
+    population = plain_integer("dataset.num_clients", getattr(dataset, "num_clients", None), 1, 2**63)
+    if run.clients_per_round > population:
+        raise ConfigError(
+            f"run.clients_per_round: {run.clients_per_round} is more than the {population} clients; "
+            "take fewer, or more with dataset.clients where the dataset allows"
+        )
+    workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
+    faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))
+    process = FederatedAveraging(
+        **build_protocol(cfg, dataset, device),
+        server=build_server(cfg),
+        map=stopping.map(workers.map),
+        network=faults.uplink if faults else None,
+        guard=guard,
+        min_clients=run.min_clients,
+        precision=run.precision,
+        store=store,
+        population=population,
+    )
+
+    if faults and getattr(faults, "nan", 0):
+        name, last = list(process.protocol.weights.upload.chains.items())[-1]
+        fixed = isinstance(last.encoder.coder, FixedWidth | Raw)
+        if last.spec.dtype != torch.float32 or (last.encoder.stages and fixed):
+            raise ConfigError(
+                f"run.faults.nan must be 0 with this model and encoder: a message ends in {name!r}, "
+                "which does not travel as float32, and any bytes there can be believed"
+            )
+
+    def clients(attempt: int, numbers: Iterable[int]) -> list[Client]:
+        chosen = [dataset.client(number) for number in numbers]
+        return [faults.client(one, Key(run.seed, attempt, one.number)) for one in chosen] if faults else chosen
+
+    return process, dataset, clients
+
+
+def own_device(name: str) -> torch.device:
+    """Returns the device that this process uses for `run.device`. Raises ConfigError if the device is unusable."""
+    if name == "cuda":  # of several processes on a machine, each takes a device of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # a missing driver, another build of torch, an unknown name
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ConfigError(f"run.device: {name} cannot be used here: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # tensors from other ranks go there
+    return device
+
+
+def _run_name() -> str:
+    """Returns the choices that differ from the defaults, as TensorBoard shows the run."""
+    config = HydraConfig.get()
+    encoder = f"encoder={config.runtime.choices['encoder']}"
+    others = [o for o in config.overrides.task if not o.startswith(("encoder=", "dataset.path="))]
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join([encoder, *others]))[:200]
+
+
+def _hparams(cfg: DictConfig) -> dict[str, str | float | bool]:
+    """Returns the hyperparameters for TensorBoard: encoder, model, seed, groups that were chosen, and `varied_keys`.
+
+    TensorBoard's table shows five columns, first those that differ between runs: more constants would hide the others.
+    """
+    config, values = HydraConfig.get(), dict[str, str | float | bool]()
+    for group, choice in config.runtime.choices.items():
+        if group in {"encoder", "model"} | overridden(config.overrides.task):
+            values[group] = str(choice)
+    varied = varied_keys() - values.keys() - {*CHANGES_NOTHING, "run.evaluate_every"}
+    keys = {"run.seed", *(re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key) for key in varied)}
+    for name, value in flatten(to_container(cfg)):
+        if any(name == key or name.startswith((f"{key}.", f"{key}[")) for key in keys):
+            values[name] = value if isinstance(value, int | float | str) else str(value)
+    return values

@@ -1,0 +1,175 @@
+"""SCAFFOLD and FedNova against numpy implementations of their papers' algorithms that share nothing with fedq."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedq.data import Client, Examples
+from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQuantization
+from fedq.errors import FedqError
+from fedq.learning import FedAvg, FederatedAveraging, FederatedDropout, FedNova, LocalTraining, Scaffold
+
+FEATURES, CLASSES, CLIENTS = 6, 4, 5
+UINT4 = StateDictEncoder(Encoder([UniformQuantization(4)], FixedWidth()), threshold=0)
+
+
+class Softmax(nn.Linear):
+    """Softmax regression in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES, CLASSES, dtype=torch.float64)
+
+
+def examples(client: int) -> tuple[np.ndarray, np.ndarray]:
+    """Skewed clients: each has another number of examples, other inputs, and two classes only."""
+    draw = np.random.default_rng(client)
+    n = 12 + 7 * client
+    return draw.normal(client / 3, 1, (n, FEATURES)), (client + draw.integers(2, size=n)) % CLASSES
+
+
+def make(client: int) -> Client:
+    x, y = map(torch.from_numpy, examples(client))
+    return Client(client, lambda: Examples(x, y), len(y))
+
+
+def process(algorithm: FedAvg, training: LocalTraining, **more: object) -> FederatedAveraging:
+    server = partial(torch.optim.SGD, lr=0.7)
+    return FederatedAveraging(Softmax, training, server, algorithm=algorithm, population=CLIENTS, **more)
+
+
+def gradient(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the mean cross entropy; `weights` are (CLASSES, FEATURES + 1), the bias last."""
+    inputs = np.c_[x, np.ones(len(x))]
+    logits = inputs @ weights.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(y)), y] -= 1
+    return p.T @ inputs / len(y)
+
+
+def as_array(tensors: dict[str, torch.Tensor], prefix: str = "") -> np.ndarray:
+    return np.c_[tensors[f"{prefix}weight"].numpy(), tensors[f"{prefix}bias"].numpy()]
+
+
+COHORTS = [[(round_ + 2 * i) % CLIENTS for i in range(3)] for round_ in range(20)]
+
+
+def test_scaffold_is_the_papers() -> None:
+    """Karimireddy 2020, algorithm 1, option II, with full batches, five local steps and three of five clients."""
+    rate, steps = 0.3, 5
+    run = process(Scaffold(), LocalTraining(lr=rate, epochs=steps, batch_size=1000))
+    state = run.initialize()
+    x, c = as_array(state.weights), np.zeros((CLASSES, FEATURES + 1))
+    own = {client: np.zeros_like(c) for client in range(CLIENTS)}
+    for cohort in COHORTS:
+        state, metrics = run.next(state, [make(client) for client in cohort])
+        changes, updates = [], []
+        for client in cohort:
+            y = x.copy()
+            for _ in range(steps):
+                y -= rate * (gradient(y, *examples(client)) - own[client] + c)
+            after = own[client] - c + (x - y) / (steps * rate)
+            changes.append(after - own[client])
+            updates.append(y - x)
+            own[client] = after
+        x = x + 0.7 * np.mean(updates, axis=0)
+        c = c + len(cohort) / CLIENTS * np.mean(changes, axis=0)
+        assert metrics["clients_failed"] == 0
+    np.testing.assert_allclose(as_array(state.weights), x, atol=1e-6)
+    np.testing.assert_allclose(as_array(state.groups, "*control/"), c, atol=1e-6)
+    assert min(np.abs(one).max() for one in own.values()) > 0.05  # without them the check would be of FedAvg
+
+
+def test_control_variates_follow_what_the_server_decoded() -> None:
+    """Behind four bits both ways, c is the mean of all c_i: clients add what was decoded, not what they computed."""
+    run = process(Scaffold(), LocalTraining(lr=0.3, epochs=5, batch_size=1000), broadcast=UINT4, upload=UINT4)
+    state = run.initialize()
+    for cohort in COHORTS[:6]:
+        state, _ = run.next(state, [make(client) for client in cohort])
+    kept = [run.store.load(client, 6, run.protocol.kept_schema) for client in range(CLIENTS)]
+    mean = np.mean([as_array(own, "*control/") for own in kept], axis=0)
+    np.testing.assert_allclose(as_array(state.groups, "*control/"), mean, atol=1e-9)
+
+
+def test_control_variates_are_sent_encoded_and_counted_both_ways() -> None:
+    alone, both = (
+        process(algorithm, LocalTraining(lr=0.3), broadcast=UINT4, upload=UINT4) for algorithm in (FedAvg(), Scaffold())
+    )
+    clients = [make(0), make(1)]
+    (_, one), (_, two) = (run.next(run.initialize(), clients) for run in (alone, both))
+    # two messages of the same tensors instead of one
+    assert two["broadcast_bits"] == 2 * one["broadcast_bits"]
+    assert two["aggregated_bits"] == 2 * one["aggregated_bits"]
+    assert two["report_bits"] == one["report_bits"] > 0
+
+
+def test_a_client_that_sends_nothing_keeps_its_control_variate() -> None:
+    def silent(message: bytes, key: Key) -> bytes:
+        from fedq.learning import ClientFailure
+
+        if key.client == 1 and key.round == 1:
+            raise ClientFailure("silent", "it crashed")
+        return message
+
+    run = process(Scaffold(), LocalTraining(lr=0.3, epochs=3), network=silent)
+    state, _ = run.next(run.initialize(), [make(0), make(1)])
+    before = dict(run.store.load(1, 1, run.protocol.kept_schema))
+    state, metrics = run.next(state, [make(0), make(1)])
+    assert metrics["clients_failed/silent"] == 1
+    after = run.store.load(1, 2, run.protocol.kept_schema)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("more", [{"momentum": 0.9}, {"proximal": 0.1}])
+def test_scaffold_refuses_other_local_steps(more: dict[str, float]) -> None:
+    with pytest.raises(FedqError, match=r"scaffold needs client\.momentum=0 and client\.proximal=0"):
+        process(Scaffold(), LocalTraining(lr=0.3, **more))
+
+
+def test_scaffold_refuses_sub_models() -> None:
+    with pytest.raises(FedqError, match="needs clients that train the whole model"):
+        process(Scaffold(), LocalTraining(lr=0.3), submodel=FederatedDropout(0.5))
+
+
+@pytest.mark.parametrize("more", [{}, {"momentum": 0.8}, {"proximal": 0.2}])
+def test_fednova_is_the_papers(more: dict[str, float]) -> None:
+    """Wang 2020, equations 6 to 9: each gradient's coefficient is followed through the local steps."""
+    rate, batch = 0.2, 8
+    run = process(FedNova(), LocalTraining(lr=rate, batch_size=batch, **more), seed=3)
+    state = run.initialize()
+    x = as_array(state.weights)
+    momentum, proximal = more.get("momentum", 0.0), more.get("proximal", 0.0)
+    for round_, cohort in enumerate(COHORTS[:4]):
+        state, _ = run.next(state, [make(client) for client in cohort])
+        normalised, works, sizes = [], [], []
+        for client in cohort:
+            inputs, labels = examples(client)
+            order = Key(3, round_, client).fold("train").fold("shuffle").fold("0").permutation(len(labels))
+            y, velocity, steps = x.copy(), np.zeros_like(x), 0
+            coefficients: list[float] = []  # of each gradient in (x − y) / rate
+            speeds: list[float] = []
+            for start in range(0, len(order), batch):
+                chosen = order[start : start + batch]
+                step = gradient(y, inputs[chosen], labels[chosen]) + proximal * (y - x)
+                velocity = momentum * velocity + step
+                y, steps = y - rate * velocity, steps + 1
+                speeds = [momentum * speed for speed in speeds] + [1.0]
+                coefficients = [(1 - rate * proximal) * c for c in coefficients] + [0.0]
+                coefficients = [c + speed for c, speed in zip(coefficients, speeds, strict=True)]
+                if proximal:
+                    speeds = [0.0] * len(speeds)
+            works.append(sum(coefficients))
+            normalised.append((x - y) / works[-1])
+            sizes.append(len(labels))
+        share = np.array(sizes) / sum(sizes)
+        x = x - 0.7 * (share @ works) * np.tensordot(share, normalised, 1)
+        assert len(set(works)) > 1
+    np.testing.assert_allclose(as_array(state.weights), x, atol=1e-9)
+
+
+def test_fednova_refuses_momentum_with_a_proximal_term() -> None:
+    with pytest.raises(FedqError, match="not both"):
+        process(FedNova(), LocalTraining(lr=0.3, momentum=0.9, proximal=0.1))
