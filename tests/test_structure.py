@@ -15,7 +15,7 @@ KNOWS = {
     "models": set(),
     "tracking": set(),
     "learning": {"encoding", "data"},
-    "simulation": {"learning", "encoding", "data", "tracking", "config", "config_differences"},
+    "simulation": {"learning", "encoding", "data", "tracking", "config", "config_check", "config_differences"},
 }
 
 

@@ -8,7 +8,7 @@ from fedq.learning.failures import ClientFailure, Diverged, TooFewClients
 from fedq.learning.federated_averaging import FederatedAveraging
 from fedq.learning.local_training import LocalTraining, TrainingMetrics
 from fedq.learning.round import Broadcast, ClientRecord, CohortResult, Gather, Summand
-from fedq.learning.server import ServerState
+from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
 
 __all__ = [

@@ -1,11 +1,9 @@
 """Why a client is left out of a round."""
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from fedq.errors import FedqError
-
-if TYPE_CHECKING:  # server.py imports this file
-    from fedq.learning.server import ServerState
+from fedq.learning.state import ServerState
 
 FailureKind = Literal["silent", "late", "refused", "outlier", "unable", "lost"]
 """silent: no answer came.
@@ -38,6 +36,6 @@ class TooFewClients(FedqError):
     counts: The metrics of the cohort that add up over cohorts: failures, uploads, seconds.
     """
 
-    def __init__(self, text: str, state: "ServerState", counts: dict[str, float]) -> None:
+    def __init__(self, text: str, state: ServerState, counts: dict[str, float]) -> None:
         super().__init__(text)
         self.state, self.counts = state, counts

@@ -27,7 +27,8 @@ from fedq.learning.local_training import LocalTraining, Precision
 from fedq.learning.metrics import counts_of, metrics_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
-from fedq.learning.server import Downlink, ServerOptimizer, ServerState, Uplink, server_step
+from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
+from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedq.learning.failures import FAILURES
 from fedq.learning.round import ClientRecord
-from fedq.learning.server import ServerState
+from fedq.learning.state import ServerState
 
 
 def counts_of(records: Sequence[ClientRecord], seconds: dict[str, float]) -> dict[str, float]:
