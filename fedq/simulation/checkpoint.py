@@ -53,7 +53,7 @@ def attempts(folder: Path) -> list[int]:
     """Returns the attempt number of the next round of each usable checkpoint in `folder`."""
     found = []
     for path in _newest_first(folder):
-        with suppress(CheckpointError):
+        with suppress(FedqError):
             found.append(load(path)[0].attempt)
     return found
 
@@ -61,7 +61,8 @@ def attempts(folder: Path) -> list[int]:
 def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
     """Returns the state in a checkpoint and its run's configuration. Nothing in the file can run code.
 
-    Raises CheckpointError, with the file's path, if the file is damaged or holds other values than a state has.
+    Raises CheckpointError, with the file's path, if the file is damaged or holds other values than a state has. Raises
+    FedqError if the file is whole, but lacks what a round needs: no older file may replace it unasked.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch's files are zip archives, with a CRC-32 of each part
@@ -80,6 +81,8 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         return state, config
     except (AttributeError, LookupError, TypeError) as error:  # written by torch, but not by fedq
         raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
+    except FedqError as error:
+        raise FedqError(f"checkpoint {path} cannot be used: {error}") from error
     except Exception as error:  # zipfile and torch raise nearly any class for foreign bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}") from error

@@ -10,6 +10,7 @@ from noise import RUN, Noise, make_process
 
 from fedq.config import ConfigError
 from fedq.encoding import Encoder, PowerSGD, StateDictEncoder
+from fedq.errors import FedqError
 from fedq.learning import FederatedAveraging, LocalTraining, ServerState
 from fedq.models import MLP
 from fedq.simulation import checkpoint
@@ -149,16 +150,17 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_or_refused_in_a_sentence(
     plain = {name: getattr(after, name) for name in ("round", "weights", "optimizer", "broadcasted_bits", "norm")}
     nested = {"broadcast": {"w": {0: {"a": torch.ones(2)}}, "v.w": {}}, "upload": {"w": {1: {"b": torch.zeros(1)}}}}
     old = plain | nested | {"residual": {}, "received": {}, "lengths": (), "holders": {}, "config": CONFIG}
+    (tmp_path / "checkpoints").mkdir()
     torch.save(old, tmp_path / "round_000001.pt")
     loaded, _ = checkpoint.load(tmp_path / "round_000001.pt")
     assert {path: value.tolist() for path, value in loaded.broadcast.items()} == {"w/0/a": [1, 1]}
     assert {path: value.tolist() for path, value in loaded.upload.items()} == {"w/1/b": [0]}
     assert torch.equal(loaded.weights["w"], after.weights["w"]) and loaded.reported_bits == 0
-    torch.save(old | {"lengths": (5, 6), "holders": {7: 8}}, tmp_path / "round_000001.pt")
-    with pytest.raises(
-        CheckpointError, match=r"round_000001.pt cannot be used: .* without the broadcasts that reference"
-    ):
-        checkpoint.load(tmp_path / "round_000001.pt")
+    torch.save(old | {"round": 0}, tmp_path / "checkpoints" / "round_000000.pt")
+    torch.save(old | {"lengths": (5, 6), "holders": {7: 8}}, tmp_path / "checkpoints" / "round_000001.pt")
+    # the first file could be resumed, but the rounds since would be lost without a word
+    with pytest.raises(FedqError, match=r"round_000001.pt cannot be used: .* without the broadcasts that reference"):
+        checkpoint.resume("auto", tmp_path, CONFIG)
 
 
 def some_states() -> list[ServerState]:
