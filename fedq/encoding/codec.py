@@ -21,10 +21,10 @@ from fedq.errors import FedqError
 from fedq.keys import Key
 
 JOINT = "*"
-"""The name of the joint vector; no tensor of a module has this name."""
+"""The name of the joint vector, after the codec's prefix; no tensor of a module has this name."""
 
 RATE_CONTROL = "*pace/0"
-"""The path of rate control among the adaptive parts; part of the wire format."""
+"""The path of rate control among the adaptive parts, after the codec's prefix; part of the wire format."""
 
 _SCALAR = TensorSpec((), torch.float32)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -82,18 +82,20 @@ class Codec:
         reference: str,
         common_scale: bool,
         rate_control: RateController | None,
+        prefix: str,
     ) -> None:
         self.schema, self.chains = dict(schema), chains
+        self._joint, self._rate_path = prefix + JOINT, prefix + RATE_CONTROL
         self._joined, self._common_scale, self._rate_control = joined, common_scale, rate_control
         parts: dict[str, tuple[Adaptive, TensorSpec]] = {
             path: (stage, chain.spec) for chain in chains.values() for path, stage in chain.adaptive.items()
         }
         if rate_control:
-            parts[RATE_CONTROL] = (rate_control, _SCALAR)
+            parts[self._rate_path] = (rate_control, _SCALAR)
         self.adaptation = Adaptation(parts)
         self._attached = dict(attached)
         self.attached_schema = self._attached | (self.adaptation.report_schema if reports else {})
-        of_joint = joined if JOINT in chains and chains[JOINT].compresses else ()
+        of_joint = joined if joined and chains[self._joint].compresses else ()
         self.compressed = [name for name in schema if name in of_joint or (name in chains and chains[name].compresses)]
         wide = any(schema[name].dtype == torch.float64 for name in self.compressed)
         self._scale_spec = TensorSpec((), torch.float64 if wide else torch.float32)
@@ -147,12 +149,12 @@ class Codec:
                 raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not sent")
         parts: list[bytes | memoryview] = []
         if self._common_scale:
-            factor = float(params[f"{RATE_CONTROL}/factor"]) if self._rate_control else 1.0
+            factor = float(params[f"{self._rate_path}/factor"]) if self._rate_control else 1.0
             scale = common_scale({name: tensors[name] for name in self.compressed}, factor, self._scale_spec.dtype)
             tensors |= {name: _divided(name, tensors[name], scale) for name in self.compressed}
             parts += write(scale, self._scale_spec)
         if self._joined:
-            tensors[JOINT] = torch.cat([tensors[name].reshape(-1) for name in self._joined])
+            tensors[self._joint] = torch.cat([tensors[name].reshape(-1) for name in self._joined])
         payloads: list[bytes | memoryview] = []
         reports: dict[str, Tensor] = {}
         for name, chain in self.chains.items():
@@ -167,7 +169,7 @@ class Codec:
             measured = any(bool(tensors[name].any()) for name in self.compressed)
             bits = 8 * sum(memoryview(part).nbytes for part in payloads) if measured else 0
             rate = bits / max(1, sum(spec.numel for spec in self.schema.values()))
-            reports |= {f"{RATE_CONTROL}/{n}": t for n, t in self._rate_control.report(rate, loss).items()}
+            reports |= {f"{self._rate_path}/{n}": t for n, t in self._rate_control.report(rate, loss).items()}
         in_front, front = {**attached, **reports}, []
         for name, spec in self.attached_schema.items():
             if not is_finite(in_front[name]):
@@ -282,7 +284,7 @@ class Codec:
 
     def _split(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors of the schema, in its order, with the joint vector cut into its tensors."""
-        pieces = torch.split(tensors.pop(JOINT), [self.schema[name].numel for name in self._joined])
+        pieces = torch.split(tensors.pop(self._joint), [self.schema[name].numel for name in self._joined])
         for name, piece in zip(self._joined, pieces, strict=True):
             tensors[name] = piece.reshape(self.schema[name].shape)
         return {name: tensors[name] for name in self.schema}

@@ -54,11 +54,12 @@ class StateDictEncoder:
         if self.rate_control and not self.common_scale:
             raise ValueError("common_scale must be true for rate_control, which multiplies the common scale")
 
-    def bind(self, schema: Schema, attached: Schema | None = None, reports: bool = False) -> Codec:
+    def bind(self, schema: Schema, attached: Schema | None = None, reports: bool = False, *, prefix: str = "") -> Codec:
         """Returns the codec of state_dicts of `schema`.
 
         attached: The specs of tensors that travel exact, in front of the payloads.
         reports: Whether the reports to adaptive parts travel too, after the attached tensors.
+        prefix: Stands before the names of the joint vector and of rate control, which differ between codecs that way.
 
         Raises EncodeError if tensors of different dtypes are to be joined.
         """
@@ -72,7 +73,7 @@ class StateDictEncoder:
         for name, spec in schema.items():
             encoder = by_rule[name] or (self.encoder if name in large else _EXACT)
             if name in joined:
-                name, spec = JOINT, TensorSpec((sum(schema[n].numel for n in joined),), spec.dtype)
+                name, spec = prefix + JOINT, TensorSpec((sum(schema[n].numel for n in joined),), spec.dtype)
             if name not in chains:
                 # clients' common scales differ, so their payloads cannot be added up before they are decoded
                 chains[name] = encoder.bind(spec, name, summable=not self.common_scale)
@@ -85,6 +86,7 @@ class StateDictEncoder:
             reference=self.reference,
             common_scale=self.common_scale,
             rate_control=self.rate_control,
+            prefix=prefix,
         )
 
     def idle_rules(self, schema: Schema) -> list[str]:

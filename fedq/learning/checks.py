@@ -39,6 +39,9 @@ def check_together(
         and training.structured,
         f"run.submodel: algorithm={type(algorithm).__name__.lower()} needs clients that train the whole model": submodel
         and with_groups,
+        f"client.structured must be false with algorithm={type(algorithm).__name__.lower()}: its corrections of a step "
+        "are not within what the upload can send": training.structured
+        and type(algorithm).correct is not FedAvg.correct,
         f"upload.reference must be none, not {up.reference}: an update is a difference already": up.reference != "none",
         "broadcast.rate_control: only clients know a training loss; use upload.rate_control": down.rate_control
         and down.rate_control.reports == "loss",

@@ -83,8 +83,8 @@ class ClientHalf:
                     to_keep = residual_of(protocol.weights.upload, update, decoded)
                 groups = {name: decoded[name] for name in protocol.initial_groups}
                 to_keep |= protocol.algorithm.keep(groups, kept)
-                # contiguous, as read from a file: strides must not depend on the kind of store
-                to_keep = {name: value.contiguous().cpu() for name, value in to_keep.items()}
+                # in the schema's order and contiguous, as read from a file: nothing depends on the kind of store
+                to_keep = {name: to_keep[name].contiguous().cpu() for name in protocol.kept_schema}
         return Answer(messages, report, to_keep)
 
     def _trained(

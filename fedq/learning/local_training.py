@@ -75,6 +75,16 @@ class LocalTraining:
         if not self.proximal >= 0:
             raise ValueError(f"proximal must be 0 or more, not {self.proximal}")
 
+    def can_give(self, metrics: TrainingMetrics, examples: int) -> bool:
+        """Returns whether a client with so many examples can report these metrics.
+
+        A server believes no other report. A subclass that takes another number of steps overrides the method.
+        """
+        used = min(examples, self.max_examples or examples)
+        steps = -(-used // self.batch_size)
+        exact = metrics.seen == self.epochs * used and metrics.steps == self.epochs * steps
+        return exact and 0 <= metrics.correct <= metrics.seen and metrics.loss >= 0
+
     def train(
         self,
         model: nn.Module,

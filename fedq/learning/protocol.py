@@ -100,12 +100,12 @@ class Protocol:
             if isinstance(direction, ErrorFeedback):
                 check_feedback(way, encoder.bind(schema), Key(seed).fold("check"))
         self.projection = up.bind(schema) if client.structured else None
-        self.weights = _group(schema, down, up)
+        self.weights = _group(schema, down, up, "")
         self.groups = {"weights": self.weights}
         self.initial_groups: dict[str, Tensor] = {}
         for name, tensors in algorithm.groups({name: self.initial[name] for name in self.parameters}).items():
-            alone = (replace(way, reference="none", rules={}) for way in (down, up))
-            self.groups[name] = _group(schema_of(tensors), *alone)
+            its_down, its_up = (replace(way, reference="none", rules={}) for way in (down, up))
+            self.groups[name] = _group(schema_of(tensors), its_down, its_up, f"*{name}/")
             self.initial_groups |= tensors
         whole = schema_of(state)
         self.exact = EXACT.bind(whole)
@@ -172,12 +172,15 @@ class Protocol:
         tensors = {n: torch.tensor(v, dtype=spec.dtype) for (n, spec), v in zip(specs, metrics, strict=True)}
         return self.report.encode(tensors, key).message
 
-    def read_report(self, report: bytes, key: Key) -> TrainingMetrics:
-        """Returns what a client reports. Raises MessageError for damaged bytes and for impossible numbers."""
+    def read_report(self, report: bytes, key: Key, examples: int) -> TrainingMetrics:
+        """Returns what a client with so many examples reports.
+
+        Raises MessageError for damaged bytes, and for numbers that the client's training cannot give.
+        """
         loss, correct, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
         metrics = TrainingMetrics(float(loss), int(correct), int(seen), int(steps))
-        if not (0 <= metrics.correct <= metrics.seen and 1 <= metrics.steps <= metrics.seen):
-            raise MessageError(f"no training gives the report {metrics}")
+        if not self.training.can_give(metrics, examples):
+            raise MessageError(f"no training gives the report {metrics} of {examples} examples")
         return metrics
 
 
@@ -186,8 +189,8 @@ def attach(down: Tensors, up: Tensors) -> dict[str, Tensor]:
     return {**down, **{_UPLOAD + path: value for path, value in up.items()}}
 
 
-def _group(schema: Schema, down: StateDictEncoder, up: StateDictEncoder) -> Group:
-    upload = up.bind(schema, reports=True)
-    params = down.bind(schema).adaptation.params_schema
+def _group(schema: Schema, down: StateDictEncoder, up: StateDictEncoder, prefix: str) -> Group:
+    upload = up.bind(schema, reports=True, prefix=prefix)
+    params = down.bind(schema, prefix=prefix).adaptation.params_schema
     both = {**params, **{_UPLOAD + path: spec for path, spec in upload.adaptation.params_schema.items()}}
-    return Group(schema, down.bind(schema, attached=both), upload)
+    return Group(schema, down.bind(schema, attached=both, prefix=prefix), upload)

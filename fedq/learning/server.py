@@ -105,21 +105,20 @@ class Uplink:
         Raises MessageError for bytes that are not of this round and client, ClientFailure for an outlier.
         """
         protocol, key = self._protocol, Key(self._protocol.seed, received.attempt, record.client)
-        update: dict[str, Tensor] = {}
+        updates: dict[str, dict[str, Tensor]] = {}
         reports: dict[str, Tensor] = {}
         with timed(record.seconds, "decode"):
             if len(answer.messages) != len(protocol.groups):
                 raise MessageError(f"an answer has {len(protocol.groups)} messages, this one {len(answer.messages)}")
-            for group, message in zip(protocol.groups.values(), answer.messages, strict=True):
-                decoded, attached = group.upload.decode(
+            for (name, group), message in zip(protocol.groups.items(), answer.messages, strict=True):
+                updates[name], attached = group.upload.decode(
                     message, key, received.upload_params, device=protocol.device, stop_at_sum=self._stop_at_sum
                 )
-                update |= decoded
                 if attached:
                     reports |= group.upload.adaptation.as_cohort(attached)
-            record.training = protocol.read_report(answer.report, key)
+            record.training = protocol.read_report(answer.report, key, examples)
         with timed(record.seconds, "aggregate"):
-            main = {name: value for name, value in update.items() if name not in protocol.initial_groups}
+            main = updates.pop("weights")
             if self.guard:
                 record.norm = norm(main)
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
@@ -133,8 +132,8 @@ class Uplink:
                     raise MessageError(f"tensor {name!r} times {weight} overflows {value.dtype}")
             if protocol.submodels:
                 total = protocol.submodels.whole(total, protocol.submodels.drawn(key))
-            if protocol.initial_groups:
-                total |= weighted({name: update[name] for name in protocol.initial_groups}, {}, 1)
+            for update in updates.values():
+                total |= weighted(update, {}, 1)
             return Summand(weight, total, reports, {}, dict(sums))
 
     def add(self, left: Summand, right: Summand) -> Summand:
@@ -158,12 +157,13 @@ class Uplink:
     def close(self, total: Summand, state: ServerState) -> dict[str, Tensor]:
         """Returns the decoded sums of all groups; may reuse `total`. Raises MessageError if a sum overflows."""
         protocol, key = self._protocol, Key(self._protocol.seed, state.attempt)
-        if protocol.submodels:  # each update was decoded alone
-            return protocol.exact.decode_sum(total.update, key, {})
         sums: dict[str, Tensor] = {}
-        for group in protocol.groups.values():
-            params = group.upload.adaptation.params(state.upload) if group.adaptive else {}
-            sums |= group.upload.decode_sum(total.update, key, params)
+        if protocol.submodels:  # each update was decoded alone
+            sums = protocol.exact.decode_sum(total.update, key, {})
+        else:
+            for group in protocol.groups.values():
+                params = group.upload.adaptation.params(state.upload) if group.adaptive else {}
+                sums |= group.upload.decode_sum(total.update, key, params)
         if total.sums:
             _scale_parameters(protocol, sums, protocol.algorithm.rescale(total.sums, total.weight))
         return sums

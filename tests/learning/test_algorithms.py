@@ -1,6 +1,8 @@
 """SCAFFOLD and FedNova against numpy implementations of their papers' algorithms that share nothing with fedq."""
 
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ import torch
 from torch import nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQuantization
+from fedq.encoding import BitBudget, Encoder, FixedWidth, Key, RandomMask, StateDictEncoder, UniformQuantization
 from fedq.errors import FedqError
-from fedq.learning import FedAvg, FederatedAveraging, FederatedDropout, FedNova, LocalTraining, Scaffold
+from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, FedNova, LocalTraining, Scaffold
+from fedq.simulation.client_state_files import ClientStateFiles
 
 FEATURES, CLASSES, CLIENTS = 6, 4, 5
 UINT4 = StateDictEncoder(Encoder([UniformQuantization(4)], FixedWidth()), threshold=0)
@@ -35,9 +38,21 @@ def make(client: int) -> Client:
     return Client(client, lambda: Examples(x, y), len(y))
 
 
-def process(algorithm: FedAvg, training: LocalTraining, **more: object) -> FederatedAveraging:
+class Parted(Softmax):
+    """A group of units for federated dropout: the classes."""
+
+    units = MappingProxyType({"classes": (("weight", 0), ("bias", 0))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        return torch.nn.functional.pad(logits, (0, CLASSES - logits.shape[1]))
+
+
+def process(
+    algorithm: FedAvg, training: LocalTraining, model: type[nn.Module] = Softmax, **more: object
+) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=0.7)
-    return FederatedAveraging(Softmax, training, server, algorithm=algorithm, population=CLIENTS, **more)
+    return FederatedAveraging(model, training, server, algorithm=algorithm, population=CLIENTS, **more)
 
 
 def gradient(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -123,6 +138,51 @@ def test_a_client_that_sends_nothing_keeps_its_control_variate() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_joined_tensors_of_weights_and_control_variates_are_told_apart() -> None:
+    """A mask of all elements loses nothing: it does not matter whether tensors are joined."""
+    apart, joined = (StateDictEncoder(Encoder([RandomMask(1.0)]), threshold=0, joint=joint) for joint in (False, True))
+    states = []
+    for way in (apart, joined):
+        run = process(Scaffold(), LocalTraining(lr=0.3, epochs=3), broadcast=way, upload=way)
+        state = run.initialize()
+        for cohort in COHORTS[:3]:
+            state, metrics = run.next(state, [make(client) for client in cohort])
+            assert metrics["clients_failed"] == 0
+        states.append(state)
+    for tensors in ("weights", "groups"):
+        one, other = (getattr(state, tensors) for state in states)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rate_control_follows_each_group_by_itself() -> None:
+    """The first broadcast's control variates are all 0 and say nothing about the rate; its weights do."""
+    budget = StateDictEncoder(UINT4.encoder, threshold=0, common_scale=True, rate_control=BitBudget(2.0))
+    run = process(Scaffold(), LocalTraining(lr=0.3), broadcast=budget, upload=budget)
+    state, _ = run.next(run.initialize(), [make(0), make(1)])
+    factors = {name: float(value) for name, value in state.broadcast.items() if name.endswith("/factor")}
+    assert factors.pop("*control/*pace/0/factor") == 1.0
+    (factor,) = factors.values()
+    assert factor > 1.0
+
+
+def test_residuals_and_control_variates_are_kept_in_one_file(tmp_path: Path) -> None:
+    store = ClientStateFiles(tmp_path / "clients", seed=0, memory=0)
+    store.resume(0)
+    states = []
+    for more in ({"store": store}, {}):
+        run = process(Scaffold(), LocalTraining(lr=0.3), upload=ErrorFeedback(UINT4), **more)
+        state = run.initialize()
+        for cohort in COHORTS[:4]:  # clients come twice
+            state, _ = run.next(state, [make(client) for client in cohort])
+        states.append(state)
+    assert all(torch.equal(value, states[1].weights[name]) for name, value in states[0].weights.items())
+
+
+def test_scaffold_refuses_structured_updates() -> None:
+    with pytest.raises(FedqError, match=r"structured must be false with algorithm=scaffold: its corrections"):
+        process(Scaffold(), LocalTraining(lr=0.3, structured=True))
+
+
 @pytest.mark.parametrize("more", [{"momentum": 0.9}, {"proximal": 0.1}])
 def test_scaffold_refuses_other_local_steps(more: dict[str, float]) -> None:
     with pytest.raises(FedqError, match=r"scaffold needs client\.momentum=0 and client\.proximal=0"):
@@ -173,3 +233,19 @@ def test_fednova_is_the_papers(more: dict[str, float]) -> None:
 def test_fednova_refuses_momentum_with_a_proximal_term() -> None:
     with pytest.raises(FedqError, match="not both"):
         process(FedNova(), LocalTraining(lr=0.3, momentum=0.9, proximal=0.1))
+
+
+def test_fednova_refuses_a_proximal_term_that_overshoots() -> None:
+    with pytest.raises(FedqError, match=r"client\.lr · client\.proximal below 1"):
+        process(FedNova(), LocalTraining(lr=2.0, proximal=1.0))
+
+
+def test_fednova_with_one_client_is_federated_averaging_also_with_sub_models() -> None:
+    """With one client the mean of all a_i is its own."""
+    updates = []
+    for algorithm in (FedAvg(), FedNova()):
+        run = process(algorithm, LocalTraining(lr=0.3, batch_size=2), model=Parted, submodel=FederatedDropout(0.5))
+        state, _ = run.next(run.initialize(), [make(3)])
+        updates.append(state.weights["weight"] - run.protocol.initial["weight"])
+    torch.testing.assert_close(updates[0], updates[1])
+    assert updates[0].any()

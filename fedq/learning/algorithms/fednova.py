@@ -23,6 +23,11 @@ class FedNova(FedAvg):
     def check(self, training: LocalTraining) -> None:
         if training.momentum and training.proximal:
             raise FedqError("algorithm=fednova takes client.momentum or client.proximal, not both")
+        if training.lr * training.proximal >= 1:
+            raise FedqError(
+                "algorithm=fednova needs client.lr · client.proximal below 1: otherwise the proximal term alone "
+                "overshoots the received weights"
+            )
 
     @override
     def weigh(self, examples: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
