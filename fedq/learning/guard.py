@@ -27,7 +27,8 @@ class NormGuard:
     estimates the quantile from counts of clients below it, because there no client shows its norm. If outliers are
     fewer than a share of 1 − quantile, the estimate stays within the range of honest norms.
 
-    The norm is that of the tensors that the server adds up: stages that commute with the sum are not decoded first.
+    The norm is that of the tensors that the server adds up, over all groups. Stages that commute with the sum are not
+    decoded first.
 
     action: "clip" scales an update down to the limit, "drop" leaves the client out.
     quantile: The quantile of the round's norms, 0 to 1.

@@ -148,7 +148,7 @@ class Protocol:
             if client != BROADCAST and self.submodels:
                 codec, draws = self.weights.broadcast, key.fold("broadcast")
                 reference = self.submodels.cut(self.initial, self.submodels.drawn(key))
-            elif self.follows and self.exact.expects(message, {}):
+            elif place < start and self.exact.expects(message, {}):
                 codec = self.exact
             elif self.follows:
                 fitting = [weights for weights in references if codec.expects(message, weights)]

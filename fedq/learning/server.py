@@ -1,5 +1,6 @@
 """The server's half of a round: it opens the broadcast, reads the answers, adds them up and closes the round."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -118,13 +119,12 @@ class Uplink:
                     reports |= group.upload.adaptation.as_cohort(attached)
             record.training = protocol.read_report(answer.report, key, examples)
         with timed(record.seconds, "aggregate"):
-            main = updates.pop("weights")
             if self.guard:
-                record.norm = norm(main)
+                record.norm = math.hypot(*map(norm, updates.values()))
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
             weight, factor, sums = protocol.algorithm.weigh(examples, protocol.training, record.training)
             record.weight = weight
-            total = weighted(main, received.weights, weight, scale)
+            total = weighted(updates.pop("weights"), received.weights, weight, scale)
             if factor != 1.0:
                 _scale_parameters(protocol, total, factor)
             for name, value in total.items():
@@ -133,7 +133,7 @@ class Uplink:
             if protocol.submodels:
                 total = protocol.submodels.whole(total, protocol.submodels.drawn(key))
             for update in updates.values():
-                total |= weighted(update, {}, 1)
+                total |= weighted(update, {}, 1, scale)
             return Summand(weight, total, reports, {}, dict(sums))
 
     def add(self, left: Summand, right: Summand) -> Summand:

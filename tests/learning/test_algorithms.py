@@ -13,6 +13,7 @@ from fedq.data import Client, Examples
 from fedq.encoding import BitBudget, Encoder, FixedWidth, Key, RandomMask, StateDictEncoder, UniformQuantization
 from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, FedNova, LocalTraining, Scaffold
+from fedq.learning.guard import NormGuard
 from fedq.simulation.client_state_files import ClientStateFiles
 
 FEATURES, CLASSES, CLIENTS = 6, 4, 5
@@ -176,6 +177,26 @@ def test_residuals_and_control_variates_are_kept_in_one_file(tmp_path: Path) -> 
             state, _ = run.next(state, [make(client) for client in cohort])
         states.append(state)
     assert all(torch.equal(value, states[1].weights[name]) for name, value in states[0].weights.items())
+
+
+@pytest.mark.parametrize("action", ["clip", "drop"])
+def test_the_guard_sees_control_variates(action: str) -> None:
+    """One client's update is honest, and the change of its control variate is enormous."""
+
+    def lie(message: bytes, key: Key) -> bytes:
+        codec = run.protocol.groups["control"].upload
+        if key.client != 1 or not codec.expects(message, {}):
+            return message
+        huge = {name: torch.full(spec.shape, 1e10, dtype=spec.dtype) for name, spec in codec.schema.items()}
+        return codec.encode(huge, key).message
+
+    guard = NormGuard(action, initial=1.0)
+    run = process(Scaffold(), LocalTraining(lr=0.3), guard=guard, network=lie)
+    state = run.initialize()
+    for _ in range(2):
+        state, metrics = run.next(state, [make(client) for client in range(3)])
+        assert metrics["clients_failed/outlier"] == (action == "drop")
+    assert float(state.groups["*control/weight"].abs().max()) < 10
 
 
 def test_scaffold_refuses_structured_updates() -> None:

@@ -297,6 +297,9 @@ def test_a_damaged_broadcast_is_not_decoded(process, client):
                 receive([*messages[:place], message[:length], *messages[place + 1 :]])
     with pytest.raises(MessageError, match="a broadcast has 1 messages, this one 0"):
         receive([])
+    exact = averaging.protocol.exact.encode(averaging.protocol.initial, Key(0, 2)).message
+    with pytest.raises(ClientFailure, match="does not hold the weights"):  # a round's own broadcast is never exact
+        receive([exact])
     with pytest.raises(MessageError, match="a broadcast has 1 messages, this one 2"):
         process().protocol.receive(messages[:2])
     with pytest.raises(ClientFailure, match="it does not hold the weights"):
