@@ -130,7 +130,8 @@ class FederatedAveraging:
             try:
                 broadcast, broadcast_reports = self.downlink.open(state, [client.number for client in clients])
             except EncodeError as error:
-                if all(map(is_finite, state.weights.values())):  # the encoder does not take such tensors
+                if all(map(is_finite, [*state.weights.values(), *state.groups.values()])):
+                    # the encoder does not take such tensors
                     raise
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         result, total, records = self._answers(broadcast, clients, gather, seconds)

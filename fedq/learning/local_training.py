@@ -83,7 +83,7 @@ class LocalTraining:
         used = min(examples, self.max_examples or examples)
         steps = -(-used // self.batch_size)
         exact = metrics.seen == self.epochs * used and metrics.steps == self.epochs * steps
-        return exact and 0 <= metrics.correct <= metrics.seen and metrics.loss >= 0
+        return exact and metrics.steps > 0 and 0 <= metrics.correct <= metrics.seen and metrics.loss >= 0
 
     def train(
         self,

@@ -1,5 +1,6 @@
 """SCAFFOLD and FedNova against numpy implementations of their papers' algorithms that share nothing with fedq."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,16 @@ from torch import nn
 from fedq.data import Client, Examples
 from fedq.encoding import BitBudget, Encoder, FixedWidth, Key, RandomMask, StateDictEncoder, UniformQuantization
 from fedq.errors import FedqError
-from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, FedNova, LocalTraining, Scaffold
+from fedq.learning import (
+    Diverged,
+    ErrorFeedback,
+    FedAvg,
+    FederatedAveraging,
+    FederatedDropout,
+    FedNova,
+    LocalTraining,
+    Scaffold,
+)
 from fedq.learning.guard import NormGuard
 from fedq.simulation.client_state_files import ClientStateFiles
 
@@ -197,6 +207,14 @@ def test_the_guard_sees_control_variates(action: str) -> None:
         state, metrics = run.next(state, [make(client) for client in range(3)])
         assert metrics["clients_failed/outlier"] == (action == "drop")
     assert float(state.groups["*control/weight"].abs().max()) < 10
+
+
+def test_control_variates_that_overflow_end_the_run_as_weights_do() -> None:
+    run = process(Scaffold(), LocalTraining(lr=0.3))
+    state = run.initialize()
+    control = {name: torch.full_like(value, torch.inf) for name, value in state.groups.items()}
+    with pytest.raises(Diverged, match=r"tensor '\*control/weight' holds NaN or infinity"):
+        run.next(replace(state, groups=control), [make(0)])
 
 
 def test_scaffold_refuses_structured_updates() -> None:

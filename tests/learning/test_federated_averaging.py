@@ -31,7 +31,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.message import pack, peek, repacked
 from fedq.errors import FedqError
-from fedq.learning import ClientFailure, Diverged, LocalTraining, TooFewClients, evaluate
+from fedq.learning import ClientFailure, Diverged, LocalTraining, TooFewClients, TrainingMetrics, evaluate
 from fedq.learning.cohort import _longest_first
 from fedq.simulation.workers import Workers
 
@@ -188,6 +188,12 @@ def test_a_report_that_no_client_sends_is_refused_with_its_update(process, clien
     for name in ("aggregated_bits", "report_bits"):
         assert metrics[name] == 2 * expected[name]
     assert "client 1 is left out: " in caplog.text and reason in caplog.text
+
+
+def test_a_client_without_examples_can_give_no_report(process):
+    protocol, key = process().protocol, Key(0, 0, 1)
+    with pytest.raises(MessageError, match="no training gives the report"):
+        protocol.read_report(protocol.write_report(TrainingMetrics(0.0, 0, 0, 0), key), key, 0)
 
 
 def test_a_clients_weight_does_not_follow_its_report(process, client):
