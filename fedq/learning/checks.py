@@ -115,6 +115,17 @@ def check_model(model: nn.Module) -> None:
             places.append((storage, start, end, name))
 
 
+def check_scaled(algorithm: FedAvg, upload: Codec, model: nn.Module) -> None:
+    """Raises FedqError if the algorithm scales parameters' updates and the joint vector holds a buffer beside them."""
+    buffers = [name for name, _ in model.named_buffers() if name in upload.schema and name not in upload.chains]
+    if buffers and type(algorithm).rescale is not FedAvg.rescale:
+        name = type(algorithm).__name__.lower()
+        raise FedqError(
+            f"encoder.upload.joint must be false with algorithm={name}: it scales the updates of parameters only, and "
+            f"the joint vector holds the buffer {buffers[0]!r}, unless a rule encodes that buffer"
+        )
+
+
 def check_feedback(way: str, codec: Codec, key: Key) -> None:
     """Raises FedqError if the chain's error on normal input exceeds the input's energy: residuals would diverge.
 

@@ -12,7 +12,7 @@ from fedq.encoding.message import peek
 from fedq.encoding.schema import Schema, Tensors
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
-from fedq.learning.checks import check_feedback, check_model, check_together, fitted
+from fedq.learning.checks import check_feedback, check_model, check_scaled, check_together, fitted
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
@@ -101,6 +101,7 @@ class Protocol:
                 check_feedback(way, encoder.bind(schema), Key(seed).fold("check"))
         self.projection = up.bind(schema) if client.structured else None
         self.weights = _group(schema, down, up, "")
+        check_scaled(algorithm, self.weights.upload, self.client_model)
         self.groups = {"weights": self.weights}
         self.initial_groups: dict[str, Tensor] = {}
         for name, tensors in algorithm.groups({name: self.initial[name] for name in self.parameters}).items():

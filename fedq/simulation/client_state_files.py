@@ -58,8 +58,8 @@ class ClientStateFiles:
             seen = ""
         if seen != mark:
             raise ClientStateError(
-                f"this rank cannot see {folder}: with encoder.upload.error_feedback all ranks must share rank 0's "
-                "folder; set hydra.run.dir to one on a shared disk"
+                f"this rank cannot see {folder}: where clients keep state all ranks must share rank 0's folder; "
+                "set hydra.run.dir to one on a shared disk"
             )
         return store
 

@@ -288,3 +288,27 @@ def test_fednova_with_one_client_is_federated_averaging_also_with_sub_models() -
         updates.append(state.weights["weight"] - run.protocol.initial["weight"])
     torch.testing.assert_close(updates[0], updates[1])
     assert updates[0].any()
+
+
+class Counting(Softmax):
+    """Has a large floating buffer, which the joint vector takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(20_000, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return super().forward(x)
+
+
+def test_fednova_scales_no_buffer() -> None:
+    everything = Encoder([RandomMask(1.0)])
+    run = process(FedNova(), LocalTraining(lr=0.3, batch_size=2), Counting, upload=StateDictEncoder(everything))
+    state, _ = run.next(run.initialize(), [make(0)])
+    assert state.weights["seen"].unique().tolist() == [6.0]
+    joint = StateDictEncoder(everything, threshold=0, joint=True)
+    with pytest.raises(FedqError, match="joint must be false with algorithm=fednova: .* the buffer 'seen'"):
+        process(FedNova(), LocalTraining(lr=0.3), Counting, upload=joint)
+    process(FedNova(), LocalTraining(lr=0.3), Softmax, upload=joint)
+    process(FedNova(), LocalTraining(lr=0.3), Counting, upload=replace(joint, rules={"seen": everything}))

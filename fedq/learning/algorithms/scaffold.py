@@ -27,7 +27,8 @@ class Scaffold(FedAvg):
     mean is over clients, not over examples, as in the paper.
 
     Both c and the changes pass the run's encoders. A client adds the change as the server decodes it to c_i. So c stays
-    the mean of all c_i, also with a lossy encoder.
+    the mean of all c_i, also with a lossy encoder. But if the server clips or leaves out an answer that was sent, c and
+    that mean differ from then on.
     """
 
     @override
