@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from glob import escape
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,12 @@ class Protocol:
         self.groups = {"weights": self.weights}
         self.initial_groups: dict[str, Tensor] = {}
         for name, tensors in algorithm.groups({name: self.initial[name] for name in self.parameters}).items():
-            its_down, its_up = (replace(way, reference="none", rules={}) for way in (down, up))
-            self.groups[name] = _group(schema_of(tensors), its_down, its_up, f"*{name}/")
+            prefix = f"*{name}/"
+            its_down, its_up = (
+                replace(way, reference="none", rules={escape(prefix) + p: rule for p, rule in way.rules.items()})
+                for way in (down, up)
+            )
+            self.groups[name] = _group(schema_of(tensors), its_down, its_up, prefix)
             self.initial_groups |= tensors
         whole = schema_of(state)
         self.exact = EXACT.bind(whole)

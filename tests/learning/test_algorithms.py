@@ -165,6 +165,15 @@ def test_joined_tensors_of_weights_and_control_variates_are_told_apart() -> None
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_rules_for_weights_are_for_their_control_variates_too() -> None:
+    ruled = StateDictEncoder(threshold=0, rules={"[bw]*[!s]": UINT4.encoder})
+    run = process(Scaffold(), LocalTraining(lr=0.3), broadcast=ruled, upload=ruled)
+    for group in run.protocol.groups.values():
+        for codec in (group.broadcast, group.upload):
+            weight, bias = codec.schema
+            assert (codec.chains[weight].encoder, codec.chains[bias].encoder) == (UINT4.encoder, Encoder())
+
+
 def test_rate_control_follows_each_group_by_itself() -> None:
     """The first broadcast's control variates are all 0 and say nothing about the rate; its weights do."""
     budget = StateDictEncoder(UINT4.encoder, threshold=0, common_scale=True, rate_control=BitBudget(2.0))
