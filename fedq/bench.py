@@ -3,9 +3,9 @@
 python -m fedq.bench                                  the uploads of all of conf/encoder, on every source
 python -m fedq.bench eden qsgd:levels=2 --sources normal,update
 
-The rate is that of a message of one tensor without its frame: 8 × bytes / elements. Tables and side values count.
-The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE). It is given for one client, and for the
-mean of several clients that send the same tensor with different keys. The mean is better for unbiased schemes only.
+The rate is 8 × bytes / elements, where bytes are a message of one tensor without the frame. Tables and side values
+count. The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE). It is given for one client, and for
+the mean of several clients that send the same tensor with different keys. The mean is better for unbiased schemes only.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback
 from fedq.train import CONF
 
-if TYPE_CHECKING:  # matplotlib takes a second to load: only the picture waits for it
+if TYPE_CHECKING:  # matplotlib takes a second to load, and only the picture needs it
     from matplotlib.axes import Axes
 
 Draw = Callable[[int], Tensor]
@@ -47,7 +47,7 @@ Draw = Callable[[int], Tensor]
 SHAPE = (1024, 1024)
 SOURCES = ("normal", "laplace", "student", "sparse", "update")
 BITS = (1, 2, 3, 4, 6, 8)
-COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8")  # of encoders in the picture; C7 is grey
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8")  # colours of encoders in the picture; C7 is grey
 MOST_BITS = 10  # an element, in the picture
 
 Point = tuple[float, float]
@@ -60,8 +60,8 @@ class Result:
 
     bits: Bits an element.
     table_bits: The part of `bits` that a coder's table takes.
-    nmse: Of one client; the mean over clients.
-    nmse_of_mean: Of the mean over clients.
+    nmse: NMSE of one client, as a mean over all clients.
+    nmse_of_mean: NMSE of the mean over clients.
     encode_ms, decode_ms: Milliseconds of the fastest client.
     """
 
@@ -162,18 +162,18 @@ def _nmse(x: Tensor, received: Tensor) -> float:
 def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateDictEncoder]:
     """Returns the upload's encoder of each choice, such as "eden" or "qsgd:levels=2".
 
-    A key of the encoder sets both directions where both have it, else the upload. A choice whose `bits` are not set
-    gives an encoder for each of BITS that it takes.
+    A key of an encoder sets both directions if both have the key, else the upload. A choice without `bits` gives an
+    encoder for each allowed value of BITS.
 
-    choices: All of conf/encoder if empty, but those with rate control and those equal to another.
-    folder: One like conf/, with further encoders.
+    choices: If empty, all of conf/encoder except encoders with rate control and encoders equal to another.
+    folder: A folder like conf/, with further encoders.
     Raises FedqError.
     """
     chains: dict[str, StateDictEncoder] = {}
     if folder and not folder.is_dir():
         raise FedqError(f"{folder} is not a folder")
     search = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
-    # those that change another come last: they may be equal to it
+    # encoders that extend another come last: they may be equal to it
     files = sorted((CONF / "encoder").glob("*.yaml"), key=lambda path: ("defaults" in OmegaConf.load(path), path))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for choice in choices or [path.stem for path in files]:
@@ -192,7 +192,7 @@ def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateD
                 continue
             for bits in BITS:
                 OmegaConf.update(cfg, _path(node, "bits"), bits)
-                with suppress(FedqError):  # too few or too many for this one
+                with suppress(FedqError):  # the encoder does not allow so many bits
                     chains[f"{name}:bits={bits}"] = _upload(cfg)
     if choices:
         return chains
@@ -201,7 +201,7 @@ def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateD
 
 
 def _path(node: DictConfig, key: str) -> str:
-    """Returns the path of an encoder's `key`: of both directions where both have it, else of the upload."""
+    """Returns the path of an encoder's `key`: for both directions if both have the key, else for the upload."""
     return f"encoder.{key}" if key in node or key not in node.upload else f"encoder.upload.{key}"
 
 
@@ -224,15 +224,15 @@ def table(results: list[Result]) -> Table:
 
 
 def print_table(shown: Table) -> None:
-    """Prints a table in the width that it needs, however narrow the terminal is: nothing is cut."""
+    """Prints a table in its full width, without cut cells, also on a narrow terminal."""
     Console(width=Console(width=10_000).measure(shown).maximum).print(shown)
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Draws one panel a source: NMSE in decibels against bits an element; Shannon's bound for the normal source.
+    """Draws one panel a source: NMSE in decibels against bits an element, with Shannon's bound for the normal source.
 
-    Of more encoders than COLOURS, `uniform` and those with the most points on the panels' Pareto fronts have colours.
-    The others are grey.
+    If there are more encoders than COLOURS, `uniform` and the encoders with the most points on Pareto fronts have
+    colours. The others are grey.
     """
     from matplotlib.figure import Figure
 
@@ -265,7 +265,7 @@ def _front(curves: dict[str, list[Point]]) -> list[str]:
 
 
 def _panel(panel: "Axes", source: str, curves: dict[str, list[Point]], names: list[str]) -> None:
-    for name in sorted(curves, key=lambda name: name in names):  # grey ones first: colours lie over them
+    for name in sorted(curves, key=lambda name: name in names):  # grey points first, so that coloured points cover them
         style: dict[str, Any] = {"color": "lightgrey", "label": "others", "linewidth": 0.6, "marker": "."}
         if name in names:
             i = names.index(name)

@@ -29,13 +29,13 @@ from fedq.errors import FedqError
 from fedq.tracking.console import stdout_console
 from fedq.tracking.units import human_bytes
 
-if TYPE_CHECKING:  # matplotlib takes a second to load: only a picture waits for it
+if TYPE_CHECKING:  # matplotlib takes a second to load, and only pictures need it
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 IGNORED = ("run.seed", "dataset.path", *CHANGES_NOTHING)
-"""Keys that do not make another experiment: the seed, the folder of a dataset's files, and keys without effect."""
+"""Keys in which runs of one experiment may differ: the seed, a dataset's folder, and keys without effect."""
 NEVER = "–"
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """Text that is equal for runs that differ in IGNORED alone."""
+        """Text that is equal for runs that differ only in IGNORED."""
         return repr((sorted(self.choices.items()), sorted(self.config.items())))
 
     def curve(self, name: str) -> dict[int, float]:
@@ -78,13 +78,13 @@ class Run:
 
 
 Group = Sequence[Run]
-"""Runs that differ in IGNORED alone."""
+"""Runs that differ only in IGNORED."""
 
 
 def read_run(folder: Path) -> Run:
     """Reads a run's folder. Raises FedqError with the reason if the run is unfinished or its files disagree."""
     if not (folder / "summary.json").exists() and not (folder / "metrics.jsonl").exists():
-        raise FedqError("unfinished: it did not begin")
+        raise FedqError("unfinished: the run did not begin")
     summary = _read(folder / "summary.json", json.loads, "unfinished")
     try:
         if summary["status"] != "completed":
@@ -154,9 +154,9 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Reads every completed run at or below `folders`. For each run left out, a line on stderr says why.
+    """Reads every completed run at or below `folders`. For each ignored run, a line on stderr gives the reason.
 
-    Of runs with the same configuration and seed, the last counts. Raises FedqError if no run is left.
+    If several runs have the same configuration and seed, the last one counts. Raises FedqError if no run is left.
     """
     runs: dict[tuple[str, int], Run] = {}
     folders = list(folders)
@@ -176,7 +176,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def group_by_seed(runs: Iterable[Run]) -> list[Group]:
-    """Returns the runs in groups whose members differ in IGNORED alone, in the order of each group's first run."""
+    """Returns the runs in groups whose members differ only in IGNORED, in the order of each group's first run."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.identity, []).append(run)
@@ -207,7 +207,7 @@ def distinguishing_columns(runs: Sequence[Run]) -> list[str]:
 
 
 def value(run: Run, column: str) -> str:
-    """Returns a run's cell in a column of `distinguishing_columns`, as a command line would write the value."""
+    """Returns a run's cell in a column of `distinguishing_columns`, in the syntax of the command line."""
     found = run.choices.get(column) or run.config.get(column, NEVER)
     return found if isinstance(found, str) else json.dumps(found)
 
@@ -242,7 +242,7 @@ def spread(numbers: Sequence[float]) -> tuple[float, float]:
 
 
 def show(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> None:
-    """Prints the rows as a table in which no cell is broken.
+    """Prints the rows as a table without broken cells.
 
     On a narrow terminal two numbers share a column, or each cell has a line of its own.
     """
@@ -278,7 +278,7 @@ def plot(axes: "Axes", groups: Sequence[Group], columns: Sequence[str], y: str, 
         points = [spread([curve[done] for curve in curves]) for done in rounds]
         places = rounds if x == "rounds" else [fmean(run.curve(x)[done] for run in group) for done in rounds]
         style, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
-        color = colormaps["viridis"](0.65 * i / max(1, len(groups) - 1))  # from dark to light, in grey too
+        color = colormaps["viridis"](0.65 * i / max(1, len(groups) - 1))  # also distinct in grey
         shown = [(column, value(group[0], column)) for column in columns]
         name = ", ".join(f"{column}={text}" for column, text in shown if text != NEVER)
         name += f" ({len(group)} runs)" if len(group) > 1 else ""

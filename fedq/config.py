@@ -1,8 +1,8 @@
-"""From the words of the command line to objects.
+"""Builds the objects that a configuration describes.
 
 A part of the configuration with a `_target_` follows the constructor of that class. The constructor's parameters are
-the allowed keys, and its annotations are their types. A new dataset, model, stage or optimizer needs a YAML file and
-nothing here. The groups `run` and `encoder` have no `_target_`: the dataclasses below describe them.
+the allowed keys, and its annotations are their types. A new dataset, model, stage or optimizer needs only a YAML file.
+The groups `run` and `encoder` have no `_target_`: the dataclasses below describe them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long a run is, which clients take part, and what the run keeps.
+    """The group `run`: length, cohorts, checkpoints and device.
 
     rounds: Number of rounds.
     clients_per_round: Clients in a cohort.
-    seed: Of every random draw; from 0 to 2^64 - 1.
+    seed: Seed of every random draw, from 0 to 2^64 - 1.
     evaluate_every: Rounds between two evaluations; the last round is always evaluated.
     test_batch_size: Examples in a batch of an evaluation.
     checkpoint_every: Rounds between two checkpoints; the last round always has one.
@@ -47,7 +47,7 @@ class RunConfig:
     repeats: How often in a row a round is repeated before the run ends.
     workers: Threads a rank; "auto" is one a core.
     device: A torch device.
-    precision: Of forward and backward passes.
+    precision: Number format of forward and backward passes.
     faults: The faults of clients, if any.
     guard: The guard against updates with a norm out of line, if any.
     submodel: How much of the model each client trains, if not all of it.
@@ -106,7 +106,7 @@ class RuleConfig:
 
 @dataclass(frozen=True)
 class DirectionConfig:
-    """What encodes one direction. The other fields are arguments of StateDictEncoder.
+    """The encoder of one direction. The other fields are arguments of StateDictEncoder.
 
     stages: Nodes with a `_target_`.
     coder: A node with a `_target_`; without one, the coder that fits the last stage.
@@ -125,7 +125,7 @@ class DirectionConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Both directions. Any other key, such as bits, is there for a ${…} to refer to."""
+    """Both directions. Other keys, such as bits, are allowed if a ${…} refers to them."""
 
     threshold: int
     broadcast: dict[str, Any]
@@ -133,13 +133,13 @@ class EncoderConfig:
 
 
 _GROUPS = ("dataset", "model", "algorithm", "client", "server", "run")
-"""The groups of a configuration beside `encoder`."""
+"""The groups of a configuration, except `encoder`."""
 
 _OPTIONS = ("joint", "reference", "common_scale")
-"""The keys of a direction that StateDictEncoder takes as they are."""
+"""Keys of a direction that are arguments of StateDictEncoder."""
 
 NO_CODER = (None, {"_target_": None})
-"""The values of `coder` with which a chain gets the coder that fits its last stage."""
+"""Values of `coder` that select the coder that fits the last stage."""
 
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
@@ -149,18 +149,18 @@ _REQUIRED = {
     "run.guard": ("scale", "update"),
     "run.submodel": ("keep",),
 }
-"""The attributes that a part must have."""
+"""Attributes that the object of each part must have."""
 
 
 def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
     """Raises ConfigError unless every key of a composed configuration is known and has a value of the right type.
 
-    overrides: The command line's. A key that they set must have an effect.
+    overrides: Overrides of the command line. Each key that they set must have an effect.
     """
     given = overridden(overrides)
     if unknown := sorted(map(str, cfg.keys() - {*_GROUPS, "encoder", "hydra"})):
         raise ConfigError(f"{unknown[0]} is not a key; allowed here: {', '.join((*_GROUPS, 'encoder'))}")
-    for key in given:  # first, as an error names the key where it is met
+    for key in given:  # first, so that an error names the key that the command line set
         to_container(cfg, key if key.partition(".")[0] in (*_GROUPS, "encoder") else "run")
     build_run(cfg)
     for group in _GROUPS:
@@ -170,7 +170,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
             if to_container(cfg, group).get("_partial_", False) is not partial:
                 raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
         if group == "model" and "num_classes" in to_container(cfg, group):
-            raise ConfigError("model.num_classes is not a key: the dataset has it")
+            raise ConfigError("model.num_classes is not a key: the dataset gives the number")
         check_targets(cfg, group)
     for name in ("faults", "guard", "submodel"):
         if to_container(cfg, f"run.{name}") is not None:
@@ -197,8 +197,8 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
 def _knobs(cfg: DictConfig, path: str, given: set[str]) -> set[str]:
     """Returns the keys of the encoder's node at `path` that are allowed because a ${…} refers to them.
 
-    Also keys to which a ${…} referred before the command line, or a file that changes another, replaced it.
-    Raises ConfigError for a key of an earlier version, in the words of `moved`.
+    A key also counts if a ${…} referred to it before the command line or another file replaced the ${…}.
+    Raises ConfigError for a key of an earlier version, with the sentence of `moved`.
     given: The keys that the command line sets. A ${…} must refer to each of them.
     """
     encoder, node = to_container(cfg, "encoder", resolve=False), to_container(cfg, path) or {}
@@ -226,10 +226,10 @@ def build_run(cfg: DictConfig) -> RunConfig:
 def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
     """Returns the object that the node at `path`, such as "dataset", describes by its `_target_`.
 
-    arguments: Arguments of the constructor beside the node's.
-    Raises ConfigError where the constructor refuses an argument, or the object is not what `path` needs.
+    arguments: Further arguments of the constructor.
+    Raises ConfigError if the constructor refuses an argument, or if the object lacks attributes that `path` needs.
     """
-    # Plain containers in and out: no OmegaConf object reaches the code.
+    # Constructors receive plain containers, never objects of OmegaConf.
     part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **arguments, _convert_="all"))
     if lacking := [name for name in _REQUIRED.get(path, ()) if not hasattr(part, name)]:
         raise ConfigError(f"{path}: a {type(part).__name__} has no {', '.join(lacking)}")
@@ -244,7 +244,7 @@ def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
 
 
 def build_protocol(cfg: DictConfig, dataset: Any, device: Any) -> dict[str, Any]:
-    """Returns the arguments of `fedq.learning.protocol.Protocol`: what both halves of a round must agree on."""
+    """Returns the arguments of `fedq.learning.protocol.Protocol`, on which both halves of a round must agree."""
     from fedq.data.dataset import plain_integer
 
     num_classes = plain_integer("dataset.num_classes", getattr(dataset, "num_classes", None), 1, 2**63)
@@ -261,7 +261,7 @@ def build_protocol(cfg: DictConfig, dataset: Any, device: Any) -> dict[str, Any]
 
 
 def build_server(cfg: DictConfig) -> Any:
-    """Returns what makes the server optimizer; one trial step checks its arguments before the first round."""
+    """Returns a function that makes the server optimizer. A trial step checks its arguments before the first round."""
     import torch
 
     server = build(cfg, "server")
@@ -271,7 +271,7 @@ def build_server(cfg: DictConfig) -> Any:
         parameter.grad = torch.zeros(1)
         try:
             server([parameter]).step()
-        except (AttributeError, RuntimeError) as error:  # no optimizer, or one for sparse gradients
+        except (AttributeError, RuntimeError) as error:  # not an optimizer, or an optimizer for sparse gradients
             raise ValueError(error) from error
 
     call_or_config_error("server", try_once)
@@ -279,7 +279,7 @@ def build_server(cfg: DictConfig) -> Any:
 
 
 def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) -> "Direction":
-    """Returns what encodes one direction: a StateDictEncoder, with error feedback or without."""
+    """Returns the encoder of one direction: a StateDictEncoder, with error feedback or without."""
     from fedq.encoding import Encoder, StateDictEncoder
     from fedq.learning import ErrorFeedback
 
@@ -310,9 +310,9 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
 
 
 def coder_that_fits(stages: Sequence[Any], path: str) -> "Coder":
-    """Returns FixedWidth where the last stage gives symbols of a known number of levels, else Raw.
+    """Returns FixedWidth if the last stage gives symbols of a known number of levels, else Raw.
 
-    Raises ConfigError where the stages cannot encode four numbers, which would show it.
+    The function encodes four numbers to find out. Raises ConfigError if the stages fail on them.
     """
     import torch
 
@@ -333,7 +333,7 @@ def coder_that_fits(stages: Sequence[Any], path: str) -> "Coder":
 CHANGES_NOTHING = tuple(
     f"run.{name}" for name in ("checkpoint_every", "keep", "resume", "workers", "accuracy_floor", "residual_memory")
 )
-"""The keys that change no result."""
+"""Keys that change no result."""
 
 
 def flatten(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

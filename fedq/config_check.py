@@ -1,4 +1,4 @@
-"""Checks the keys and values of a configuration against the constructors that they describe."""
+"""Checks the keys and values of a configuration against the signatures of constructors."""
 
 import inspect
 import math
@@ -23,11 +23,11 @@ RENAMED_KEYS = {
     "encoder.broadcast.pace": "encoder.broadcast.rate_control",
     "encoder.upload.pace": "encoder.upload.rate_control",
 }
-"""Keys of the version before, each with its name today."""
+"""Keys of the previous version → today's names."""
 
 
 class ConfigError(FedqError):
-    """One sentence: which key is wrong, its value, and which values are allowed."""
+    """A configuration is wrong. The text is one sentence: the key, its value, and the allowed values."""
 
 
 def to_container(cfg: Any, path: str = "", resolve: bool = True) -> Any:
@@ -48,7 +48,7 @@ def to_container(cfg: Any, path: str = "", resolve: bool = True) -> Any:
 
 
 def explain(error: Exception) -> str:
-    """Returns one sentence about what Hydra or OmegaConf refuses in the command line or a YAML file."""
+    """Returns one sentence about an error of Hydra or OmegaConf in the command line or a YAML file."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     parent = getattr(cause, "parent_node", None)
@@ -66,7 +66,7 @@ def explain(error: Exception) -> str:
 
 
 def moved(key: str, parent: typing.Mapping[Any, Any]) -> str:
-    """Returns a sentence with the new key of a `key` that this version does not have; "" if there is none.
+    """Returns a sentence that names the new key of an old `key`, or "" if this version has no new key.
 
     parent: The node in which `key` is not allowed.
     """
@@ -115,7 +115,7 @@ def check_targets(cfg: DictConfig, path: str) -> None:
 def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | None = None) -> None:
     """Checks the keys and values of the node at `path` against the signature of `target`.
 
-    knobs: Further keys that the node may have, because a ${…} refers to them.
+    knobs: Further keys that the node may have because a ${…} refers to them.
     """
     node = to_container(cfg, path)
     if not isinstance(node, dict):
@@ -127,12 +127,12 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
         return
     try:
         hints = typing.get_type_hints(target.__dict__.get("__init__", target) if isinstance(target, type) else target)
-    except NameError:  # a name that only type checkers import
+    except NameError:  # the annotation names a class that only type checkers import
         hints = {}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if path == "model" and "num_classes" not in parameters and not takes_any:
         raise ConfigError(f"model._target_: {node['_target_']} must take num_classes, which the dataset has")
-    # arguments that the code adds: a server optimizer's parameters come first
+    # the code adds these arguments: the parameters of a server optimizer come first
     added = {"model": ["num_classes"], "server": list(parameters)[:1]}.get(path, [])
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind not in (
@@ -176,15 +176,15 @@ def references(node: Any, path: str, holder: str = "") -> set[str]:
 
 
 def resolve_reference(holder: str, name: str) -> str:
-    """Returns the path that ${name} means in the node at `holder`."""
+    """Returns the path to which ${name} refers in the node at `holder`."""
     path = name.lstrip(".")
-    for _ in range(len(name) - len(path) - 1):  # each dot after the first is a step up
+    for _ in range(len(name) - len(path) - 1):  # each further dot goes one level up
         holder = re.sub(r"(\.\w+|\[[^\]]*\])$", "", holder)
     return f"{holder}.{path}" if name.startswith(".") else path
 
 
 def _origin(cfg: DictConfig, path: str) -> str:
-    """Returns the path at which the value at `path` is written, where ${…} such as ${encoder.bits} lead to it."""
+    """Returns the path that holds the value of `path`, after following every ${…}, such as ${encoder.bits}."""
     holder, _, key = path.rpartition(".")
     written = to_container(cfg, holder, resolve=False)[key]
     if not (isinstance(written, str) and re.fullmatch(r"\$\{[\w.]+\}", written)):
@@ -199,7 +199,7 @@ _WORDS: dict[Any, str] = {
 
 
 def matches_type(value: Any, allowed: Any) -> bool:
-    """Tells whether a `value` from YAML is of the annotated type `allowed`; True for types that YAML cannot hold."""
+    """Returns whether a `value` from YAML is of the annotated type `allowed`. True for types that YAML cannot hold."""
     origin = typing.get_origin(allowed)
     if origin in (typing.Union, types.UnionType):
         return any(matches_type(value, option) for option in _yaml_members(allowed))
@@ -213,14 +213,14 @@ def matches_type(value: Any, allowed: Any) -> bool:
         return isinstance(value, allowed)
     if (origin or allowed) in (list, dict):
         return isinstance(value, origin or allowed)
-    if origin is tuple and ... not in typing.get_args(allowed):  # YAML has lists
+    if origin is tuple and ... not in typing.get_args(allowed):  # YAML has no tuples, only lists
         members = typing.get_args(allowed)
         return isinstance(value, list) and len(value) == len(members) and all(map(matches_type, value, members))
     return True
 
 
 def _yaml_members(union: Any) -> list[Any]:
-    """Returns the members of a union that YAML can hold; all members if YAML can hold none."""
+    """Returns the members of a union that YAML can hold, or all members if YAML can hold none."""
     members = list(typing.get_args(union))
     return [m for m in members if m in _WORDS or typing.get_origin(m) in (Literal, list, dict)] or members
 

@@ -1,4 +1,4 @@
-"""How the configuration of an earlier run differs from this one: what both build is compared, not how it is written."""
+"""Compares the configurations of an earlier run and of this run, by the objects that they build."""
 
 import inspect
 import pkgutil
@@ -12,16 +12,19 @@ from fedq.config import CHANGES_NOTHING, NO_CODER, DirectionConfig, EncoderConfi
 from fedq.config_check import RENAMED_KEYS, call_or_config_error
 
 RESUMABLE_KEYS = (*CHANGES_NOTHING, "run.rounds", "run.evaluate_every")
-"""The keys that may change when a run resumes. They change the outcome of no round."""
+"""The keys that may change when a run resumes. These keys change no result."""
 
 FUTURE_ONLY_KEYS = ("run.min_clients", "run.repeats", "dataset.path")
-"""Further keys that may change when a run resumes. They affect later rounds only. A dataset's folder may have moved."""
+"""Further keys that may change when a run resumes.
+
+These keys affect only later rounds. A dataset's folder may have moved.
+"""
 
 OLD_DEFAULTS = {"algorithm": {"_target_": "fedq.learning.FedAvg"}}
 """Defaults for keys that older configurations lack."""
 
 _RENAMED_TARGETS = {"fedq.encoding.Best": "fedq.encoding.Shortest"}
-"""Classes of the version before, each with its name today."""
+"""Classes of the previous version → today's names."""
 
 _KINDS = {
     "run": RunConfig,
@@ -29,11 +32,11 @@ _KINDS = {
     "encoder.broadcast": DirectionConfig,
     "encoder.upload": DirectionConfig,
 }
-"""What describes the nodes without a `_target_`."""
+"""Dataclasses of the nodes without a `_target_`."""
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], continuing: bool = True) -> list[str]:
-    """Returns in words how what an earlier run built differs from what this one builds; [] for the same run.
+    """Returns in words how the objects of an earlier run differ from the objects of this run; [] if they are equal.
 
     there: The earlier run's plain configuration, from a checkpoint or a summary. Nothing in it is imported or called.
     here: This run's plain configuration.
@@ -70,13 +73,13 @@ def _differing(there: Any, here: Any, path: str) -> Iterator[tuple[str, Any, Any
 
 
 def _with_todays_keys(node: dict[str, Any], path: str) -> dict[str, Any]:
-    """Returns a copy of the node at `path` with today's names of its keys."""
+    """Returns a copy of the node at `path`, with today's names as keys."""
     renamed = {old.rpartition("."): new.rpartition(".")[2] for old, new in RENAMED_KEYS.items()}
     return {renamed.get((path, ".", key), key): value for key, value in node.items()}
 
 
 def _give_coder(there: dict[str, Any], here: dict[str, Any], path: str) -> None:
-    """If only one of two chains has a coder, gives the other one the coder that fits its stages."""
+    """If only one of two chains has a coder, sets the other one's coder to the coder that fits its stages."""
     nameless = [node for node in (there, here) if node.get("coder") in NO_CODER]
     old, new = there.get("stages"), here.get("stages")
     if len(nameless) != 1 or not (isinstance(old, list) and isinstance(new, list)):
@@ -84,15 +87,15 @@ def _give_coder(there: dict[str, Any], here: dict[str, Any], path: str) -> None:
     if nameless[0] is here or list(map(_target, old)) == list(map(_target, new)):
         stages = [call_or_config_error(path, partial(instantiate, stage)) for stage in new]
         nameless[0]["coder"] = {"_target_": f"fedq.encoding.{type(coder_that_fits(stages, path)).__name__}"}
-    else:  # the stages differ, which is difference enough
+    else:  # the stages differ, so the coders need no comparison
         there["coder"] = here["coder"]
 
 
 def _parameters(target: Any) -> dict[str, Any]:
-    """Returns the parameters of a class or of a `_target_` of this run, each with its default, "absent" without one."""
+    """Returns the parameters of a class or of a `_target_` → their defaults; "absent" without a default."""
     try:
         signature = inspect.signature(pkgutil.resolve_name(target) if isinstance(target, str) else target)
-    except (ImportError, AttributeError, ValueError, TypeError):  # `check` has a sentence for it
+    except (ImportError, AttributeError, ValueError, TypeError):  # `check` reports such a class
         return {}
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     defaults = {name: "absent" if value is inspect.Parameter.empty else value for name, value in defaults.items()}
@@ -100,13 +103,13 @@ def _parameters(target: Any) -> dict[str, Any]:
 
 
 def _target(node: Any) -> Any:
-    """Returns the `_target_` of a plain node, by its name today; None if the node has none."""
+    """Returns today's name of the `_target_` of a plain node, or None if the node has no `_target_`."""
     target = node.get("_target_") if isinstance(node, dict) else None
     return _RENAMED_TARGETS.get(target, target) if isinstance(target, str) else target
 
 
 def _in_words(node: Any) -> str:
-    """Returns a plain value in words: of a part, its class's name."""
+    """Returns a plain value in words; for a node with a `_target_`, the class's name."""
     if isinstance(node, list):
         return f"[{', '.join(map(_in_words, node))}]"
     target = _target(node)

@@ -1,4 +1,4 @@
-"""The base of all errors that a person can mend, and checks of constructors' arguments."""
+"""The base class of all errors that a user can fix, and checks of constructors' arguments."""
 
 import math
 from numbers import Integral, Real
@@ -6,7 +6,10 @@ from typing import Any, get_args
 
 
 class FedqError(Exception):
-    """Its text is one clear sentence: what is wrong, where, and what to do. Programs show it without a traceback."""
+    """The text is one clear sentence: the fault, its place, and a remedy.
+
+    Programs show the text without a traceback.
+    """
 
 
 class MissingPackage(FedqError, ImportError):
@@ -26,10 +29,12 @@ def check_range(
 ) -> None:
     """Raises ValueError unless `value` is a finite number within the limits.
 
-    name: of the argument, for the error's text.
-    low, high: the smallest and the largest value allowed.
-    above, below: limits that are not allowed themselves.
-    integer: Whether only integers are allowed; True and False are none.
+    name: name of the argument, for the error's text.
+    low: the smallest value allowed.
+    high: the largest value allowed.
+    above: a lower limit that is not allowed itself.
+    below: an upper limit that is not allowed itself.
+    integer: Whether only integers are allowed. True and False do not count as integers.
     optional: Whether None is allowed.
     """
     if optional and value is None:

@@ -12,14 +12,14 @@ from typing import BinaryIO
 from typing_extensions import override
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Errors of a disk, which name no file."""
+"""Error numbers of a full or broken disk. Such an OSError does not name the file."""
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that replaces `path` once all of the file is on the disk.
+    """Opens a file that replaces `path` after the complete file is on the disk.
 
-    Until then the file has another name, which ends in .tmp and which no other process uses. On an error the file is
+    Until then the file has a unique name that ends in .tmp. On an error the file is
     deleted. Raises OSError with the path if the disk is full.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
@@ -27,7 +27,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a short file under the final name
+            os.fsync(file.fileno())  # otherwise a power cut could leave a short file under the final name
         temporary.replace(path)
     except OSError as error:
         if error.errno not in _DISK:
@@ -49,7 +49,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """A log file in UTF-8, whatever the locale. A full disk costs lines of the log, and never the run."""
+    """A log file in UTF-8, whatever the locale. On a full disk, lines of the log are lost, and the run continues."""
 
     def __init__(self, filename: str) -> None:
         super().__init__(filename, encoding="utf-8")

@@ -48,7 +48,7 @@ class Key(NamedTuple):
         return np.random.SFC64(np.random.SeedSequence(int.from_bytes(digest, "little")))
 
     def shared(self) -> "Key":
-        """Returns the broadcast's key of the same round and part: all clients draw the same from it."""
+        """Returns the broadcast's key of the same round and part, from which all clients draw the same numbers."""
         return self._replace(client=BROADCAST)
 
     def bits(self, n: int, width: Literal[8, 16, 32, 64]) -> np.ndarray:

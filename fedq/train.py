@@ -1,4 +1,4 @@
-"""The command line: parse, compose, one process or one of several ranks, exit codes.
+"""The command line: parses and composes a configuration, runs it alone or as a rank, and sets the exit code.
 
 python -m fedq.train encoder=uint8     (installed: fedq-train encoder=uint8)
 """
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-# a wheel carries conf/ inside the package, a checkout beside the package
+# a wheel has conf/ inside the package, a checkout has conf/ next to the package
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 
 def main() -> None:
     """Runs the command line, alone or as one of the processes that torchrun starts."""
-    if (here := os.getcwd()) not in sys.path:  # as with python -m: the user's own modules lie in the current folder
+    if (here := os.getcwd()) not in sys.path:  # like python -m: a user's modules are in the current folder
         sys.path.insert(0, here)
     if {"-sc", "--shell-completion"} & set(sys.argv) and sys.argv[0].endswith(".py"):
         # Hydra's script would complete "python FILE", and nothing for "python -m MODULE"
@@ -62,7 +62,8 @@ def main() -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through the interpreter's end: a thread of gloo that still holds a tensor would abort the process there.
+    # Exits without the interpreter's cleanup, in which a thread of gloo that still holds a tensor would abort the
+    # process.
     os._exit(code)
 
 
@@ -87,7 +88,7 @@ def rank() -> None:
 
 
 def simulation_run() -> ModuleType:
-    """Imports `fedq.simulation.run`. Torch takes seconds to load, and a wrong configuration must not wait for torch."""
+    """Imports `fedq.simulation.run`. torch takes seconds to load; an error in the configuration must show earlier."""
     from fedq.simulation import run
 
     return run
@@ -99,11 +100,11 @@ def compose(task: Callable[[DictConfig], float]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and they are printed here in one line
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
-    except Exception as error:  # Hydra's: a job reports its own errors
+    except Exception as error:  # an error of Hydra: jobs report their errors
         if traceback_wanted:
             raise
-        cause = error.__cause__ if isinstance(error, ValueError) else error  # a log file that cannot be opened
-        if isinstance(cause, OSError) and cause.errno:  # Hydra's own classes of OSError have no number
+        cause = error.__cause__ if isinstance(error, ValueError) else error  # the log file cannot be opened
+        if isinstance(cause, OSError) and cause.errno:  # Hydra's subclasses of OSError have no number
             sys.exit(f"fedq: {_in_words(cause)}")
         sys.exit(f"fedq: {explain(error)}")
 
@@ -155,12 +156,12 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
 
 
 def _in_words(error: OSError) -> str:
-    """Returns a sentence with the path of the file, if the error names one."""
+    """Returns a sentence about an error, with the path of the file if the error names one."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def _folder_argument() -> str:
-    """Returns the argument, quoted for a shell, with which the command finds this run's or this sweep's folder."""
+    """Returns the argument, quoted for a shell, that selects the folder of this run or this sweep."""
     config = HydraConfig.get()
     run = config.mode == RunMode.RUN
     folder = config.runtime.output_dir if run else str(Path(config.sweep.dir).absolute())

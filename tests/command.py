@@ -1,7 +1,7 @@
-"""Commands of fedq.train, each a process of its own, forked from one that has imported what they all need.
+"""Commands of fedq.train, each in a new process, forked from a server that has imported all modules.
 
-The imports take longer than most commands do. `python -m fedq.train` itself is what test_readme.py, test_killed.py and
-test_wheel.py start.
+The imports take longer than most commands. test_readme.py, test_killed.py and test_wheel.py start `python -m
+fedq.train` itself.
 """
 
 import multiprocessing
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from fedq.train import main
 
 PROCESSES = multiprocessing.get_context("forkserver")
-"""Where tests start processes: all share one server, and so what it imports."""
+"""Tests start processes here: all share one server and its imports."""
 
 PROCESSES.set_forkserver_preload(
     ["command", "fedq.models", "fedq.simulation.run", "numba", "torch._dynamo", "torch.utils.tensorboard"]
@@ -22,7 +22,7 @@ PROCESSES.set_forkserver_preload(
 
 
 def fedq(cwd: Path, *arguments: str, code: int = 0, timeout: float = 280) -> CompletedProcess:
-    """Returns what the command with `arguments` printed; its exit code must be `code`."""
+    """Runs the command with `arguments`, and returns its output. Its exit code must be `code`."""
     with TemporaryDirectory() as folder:
         outputs = Path(folder) / "stdout", Path(folder) / "stderr"
         process = PROCESSES.Process(target=_command, args=(cwd, os.environ | {"COLUMNS": "100"}, arguments, outputs))

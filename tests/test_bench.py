@@ -1,4 +1,4 @@
-"""The table of rates and distortions: its numbers against mathematics, its choices, its files."""
+"""The table of rates and distortions: compares numbers with theory, and tests choices and files."""
 
 import csv
 import math
@@ -52,7 +52,7 @@ def test_sources_are_what_they_are_called(source, fourth_moment):
     assert float(x.square().mean()) == pytest.approx(1, abs=0.05 if source == "student" else 0.02)
     if fourth_moment:
         assert float(x.pow(4).mean()) == pytest.approx(fourth_moment, rel=0.05)
-    else:  # infinite: tails as of Student's distribution with three degrees of freedom, P(|t| > 5.841) = 0.01
+    else:  # the fourth moment is infinite: checks the tails of Student's distribution, P(|t| > 5.841) = 0.01
         assert float((x.abs() * 3**0.5 > 5.841).double().mean()) == pytest.approx(0.01, rel=0.05)
     assert (float((x == 0).double().mean()) > 0.94) == (source == "sparse")
     assert not torch.equal(synthetic(source)(0), synthetic(source)(1))
@@ -60,7 +60,7 @@ def test_sources_are_what_they_are_called(source, fourth_moment):
 
 
 def uniform(i):
-    """The values of a grid of 0 … 1 that is 1,000 times finer than six bits: errors as of a uniform variable."""
+    """Returns a grid of 0 … 1, 1,000 times finer than six bits, so that rounding errors are uniform."""
     return torch.linspace(0, 1, 63_001).roll(i)
 
 
@@ -73,7 +73,7 @@ def test_errors_are_those_of_the_formula(rounding, share):
     result = measure("mine", sent_by(UniformQuantization(6, rounding)), "grid", uniform, clients=8)
     power = float(uniform(1).double().square().mean())
     assert result.nmse == pytest.approx(1 / 63**2 / share / power, rel=0.02)
-    # the clients' errors are independent where the rounding is random, and the same where it is not
+    # with random rounding the clients' errors are independent; otherwise they are equal
     assert result.nmse_of_mean == pytest.approx(result.nmse / (8 if rounding == "stochastic" else 1), rel=0.05)
     assert result.bits == 8 * (8 + math.ceil(63_001 * 6 / 8)) / 63_001
     assert (result.encoder, result.source, result.table_bits) == ("mine", "grid", 0)
@@ -124,7 +124,7 @@ def test_what_is_measured_is_the_encoder_and_not_its_chain_alone():
 def test_every_option_is_there_with_its_bits():
     chains = encoders([])
     names = {path.stem for path in Path(ROOT, "conf", "encoder").glob("*.yaml")}
-    # equal to another, or not the same from round to round
+    # these encoders equal another one, or change from round to round
     assert names - {label.partition(":")[0] for label in chains} == {"uint8", "drive", "bit_budget", "follow_loss"}
     assert chains["eden:bits=1"] == encoders(["drive:shared=false"])["drive:shared=false"]
     assert chains["hadamard:bits=4"] == encoders(["hadamard:upload.bits=4"])["hadamard:upload.bits=4"]
@@ -146,12 +146,12 @@ def test_updates_are_clients_of_a_trained_model(updates):
     assert torch.equal(first, updates(0))
     assert not torch.equal(first, second)
     assert 0 < float(first.abs().mean()) < 0.01
-    # whole rows have not learnt anything: what a scheme may gain from
+    # some rows are all zero, which a scheme may use
     assert float((first == 0).all(1).double().mean()) > 0.02
 
 
 def test_contexts_save_a_third_of_a_real_updates_bits(updates):
-    """Of the same symbols, by real bytes, against their zeroth-order entropy: rows and columns differ in scale."""
+    """Compares real bytes with the zeroth-order entropy of the same symbols. Rows and columns differ in scale."""
     x = updates(0)
     for steps in (1.0, 2.0, 4.0):  # −14, −9 and −4 dB
         symbols, side = StepQuantization(steps).encode(x, Key(0))
@@ -172,12 +172,12 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert (four["encoder"], float(four["bits"])) == ("uniform:bits=4", 4 + 64 / N)
     x = synthetic("sparse")(1).double()
     step = float(x.max() - x.min()) / 15
-    # zeros, too, are rounded: to the two values next to them
+    # zeros are also rounded, to the two nearest values
     fraction = (x.numpy() - float(x.min())) / step % 1
     expected = step**2 * np.mean(fraction * (1 - fraction)) / float(x.square().mean())
     assert float(four["nmse"]) == pytest.approx(expected, rel=0.01)
     assert f"{float(four['nmse']):.3g}" in done.stdout
-    assert "sparse: float32, 1 of 2" in done.stderr  # not a terminal: lines tell the progress
+    assert "sparse: float32, 1 of 2" in done.stderr  # without a terminal, log lines show the progress
     pixels = imread(tmp_path / "bench.png")[..., :3].reshape(-1, 3)
     drawn = {tuple(colour) for colour in np.unique((pixels * 255).round().astype(int), axis=0).tolist()}
     assert {(31, 119, 180), (255, 127, 14)} <= drawn, "the two encoders' colours are not in the picture"
@@ -225,7 +225,7 @@ def test_what_cannot_be_measured_is_told_in_one_sentence(arguments, sentence, tm
     monkeypatch.setattr("sys.argv", ["bench", *arguments, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         main()
-    code, told = ended.value.code, capsys.readouterr().err  # which argparse writes to at once
+    code, told = ended.value.code, capsys.readouterr().err  # argparse writes to stderr
     assert code
     assert sentence in (code if isinstance(code, str) else told).splitlines()[-1]
 

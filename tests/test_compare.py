@@ -1,4 +1,4 @@
-"""The comparison of runs: read, grouped, told apart, counted, drawn; what is unfinished or damaged is left out."""
+"""The comparison of runs: reads, groups, names and plots runs, and leaves out unfinished and damaged runs."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def write_run(
     up: int = 4096,
     **summary: Any,
 ) -> Path:
-    """Writes a run's folder as fedq.train leaves it: `down` and `up` bits a round, a second more with each round."""
+    """Writes a run's folder as fedq.train does, with `down` and `up` bits a round. Each round takes a second more."""
     choices = {"run": "default", "encoder": "uint8", "dataset": "mnist5k", "hydra/help": "fedq"}
     choices |= dict(o.split("=") for o in overrides if o.split("=")[0] in choices)
     tree = {
@@ -131,7 +131,7 @@ def test_rounds_that_were_not_tested_count_on_the_way_to_the_target(tmp_path: Pa
     assert run.reaches(0.71) is None
 
 
-# ---- what belongs together, and what tells runs apart
+# ---- groups of runs, and keys that distinguish them
 
 
 def test_runs_that_differ_by_seed_workers_and_what_follows_from_the_seed_are_one_group(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_runs_alike_are_told_by_their_encoder(tmp_path: Path) -> None:
     assert columns_of(write_run(tmp_path / "a")) == ["encoder"]
 
 
-# ---- what is found, and what is left out
+# ---- runs that are read, and runs that are left out
 
 
 def test_runs_are_found_at_any_depth_once_and_in_the_order_of_a_sweeps_jobs(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def never_began(folder: Path) -> None:
 
 
 LEFT_OUT: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "never began": (never_began, "unfinished: it did not begin"),
+    "never began": (never_began, "unfinished: the run did not begin"),
     "still running": (lambda folder: (folder / "summary.json").unlink(), "unfinished: it has no summary.json"),
     "failed": (summary(status="failed", error="two\nlines"), "unfinished: failed two lines"),
     "interrupted": (summary(status="interrupted"), "unfinished: interrupted"),
@@ -291,7 +291,7 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         read_runs([tmp_path / "empty"])
 
 
-# ---- what is shown
+# ---- tables and pictures
 
 
 def test_a_table_wider_than_the_terminal_is_stacked_and_loses_nothing(
@@ -316,7 +316,7 @@ def test_a_table_wider_than_the_terminal_is_stacked_and_loses_nothing(
     assert "encoder=uint8" in "".join(lines[80])
     assert "encoder=uint8" not in "".join(lines[160])
     monkeypatch.setenv("COLUMNS", "80")
-    show(rows, columns)  # into a pipe: the wide form, whatever the terminal
+    show(rows, columns)  # output into a pipe has the wide form, whatever the terminal
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [line.split() for line in lines[160]]
 
 
@@ -371,9 +371,9 @@ def test_the_command_prints_the_table_and_writes_a_picture(
     assert "rounds to 75 %" in out
     assert out.endswith("picture in compare.png\n")
     picture = imread(tmp_path / "compare.png")
-    assert picture.shape == (787, 1650, 4)  # 4.5 inches and three lines of legend, 11 inches; 150 dots each
+    assert picture.shape == (787, 1650, 4)  # 4.5 inches and three lines of legend by 11 inches, at 150 dots an inch
     for half in (picture[:, :825], picture[:, 825:]):
-        drawn = (half[..., :3].std(axis=2) > 0.1).mean()  # grey has none: the curves' colours do
+        drawn = (half[..., :3].std(axis=2) > 0.1).mean()  # only the curves are not grey
         assert 0.001 < drawn < 0.2
     call(monkeypatch, "a", "--output", "other.png")
     assert imread(tmp_path / "other.png").shape[1] == 1650
@@ -398,7 +398,7 @@ def test_what_cannot_be_done_is_told_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         call(monkeypatch, *arguments)
-    assert error.value.code == sentence  # a text: Python prints it to stderr and exits with 1
+    assert error.value.code == sentence  # the code is a text: Python prints the text to stderr and exits with 1
 
 
 def test_reading_waits_for_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_the_tutorials_figure(
         "test accuracy": [[0.5, 0.9, 0.8]] * 2,
         "bytes sent so far, both ways, all clients": [[2**21 * n for n in (1, 2, 3)], [786432 * n for n in (1, 2, 3)]],
     }
-    # 6 Mibit are 0.75 MiB, a fifth of it 0.15: the nearest power of two is 1/8
+    # 6 Mibit are 0.75 MiB; a fifth is 0.15 MiB, and the nearest power of two is 1/8 MiB
     assert [text.get_text() for text in drawn[0].axes[-1].get_yticklabels()][1:4] == ["0 B", "128 KiB", "256 KiB"]
     header, _, float32, uint8 = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
     assert (header[0], float32[0], uint8[0]) == ("encoder", "float32", "uint8")
@@ -491,7 +491,7 @@ def test_the_frontiers_rows_take_no_seed_twice_and_no_unlike_runs(
 ) -> None:
     a = frontier_run(tmp_path / "a", REAL, "0" * 40)
     b = frontier_run(tmp_path / "b", [*REAL, "run.evaluate_every=3"], "0" * 40)
-    monkeypatch.setitem(ENCODERS["uint8"], "threshold", 0)  # as of a commit with other defaults
+    monkeypatch.setitem(ENCODERS["uint8"], "threshold", 0)  # the default of another commit
     c = frontier_run(tmp_path / "c", [*REAL, "run.seed=1"], "1" * 40)
     (results := tmp_path / "results.csv").write_text(NO_RESULTS)
     for other, why in ((b, " with the same seed, 0"), (c, ", but differ in encoder.threshold")):
@@ -519,7 +519,7 @@ def test_the_frontiers_rows_lose_runs_only_if_that_is_asked_for(
     assert call_frontier(monkeypatch, results, tmp_path / "runs") == [row]
 
 
-# ---- from end to end
+# ---- the command line
 
 
 def test_two_real_runs_compare(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the documents of conf/ say is so."""
+"""Checks what the documents of conf/ say."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_ones_own_encoder_starts_from_a_file_of_fedqs(folder):
     fedq(folder, *command[3:], *small)
     (path,) = folder.rglob("metrics.jsonl")
     bits = json.loads(path.read_text())["aggregated_bits"] / 10 / 1568
-    assert 0.3 * 6 < bits < 0.3 * 8 + 2.5  # of three elements in ten, their places among all, a table and a frame
+    assert 0.3 * 6 < bits < 0.3 * 8 + 2.5  # three elements in ten, their places, a table and a frame
 
 
 def test_every_command_shown_chooses_what_there_is():

@@ -38,7 +38,7 @@ def options(group):
     return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
 
 
-GROUPS = ("run/faults", "run/guard", "run/submodel")  # test_train.py trains with every option of the others
+GROUPS = ("run/faults", "run/guard", "run/submodel")  # test_train.py covers the options of all other groups
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ),
         ("~model._partial_", "model._partial_ must be true"),
         ("+client._partial_=true", "client._partial_ must be false"),
-        ("+model.num_classes=37", "model.num_classes is not a key: the dataset has it"),
+        ("+model.num_classes=37", "model.num_classes is not a key: the dataset gives the number"),
         ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, algorithm, client, server, run, encoder"),
         ("+encoder.upload.eror_feedback=true", "encoder.upload.eror_feedback is not a key; allowed here: stages"),
     ],
@@ -227,13 +227,13 @@ def test_the_tutorial_is_to_the_letter():
     run = build_run(cfg)
     assert (run.rounds, run.clients_per_round, cfg.client.lr, cfg.server.lr) == (10, 10, 0.02, 1.0)
     assert (cfg.client.batch_size, cfg.client.epochs, cfg.client.max_examples, run.test_batch_size) == (20, 1, 418, 500)
-    # and what a person sets on the command line still counts
+    # keys on the command line still count
     assert configured("run=tutorial", "client.lr=0.5", "run.rounds=3").client.lr == 0.5
 
 
 def told(*overrides):
     """Returns the sentence with which a command is refused."""
-    with pytest.raises(Exception) as error:  # Hydra's, OmegaConf's or a ConfigError: `explain` has a sentence for each
+    with pytest.raises(Exception) as error:  # Hydra's, OmegaConf's or a ConfigError: `explain` handles each
         cfg = configured(*overrides)
         check(cfg, overrides)
         for direction in ("broadcast", "upload"):
@@ -301,7 +301,7 @@ def test_a_file_of_the_version_before_is_refused_with_the_new_name(tmp_path):
     (tmp_path / "encoder" / "mine.yaml").write_text("defaults: [eden]\nbits: 3\n")
     mine = (f"hydra.searchpath=[file://{tmp_path}]", "encoder=mine")
     assert told(*mine).endswith("use encoder.upload.bits")
-    check(configured(*mine, "encoder.upload.bits=3"), ["encoder.upload.bits=3"])  # what replaces it is no fault
+    check(configured(*mine, "encoder.upload.bits=3"), ["encoder.upload.bits=3"])  # a value may replace the reference
     (tmp_path / "encoder" / "mine.yaml").write_text("defaults: [frontier]\nupload: {pace: {_target_: X}}\n")
     assert told(*mine) == "encoder.upload.pace is now encoder.upload.rate_control"
 

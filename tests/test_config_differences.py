@@ -1,4 +1,4 @@
-"""What differs between an earlier run's configuration and this one's, with every configuration of the version before."""
+"""Differences between an earlier run's configuration and this run's, for all configurations of version 1c20104."""
 
 # ruff: noqa: E501  a table of commands and answers reads best a line each
 import json
@@ -12,7 +12,7 @@ from test_config import configured
 from fedq.config import to_container
 from fedq.config_differences import config_differences
 
-# as checkpoints of commit 1c20104 hold them: of each encoder, and beside it
+# configurations in checkpoints of commit 1c20104, for each encoder and for other groups
 OLD = json.loads(Path(__file__).with_name("old_configurations.json").read_text())
 
 

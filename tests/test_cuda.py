@@ -1,4 +1,4 @@
-"""A GPU: encoders, rounds and the command line on one; and what is said where there is none."""
+"""Encoders, rounds and the command line on a GPU, and the error without a GPU."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ KEY = Key(seed=3, round=2, client=1)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 
-# No sum and no product of matrices, whose order is the device's: QSGD as it is configured, with the largest magnitude.
+# Stages without sums and products of matrices, whose order depends on the device. QSGD uses the largest magnitude here.
 FIXED = (Cast, ClipByValue, Logarithmic, NaturalCompression, NormalFloat, QSGD, RandomMask, ThreeLevel, TopK)
 FIXED += (UniformQuantization, ZeroOutliers)
 
@@ -64,14 +64,14 @@ def on(device: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], share: float) -> None:
-    """At most a `share` of a tensor's norm apart: a symbol may fall on the other side of a tie."""
+    """Checks that tensors differ by at most a `share` of their norm: a tie may be rounded the other way."""
     for name, tensor in a.items():
         x, y = tensor.cpu().double(), b[name].cpu().double()
         assert float((x - y).norm()) <= share * float(y.norm()), name
 
 
 def send(encoder: StateDictEncoder, tensors: dict[str, Tensor], device: str) -> tuple[bytes, dict[str, Tensor]]:
-    """The message of tensors on a device, and what is decoded there; reports come from the CPU."""
+    """Returns the message of tensors on a device, and the tensors decoded there. Reports come from the CPU."""
     codec = encoder.bind(schema_of(tensors), reports=True)
     params = codec.adaptation.params(codec.adaptation.initial_state())
     reference = {
@@ -82,7 +82,7 @@ def send(encoder: StateDictEncoder, tensors: dict[str, Tensor], device: str) -> 
     decode = partial(codec.decode, message, KEY, params, reference=reference, device=device)
     decoded, attached = decode()
     assert {report.device.type for report in attached.values()} <= {"cpu"}
-    # a sum of differences is no sum of tensors
+    # differences cannot be summed like tensors
     partly = {} if codec.sends_differences else decode(stop_at_sum=True).tensors
     decoded = codec.decode_sum(partly, KEY, params) if partly else decoded
     assert {tensor.device.type for tensor in (partly | decoded).values()} == {device}
@@ -115,7 +115,7 @@ def test_every_configured_chain_encodes_and_decodes_on_the_device(name, directio
 @gpu
 @pytest.mark.parametrize("name", ["k_means", "product", "step", "terngrad"])
 def test_denormals_are_divided_as_on_the_cpu(name):
-    # CUDA would multiply by the reciprocal of a number, which is infinite here
+    # CUDA would multiply by the reciprocal of a number, and the reciprocal is infinite here
     tensors = {"denormal": given()["matrix"] * 1e-38}
     encoder = configured_encoder(name, "upload")
     assert_close(send(encoder, tensors, DEVICE)[1], send(encoder, tensors, "cpu")[1], 0.05)

@@ -1,4 +1,4 @@
-"""The experiments: their tables cut nothing, their commands start, and their documents lead somewhere."""
+"""The experiments: tables cut no cell, commands start, and links in documents lead to files."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ from experiments.tables import show
 FOLDER = Path(__file__).parents[1] / "experiments"
 NAMES = ["drive: 8 bits down, a rotation and 1 bit up", "float32", "float32 in bf16", "matrix products"]
 HEADERS = ["", "seconds", "of the peak", "to bare", "to float32", "train", "encode", "decode", "aggregate"]
-# these run in environments of their own
+# these files run in other environments
 ELSEWHERE = {*(f"peers/{name}.py" for name in ("blazefl", "flower", "pfl", "own", "contestant")), "nncodec/hostile.py"}
 COMMANDS = [path for path in sorted(FOLDER.glob("*/*.py")) if str(path.relative_to(FOLDER)) not in ELSEWHERE]
 
@@ -39,7 +39,7 @@ def test_no_name_and_no_number_of_a_table_is_cut(
     if terminal and columns >= 80:
         assert max(map(len, printed.splitlines())) <= columns
     if not terminal:
-        assert all(name in printed for name in NAMES)  # a row is one line
+        assert all(name in printed for name in NAMES)  # a row takes one line
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.stem}")

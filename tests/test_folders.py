@@ -1,4 +1,4 @@
-"""What a run does where its folder, its disk or its locale is unusual; and commands that it prints for a shell."""
+"""Runs with an unusual folder, disk or locale, and the commands that a run prints for a shell."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_a_loop_of_soft_links_is_no_run(tmp_path):
 def test_completion_is_offered_where_it_works(tmp_path):
     done = subprocess.run([*COMMAND, "-sc", "install=bash"], env=ENV, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stdout == ""  # an `eval` of it does nothing
+    assert done.stdout == ""  # `eval` of this output does nothing
     assert 'eval "$(fedq-train -sc install=bash)"' in done.stderr
     assert "complete -o nospace" in fedq(tmp_path, "-sc", "install=bash").stdout
 

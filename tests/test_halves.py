@@ -1,8 +1,8 @@
-"""Two halves that share only bytes: a client's process and a server's process against the simulation.
+"""Compares two halves that share only bytes, a client's process and a server's process, with the simulation.
 
 The client's process gets the configuration, with its seed, and broadcasts as bytes. Each of its clients starts with an
-empty store. The server's process gets the configuration and answers as bytes. What they send each other goes through
-this process, which compares it with what the simulation sends.
+empty store. The server's process gets the configuration and answers as bytes. All their messages pass through this
+process, which compares them with the messages of the simulation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from fedq.train import CONF
 
 
 class Small(MLP):
-    """The MLP with layers of 20 units; the first weight has 15,680 elements, and is compressed."""
+    """The MLP with layers of 20 units. The first weight has 15,680 elements, and is compressed."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
@@ -42,7 +42,7 @@ SMALL = [
     *("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=20", "dataset.test_examples=10"),
     *("model=mlp", "model._target_=test_halves.Small", "run.seed=11", "run.clients_per_round=3"),
 ]
-COHORTS = [[0, 1, 2], [3, 1, 0], [2, 3, 0]]  # client 2 misses a round, and client 3 comes late
+COHORTS = [[0, 1, 2], [3, 1, 0], [2, 3, 0]]  # client 2 misses a round, and client 3 joins late
 
 
 def client_process(pipe: Connection) -> None:
@@ -65,7 +65,7 @@ def client_process(pipe: Connection) -> None:
 
 
 def server_process(pipe: Connection) -> None:
-    """Runs the rounds of one configuration after another; the clients are behind the pipe."""
+    """Runs the rounds of one configuration after another. The clients are at the other end of the pipe."""
     torch.set_num_threads(1)
     while (text := pipe.recv()) is not None:
         cfg = OmegaConf.create(text)
@@ -123,7 +123,7 @@ def configuration(*overrides: str) -> DictConfig:
 
 
 def same_bytes(cfg: DictConfig, halves: tuple[Connection, Connection]) -> dict[str, float]:
-    """Asserts that both halves, each in a process of its own, send what the simulation sends and end at its weights."""
+    """Asserts that both halves, in two processes, send the simulation's messages and end with its weights."""
     simulation: dict[tuple[int, int], list[bytes]] = {}
 
     def record(message: bytes, key: Any) -> bytes:
@@ -178,7 +178,7 @@ def test_every_encoder(name: str, halves: tuple[Connection, Connection]) -> None
 )
 def test_state_of_clients_and_server(overrides: list[str], halves: tuple[Connection, Connection]) -> None:
     metrics = same_bytes(configuration(*overrides), halves)
-    if "encoder.broadcast.reference=last" in overrides:  # client 3 came late, and client 2 missed a round
+    if "encoder.broadcast.reference=last" in overrides:  # client 3 joined late, and client 2 missed a round
         assert metrics["broadcast_bits"] > 3 * metrics["cumulative_broadcasted_bits"] / 9
 
 

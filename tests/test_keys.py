@@ -12,7 +12,7 @@ import torch
 from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, TensorSpec, UniformQuantization
 from fedq.keys import BROADCAST, Key
 
-# These never change: a seed gives these numbers on every machine and in every version.
+# These numbers never change: they follow from the seed on every machine and in every version.
 FROZEN = {
     Key(0): [15117258140996911894, 5010202867557806195, 18194173822857872519],
     Key(1): [11503121881644948551, 8947543852376969690, 9717872120602936464],
@@ -109,7 +109,7 @@ def test_a_permutation_is_one(n: int) -> None:
 
 @pytest.mark.parametrize(("n", "bound"), [(2, 18.0), (3, 28.0), (4, 60.0)])
 def test_permutations_are_uniform(n: int, bound: float) -> None:
-    # chi-square of n! − 1 degrees of freedom: the bound is exceeded once in 20,000 streams or less
+    # chi-square with n! − 1 degrees of freedom: at most one stream in 20,000 exceeds the bound
     orders = list(itertools.permutations(range(n)))
     counts = dict.fromkeys(orders, 0)
     draws = 250 * len(orders)
@@ -120,7 +120,7 @@ def test_permutations_are_uniform(n: int, bound: float) -> None:
 
 def test_every_element_may_come_first() -> None:
     firsts = np.bincount([Key(i).permutation(50)[0] for i in range(5000)], minlength=50)
-    assert ((firsts - 100) ** 2 / 100).sum() < 99  # chi-square of 49 degrees of freedom, once in 30,000
+    assert ((firsts - 100) ** 2 / 100).sum() < 99  # chi-square with 49 degrees of freedom, exceeded once in 30,000
 
 
 def test_an_integer_is_a_seed_for_anything() -> None:

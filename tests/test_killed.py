@@ -1,4 +1,4 @@
-"""Runs that are killed, whole or in part, end as if nothing had happened. FEDQ_KILLS=200 kills as often."""
+"""Runs in which some or all processes are killed end like undisturbed runs. FEDQ_KILLS sets the number of kills."""
 
 import os
 import random
@@ -16,7 +16,7 @@ KILLS = int(os.environ.get("FEDQ_KILLS", "10"))
 
 
 def train(cwd: Path, arguments: list[str]) -> None:
-    """The command line, in a process that has fedq loaded already."""
+    """Runs the command line in a process that has already loaded fedq."""
     from fedq.train import main
 
     os.chdir(cwd)
@@ -35,16 +35,16 @@ SPILLING = ["encoder=sign", FEEDBACK, "run.residual_memory=1", "run.checkpoint_e
 @pytest.mark.parametrize(
     "options",
     [
-        # adaptive stages both ways, so that all that a checkpoint holds counts
+        # with adaptive stages both ways, everything in a checkpoint affects the result
         ["encoder=powersgd", "run.checkpoint_every=1", "run.workers=1"],
-        # the hidden layer has 0.6 MiB: of six clients' residuals one is in memory
+        # the hidden layer has 0.6 MiB, so memory holds one of six clients' residuals
         SPILLING,
     ],
     ids=["adaptive", "residuals in files"],
 )
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, options):
     command = [*SMALL, "server=adam", "server.lr=0.01", *options]  # a server optimizer with state
-    command += ["run.evaluate_every=1"]  # so that where a run was first meant to end leaves no trace
+    command += ["run.evaluate_every=1"]  # otherwise metrics.jsonl would show the first run's last round
 
     def start(folder: str, rounds: int, *more: str) -> BaseProcess:
         arguments = [*command, f"run.rounds={rounds}", f"hydra.run.dir={tmp_path}/{folder}", *more]
@@ -57,7 +57,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, optio
         process = start("killed", rounds)
         process.join(draw.uniform(0, 3))
         if process.is_alive():
-            process.kill()  # which may find it ended just now
+            process.kill()  # the process may have just ended
             process.join()
             kills += process.exitcode == -signal.SIGKILL
             in_a_write += any(tmp_path.glob("killed/checkpoints/**/*.tmp"))
@@ -65,7 +65,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, optio
             assert process.exitcode == 0, (tmp_path / "output.log").read_text()[-2000:]
             rounds += 20
     print(f"{kills} kills in {rounds} rounds, {in_a_write} of them inside the write of a file")
-    # the run to compare with has all residuals in memory, and no checkpoint between its first and its last
+    # the undisturbed run has all residuals in memory, and one checkpoint at its end
     for folder, more in (("killed", []), ("whole", ["run.residual_memory=99", "run.checkpoint_every=1000"])):
         process = start(folder, rounds, *more)
         process.join()
@@ -77,12 +77,15 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(tmp_path, optio
         {path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.residual")}
         for folder in ("killed", "whole")
     )
-    assert killed | whole == killed  # which has some more, for the checkpoint before the last
+    assert killed | whole == killed  # the killed run has more files, for its second-to-last checkpoint
     assert len(whole) == (6 if options is SPILLING else 0)
 
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
-    """As people start it: two processes, one is killed, torchrun restarts both, and the outcome is one process's."""
+    """torchrun starts two processes.
+
+    After one is killed, torchrun restarts both, and the result is that of one process.
+    """
     command = [*SMALL, "run.rounds=30", "run.checkpoint_every=1", "encoder=hadamard", FEEDBACK]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -105,7 +108,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
         log += running.stderr.read()
     assert running.returncode == 0, "".join(log)
     assert "resumed after " in "".join(log)
-    (folder,) = run_folders(ranks)  # rank 0 alone writes files, and finds its folder again
+    (folder,) = run_folders(ranks)  # only rank 0 writes files, and a restarted rank 0 finds its folder
     fedq(tmp_path, *command, "run.workers=1", f"hydra.run.dir={tmp_path}/alone")
     assert_same_run(folder, tmp_path / "alone")
 
@@ -130,11 +133,11 @@ class Broken(Writers):
 
 
 def test_a_sweep_of_ranks_ends_where_rank_0_alone_fails_in_a_round(tmp_path):
-    """The other ranks wait in the round: orders for the next job would reach nobody, and all would wait for good."""
+    """The other ranks wait in the round. They would miss the orders of the next job, and all would wait without end."""
     (tmp_path / "broken.py").write_text(BROKEN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "fedq.train", "-m", *SMALL, "dataset._target_=broken.Broken", "run.seed=0,1"]
     env = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
-    assert done.stderr.count("E a disk of rank 0 is broken") == 1  # and of no second job
+    assert done.stderr.count("E a disk of rank 0 is broken") == 1  # the second job does not start

@@ -38,7 +38,7 @@ def test_weights_are_glorot_uniform_and_biases_zero(build):
 
 
 def test_the_cnn_is_the_papers_layer_by_layer():
-    """Against functional calls in the order of the paper: convolution, ReLU, pool."""
+    """Compares the CNN with functional calls in the order of the paper: convolution, ReLU, pool."""
     torch.manual_seed(0)
     model, x = FedAvgCNN(10), torch.rand(3, 1, 28, 28)
     p = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""The tutorial's notebook runs from start to end, and its stored outputs are those of today's code."""
+"""The tutorial's notebook runs from start to end, and today's code gives its stored outputs."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """Returns the kinds of the outputs: a stream's name, or the formats of what is displayed.
+    """Returns the kinds of the outputs: the name of a stream, or the formats of a displayed object.
 
     A stream may come in several parts; they count as one.
     """

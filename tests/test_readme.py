@@ -1,4 +1,4 @@
-"""What README.md and the author's guide show works as it stands."""
+"""The code in README.md and in the author's guide works as written."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def train(folder: Path, encoder: str, rounds: int) -> list[dict]:
     command = [f"encoder={encoder}" if word.startswith("encoder=") else word for word in command[1:]]
     small = "dataset=writers dataset.clients=4 dataset.examples_per_client=5 model=mlp run.clients_per_round=2"
     command += [*small.split(), f"run.rounds={rounds}"]
-    if encoder == "mean_sign":  # as it stands there
+    if encoder == "mean_sign":  # as in the guide
         run(*command, cwd=folder)
     else:
         fedq(folder, *command[2:])

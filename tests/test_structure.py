@@ -1,4 +1,4 @@
-"""Imports go one way: train → simulation → learning → encoding; data, models and tracking know none of the others."""
+"""Imports go one way: train → simulation → learning → encoding. data, models and tracking import no other part."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run shows: the summary's table, the progress bar at every width, output in any locale."""
+"""The output of a run: the table of the summary, the progress bar at every width, text in any locale."""
 
 import os
 import re

@@ -26,7 +26,7 @@ from fedq.tracking.metrics import MetricsFile
 from fedq.tracking.tensorboard import TensorBoard
 from fedq.train import CONF
 
-# a world small enough to train in a moment; the hidden layer is above the threshold
+# a setting that trains in a moment; the hidden layer is above the threshold
 SMALL = (
     "dataset=writers",
     "dataset.clients=6",
@@ -76,7 +76,7 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
             f"seconds/{p}" for p in PHASES
         }
         assert names <= line.keys()
-        # two dense layers at 8 bits with a range each, the rest float32; 48 bytes of frame
+        # two dense layers at 8 bits with one range each, all other tensors in float32, and 48 bytes of frame
         message = 48 + (156_800 + 40_000) + 2 * 8 + 4 * (200 + 200 + 2000 + 10)
         assert line["broadcast_bits"] == line["aggregated_bits"] == 8 * 3 * message
         assert line["cumulative_broadcasted_bits"] == line["cumulative_aggregated_bits"] == 8 * 3 * message * (i + 1)
@@ -99,7 +99,7 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
     tutorial = {"loss", "sparse_categorical_accuracy", "cumulative_broadcasted_bits", "cumulative_aggregated_bits"}
     assert tutorial | {"train/loss", "test/accuracy"} <= set(curves.Tags()["scalars"])
     assert [e.value for e in curves.Scalars("loss")] == pytest.approx([line["train/loss"] for line in lines])
-    # clients begin a round with the weights of the rounds before; weights are tested after the round
+    # clients begin a round with the weights of earlier rounds; weights are tested after the round
     assert [e.step for e in curves.Scalars("loss")] == [0, 1, 2]
     assert [e.step for e in curves.Scalars("test/accuracy")] == [2, 3]
     hparams = curves.summary_metadata["_hparams_/session_start_info"].plugin_data.content
@@ -112,7 +112,7 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
         assert word in done.stdout
     assert f"tensorboard --logdir {tmp_path}/outputs\n" in done.stdout
     assert f"{message / 1024:.2f} KiB down, {message / 1024:.2f} KiB up" in done.stdout
-    assert done.stderr.count("round ") == 3  # not on a terminal: a line a round
+    assert done.stderr.count("round ") == 3  # without a terminal, each round has one line
 
 
 def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep(tmp_path):
@@ -133,19 +133,19 @@ def test_tensorboard_tells_the_runs_of_a_sweep_apart_by_what_it_set_however_deep
         choices = {"dataset": "writers", "model": "mlp", "encoder": "uint8"}
         assert {group: hparams[group].string_value for group in choices} == choices
         assert "run.seed" in hparams
-        # constants would hide, in the five columns that TensorBoard shows, the keys that differ
+        # TensorBoard shows five columns, and constants there would hide the keys that differ
         assert not {"client.lr", "encoder.threshold", "run.rounds", "run.evaluate_every"} & hparams.keys()
         assert not any("common_scale" in name for name in hparams)
     assert sorted(told) == sorted(product(("clip", "none"), ("nearest", "stochastic"), (6, 7)))
 
 
 def test_the_same_seed_gives_the_same_whatever_runs_it(tmp_path):
-    """One worker or two, again, as the second job of a sweep, from the joblib launcher, all the same."""
+    """One worker, two workers, a repeated run, a sweep's second job and the joblib launcher give the same result."""
     fedq(tmp_path / "..", *SMALL, "run.workers=1", f"hydra.run.dir={tmp_path}/one")
     fedq(tmp_path / "..", *SMALL, "run.workers=2", f"hydra.run.dir={tmp_path}/two")
     fedq(tmp_path / "..", "-m", *SMALL, "encoder.bits=2,8", f"hydra.sweep.dir={tmp_path}/sweep")
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    # joblib starts its processes like the one that it runs in: that must be a plain one
+    # joblib starts processes like its parent, so the parent must be a normal process
     command = [sys.executable, "-m", "fedq.train", "-m", *SMALL, "encoder.bits=8,2", *joblib]
     subprocess.run([*command, f"hydra.sweep.dir={tmp_path}/joblib"], cwd=tmp_path / "..", check=True, timeout=280)
     for other in ("two", "sweep/1", "joblib/0"):
@@ -182,7 +182,7 @@ def test_jobs_that_would_share_a_folder_do_not(tmp_path):
     assert "is of another run: run.seed was 0, not 1; set hydra.run.dir" in done.stderr
     (folder,) = run_folders(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["status"], summary["seed"]) == ("completed", 0)  # the first job's, untouched
+    assert (summary["status"], summary["seed"]) == ("completed", 0)  # the summary of the first job is unchanged
     assert len(metrics_of(folder)) == 1
 
 
@@ -263,7 +263,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_whole_lines(tmp_path):
             tmp_path, *SMALL, "run.rounds=2000", "run.checkpoint_every=4000", f"hydra.run.dir={disk}/run", code=1
         )
         assert "No space left on device" in done.stderr
-        lines = metrics_of(disk / "run")  # every line is whole
+        lines = metrics_of(disk / "run")  # every line is complete
         assert [line["round"] for line in lines] == list(range(len(lines)))
         assert len(lines) > 10
     finally:
@@ -284,10 +284,10 @@ def emnist_files(folder: Path, name: str, classes: int) -> None:
 TINY = ("run.rounds=1", "run.clients_per_round=2")
 MLP = ("model=mlp", *TINY)
 WRITERS = ("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=4", "dataset.test_examples=10")
-EVERY = {  # group → how its options are trained, and in how many parts
+EVERY = {  # group → (overrides for training with its options, number of parts)
     "model": (TINY, 1),
     "encoder": (("model=mlp", "run.rounds=2", "run.clients_per_round=2"), 4),
-    "client": ((*MLP, "encoder=structured_mask"), 1),  # not all can train within what every encoder sends
+    "client": ((*MLP, "encoder=structured_mask"), 1),  # client=structured cannot train with every encoder
     "server": (MLP, 1),
     "run": (MLP, 1),
 }
@@ -324,13 +324,13 @@ def test_what_guards_a_round_does_so_from_the_command_line(tmp_path):
 
 
 def test_the_frontier_sends_a_hundred_times_fewer_bytes(tmp_path):
-    """In its first rounds, in which there is most to tell; 477 and 261 times in 60."""
+    """The first rounds have the longest messages: over 60 rounds there are 477 and 261 times fewer bytes."""
     small = ("run.rounds=3", "run.clients_per_round=3", "run.evaluate_every=3", "run.test_batch_size=500")
     fedq(tmp_path, "encoder=frontier", "dataset.clients=400", *small, f"hydra.run.dir={tmp_path}/run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["broadcast_ratio"] > 100
     assert summary["upload_ratio"] > 100
-    # at first nothing differs from the weights that follow from the seed
+    # the first broadcast is empty, because no weight differs from the initial weights
     assert metrics_of(tmp_path / "run")[0]["broadcast_bits"] < 3 * 8 * 150
 
 
@@ -358,7 +358,7 @@ def test_what_json_has_no_word_for_is_null(tmp_path):
 
 
 def test_curves_that_begin_again_are_forgotten(tmp_path):
-    """A killed run resumes from an earlier round than the last that TensorBoard has."""
+    """A killed run resumes from an earlier round than the last round in TensorBoard's file."""
     for done, losses in (([], [3.0, 2.0]), ([], [4.0]), ([a_round(0, 4.0)], [5.0])):
         with TensorBoard(tmp_path, "run", {}, done) as board:
             for number, loss in enumerate(losses, start=len(done)):
@@ -439,7 +439,7 @@ def test_help_names_the_groups_and_three_commands(tmp_path):
 
 
 def test_real_writers_cost_what_the_tutorial_should(tmp_path):
-    """507.62 Mibit a round each way in float32, at most 128.42 with 8 bits, by the messages themselves."""
+    """The messages take 507.62 Mibit a round each way in float32, and at most 128.42 with 8 bits."""
     files = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist_writers"
     if not files.is_dir():
         pytest.skip("the real writers' files are not here")
@@ -457,7 +457,8 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
     kept = {name: (tmp_path / "sweep" / "0" / name).read_bytes() for name in ("summary.json", "metrics.jsonl")}
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "sweep" / "1", whole)
-    # as if the second job had been killed after its first round: no summary, half a line, a later checkpoint damaged
+    # the files of a second job that was killed after its first round: no summary, half a line, a damaged later
+    # checkpoint
     second = tmp_path / "sweep" / "1"
     (second / "summary.json").unlink()
     lines = (second / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -481,7 +482,7 @@ def test_a_sweep_given_again_skips_what_is_finished_and_goes_on_with_the_rest(tm
 
 
 def test_a_rank_tells_how_it_ended(tmp_path, monkeypatch):
-    """A process of torchrun's leaves by a shorter way: nothing that it said, and no exit code, may be lost on it."""
+    """A process of torchrun exits at once, but must not lose its output or its exit code."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     done = fedq(tmp_path, *SMALL, "run.rounds=1")
@@ -500,7 +501,7 @@ def test_a_run_goes_on_longer_and_from_another_folder(tmp_path):
     fedq(tmp_path, *command, f"hydra.run.dir={tmp_path}/short", "run.residual_memory=0")
     assert_same_run(tmp_path / "other", tmp_path / "whole")
     assert_same_run(tmp_path / "short", tmp_path / "whole")
-    # what a folder is not for leaves all in it as it is
+    # a refused command changes no file of the folder
     files = [path for path in (tmp_path / "short").rglob("*") if path.is_file() and path.suffix != ".log"]
     kept = {path: path.read_bytes() for path in files}
     done = fedq(tmp_path, *command, "run.resume=never", f"hydra.run.dir={tmp_path}/short", code=1)
@@ -513,7 +514,7 @@ def test_a_run_goes_on_longer_and_from_another_folder(tmp_path):
     fewer = fedq(tmp_path, *command, "run.rounds=1", f"hydra.run.dir={tmp_path}/short")
     assert "finished: nothing to do" in fewer.stderr
     assert kept == {path: path.read_bytes() for path in kept}
-    # in TensorBoard each is one run of three rounds, with and without its beginning elsewhere
+    # TensorBoard shows each as one run of three rounds, also if the run began in another folder
     for folder in ("short", "other"):
         (events,) = (tmp_path / folder).glob("encoder=*")
         assert [event.step for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")] == [0, 1, 2]
@@ -526,7 +527,7 @@ def test_a_run_goes_on_where_its_data_was_moved_but_none_is_taken_for_done(tmp_p
     (tmp_path / "here").rename(tmp_path / "there")
     done = fedq(tmp_path, *command, "run.rounds=2", f"dataset.path={tmp_path}/there")
     assert "resumed after 1 rounds" in done.stderr
-    (tmp_path / "there").rename(tmp_path / "elsewhere")  # the same name could as well be other data
+    (tmp_path / "there").rename(tmp_path / "elsewhere")  # the same path may now hold other data
     done = fedq(tmp_path, *command, "run.rounds=2", f"dataset.path={tmp_path}/elsewhere", code=1)
     assert f"dataset.path was {tmp_path}/there, not {tmp_path}/elsewhere" in done.stderr
 
@@ -584,7 +585,7 @@ def test_a_run_goes_on_after_numbers_that_json_has_no_word_for(tmp_path):
     fedq(tmp_path, *arguments, "run.rounds=1", f"hydra.run.dir={tmp_path}/a")
     assert metrics_of(tmp_path / "a")[0]["test/loss"] is None
     again = (*arguments, "run.rounds=2", f"run.resume={tmp_path}/a", f"hydra.run.dir={tmp_path}/b")
-    done = fedq(tmp_path, *again, code=1)  # clients cannot train from such weights
+    done = fedq(tmp_path, *again, code=1)  # clients cannot train from diverged weights
     assert "0 of 3 clients sent a usable update" in done.stderr
     assert "bug" not in done.stderr
     assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
@@ -595,7 +596,7 @@ def test_fewer_rounds_than_are_done_are_refused(tmp_path):
     other = f"hydra.run.dir={tmp_path}/b"
     done = fedq(tmp_path, *SMALL, "run.rounds=2", "run.evaluate_every=4", f"run.resume={tmp_path}/a", other, code=1)
     assert f"run.rounds: 4 rounds are done already, in {tmp_path}/a; ask for more than 2" in done.stderr
-    (tmp_path / "a" / "summary.json").write_text("[]\n")  # of another program: not believed, not fatal
+    (tmp_path / "a" / "summary.json").write_text("[]\n")  # a file of another program is ignored
     done = fedq(tmp_path, *SMALL, "run.rounds=4", "run.evaluate_every=4", f"hydra.run.dir={tmp_path}/a")
     assert "resumed after 4 rounds of" in done.stderr
 
@@ -629,7 +630,7 @@ def test_a_sweep_tells_of_jobs_in_folders_of_any_depth(tmp_path):
 
 
 def test_a_job_that_is_refused_does_not_end_a_sweep_of_ranks(tmp_path):
-    # what a class refuses, then what does not go together, then a run
+    # first a value that a class refuses, then parts that do not fit together, then a run
     structured = ("client=structured,sgd", "run.clients_per_round=1000,3", "client.lr=0.1")
     command = ("-m", *SMALL, *structured, f"hydra.sweep.dir={tmp_path}/sweep")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Two machines for real: network namespaces joined by a cable, torchrun on both, one is cut off in mid-round."""
+"""Two hosts (network namespaces) joined by a cable, with torchrun on both. One host is cut off during a round."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import pytest
 from command import fedq
 from test_train import SMALL, assert_same_run, run_folders
 
-HOSTS = (f"fedq-a-{os.getpid()}", f"fedq-b-{os.getpid()}")  # two runs of this may be side by side
+HOSTS = (f"fedq-a-{os.getpid()}", f"fedq-b-{os.getpid()}")  # several runs of this test may run at the same time
 ADDRESS = "10.123.45.1"
 COMMAND = (*SMALL, "run.rounds=40", "run.checkpoint_every=1", "encoder=hadamard")
 
@@ -76,7 +76,7 @@ def kill_all_of(host: str) -> None:
 
 
 def trainers(host: str) -> list[int]:
-    """The processes that torchrun started on a host, for as long as they run."""
+    """Returns the running processes that torchrun started on a host."""
     found = []
     for pid in pids_of(host):
         with suppress(ProcessLookupError):  # it has ended since
@@ -86,18 +86,18 @@ def trainers(host: str) -> list[int]:
 
 
 def test_two_hosts_whose_cable_is_cut_end_with_the_weights_of_one(hosts, tmp_path):
-    """Ranks that are killed, which their machines tell the others: test_ranks.py, test_killed.py."""
+    """test_ranks.py and test_killed.py cover killed ranks, whose connections the operating system closes."""
     running = start(tmp_path, 29871)
     wait_for_round(tmp_path, 10, running)
     assert len(trainers(HOSTS[1])) == 1
     assert ip("-n", HOSTS[1], "link", "set", "fedq-vb", "down").returncode == 0
     cut = time.monotonic()
-    assert running[0].wait(60) != 0  # the other does not wait for good
+    assert running[0].wait(60) != 0  # the other host does not wait without end
     assert time.monotonic() - cut < 40
-    while trainers(HOSTS[1]):  # nor does the one that was cut off
+    while trainers(HOSTS[1]):  # the host that was cut off does not wait either
         assert time.monotonic() - cut < 40
         time.sleep(0.1)
-    kill_all_of(HOSTS[1])  # its torchrun would wait for the other host's for minutes
+    kill_all_of(HOSTS[1])  # this host's torchrun would wait for the other host for minutes
     running[1].wait(60)
     told = (tmp_path / f"{HOSTS[0]}.log").read_text()
     assert "lost the connection" in told or "no sign of life" in told or "cannot reach the others" in told
@@ -109,6 +109,6 @@ def test_two_hosts_whose_cable_is_cut_end_with_the_weights_of_one(hosts, tmp_pat
         assert process.wait(200) == 0, (tmp_path / f"{HOSTS[0]}.log").read_text()
     assert "resumed after " in (tmp_path / f"{HOSTS[0]}.log").read_text()
     assert run_folders(tmp_path) == [tmp_path / "run"]
-    assert not list((tmp_path / HOSTS[1]).iterdir())  # rank 0 alone writes files
+    assert not list((tmp_path / HOSTS[1]).iterdir())  # only rank 0 writes files
     fedq(tmp_path, *COMMAND, f"hydra.run.dir={tmp_path}/alone")
     assert_same_run(tmp_path / "run", tmp_path / "alone")

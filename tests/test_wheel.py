@@ -1,4 +1,4 @@
-"""The program as others get it: a wheel, installed in another environment, used from another folder."""
+"""The program as a wheel, installed in another environment and used from another folder."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_the_wheel_holds_every_module_and_every_option(wheel):
 
 def test_the_installed_program_trains_in_another_folder(wheel, tmp_path):
     environment = tmp_path / "environment"
-    venv.create(environment)  # pip, too, comes from this one
+    venv.create(environment)  # pip also comes from this environment
     site = next((environment / "lib").glob("python*")) / "site-packages"
     # torch and the rest come from this environment: only fedq itself is installed anew
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")

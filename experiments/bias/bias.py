@@ -2,8 +2,8 @@
 
 python -m experiments.bias.bias [--tensors outputs/tensors.npz]
 
-One real update (round15) is encoded by the upload of each encoder: once by 32 clients, whose keys differ, and by one
-client in 32 rounds, without and with error feedback. The columns:
+The upload of each encoder encodes one real update (round15). 32 clients with different keys send the update, and one
+client sends it in 32 rounds, without and with error feedback. The columns:
 
 one       NMSE of one message
 mean      NMSE of the mean over clients: falls as 1/32, by 15 dB, if the chain is unbiased; a bias remains

@@ -1,7 +1,7 @@
 """Times encoding and decoding of a float32 tensor against a copy of the tensor by torch, with one thread.
 
-Each row is timed directly after the second of two copies. A drift of the machine's speed then affects both alike, and
-the copy finds its memory in the cache, if the tensor fits. Prints the median time and the median of the ratios.
+Each row is timed directly after the second of two copies. A drift of the machine's speed then affects row and copy
+alike. If the tensor fits into the cache, the copy finds it there. Prints the median time and the median of the ratios.
 
 python -m experiments.encoder_speed.encoder_speed [--repeats 31] [--large]
 """
@@ -91,7 +91,7 @@ def rows(x: Tensor) -> list[tuple[str, Callable[[], object]]]:
 
         listed += [(f"{name}: encode", encode), (f"{name}: decode", decode)]
     for name, coder, levels in CODERS:
-        # as of a quantiser from −4 to 4 standard deviations
+        # symbols of a quantiser from −4 to 4 standard deviations
         symbols = ((x.clamp(-3.99, 3.99) + 4) * levels / 8).to(torch.uint8)
         coded = TensorSpec(spec.shape, torch.uint8, levels)
         data = memoryview(coder.encode(symbols, coded))

@@ -2,10 +2,10 @@
 
 python -m experiments.frontier.figure [RUN…] --output FIGURE.png > TABLE.md
 
-RUN… are folders of sweeps, or folders above them. The command adds their runs to results.csv beside this file. A row
-has all seeds of one scheme on one dataset. A new row replaces an earlier row of the same scheme, unless the earlier
-row has more runs. Picture and table show all rows. Bits are bits a parameter, of the messages of all clients and
-rounds.
+RUN… are folders of sweeps, or folders above them. The command adds their runs to results.csv in the folder of this
+file. A row has all seeds of one scheme on one dataset. A new row replaces an earlier row of the same scheme, unless the
+earlier row has more runs. Picture and table show all rows. Bits are bits a parameter, of the messages of all clients
+and rounds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Key = tuple[str, int, str]  # dataset, rounds, scheme
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one scheme on one dataset. None: not known, or there is one run."""
+    """The runs of one scheme on one dataset. None if unknown, or if there is only one run."""
 
     dataset: str
     rounds: int

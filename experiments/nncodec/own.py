@@ -34,7 +34,7 @@ from fedq.encoding import (
     schema_of,
 )
 
-STEPS = [2 ** (i / 2) for i in range(-3, 10)]  # of the root mean square over all tensors
+STEPS = [2 ** (i / 2) for i in range(-3, 10)]  # in units of the root mean square over all tensors
 WEIGHT = 0.1  # of the rate
 Point = tuple[float, float, float, float, float]
 

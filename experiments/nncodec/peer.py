@@ -6,10 +6,10 @@ Makes the environment in FOLDER if it is missing. Each point is a stream of all 
 decodes again. Bits are 8 × bytes / parameters. Seconds are of one run with one thread, after a run to warm up. Writes
 nncodec.csv and prints bits at round decibels. Without --environments it prints the tables of nncodec.csv.
 
-The modes are `dependent` (trellis-coded) and `uniform` quantisation. Each is measured over a grid of steps (`qp`; four
-more double the step) and of weights of the rate in the encoder's decisions (`lambda_scale`: RDOQ; 0 is NNCodec's
-default). The best other settings are fixed: rows of zeros are skipped, the encoder chooses the contexts' parameters,
-and all tensors have one step. OTHERS are tried at one point a state.
+The modes are `dependent` (trellis-coded) and `uniform` quantisation. Each mode is measured over a grid of steps and of
+weights of the rate in the encoder's decisions. `qp` sets the step: 4 more double the step. `lambda_scale` sets the
+weight (RDOQ); 0 is NNCodec's default. The best other settings are fixed: rows of zeros are skipped, the encoder chooses
+the contexts' parameters, and all tensors have one step. OTHERS are tried at one point a state.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from experiments.tensors.tensors import STATES, TENSORS, load
 
 HERE = Path(__file__).parent
 DENSE = "dense1.weight"
-COARSEST = {"round5": -36, "round15": -32, "weights15": -24}  # qp at which nearly all symbols are 0
+COARSEST = {"round5": -36, "round15": -32, "weights15": -24}  # the qp at which nearly all symbols are 0
 RATE_WEIGHTS = {"dependent": (0.0, 0.3, 0.6, 1.0, 1.4, 2.0, 3.0, 4.0, 6.0), "uniform": (0.0, 0.5, 1.0, 2.0, 3.0)}
-RANGE = (-2.5, -16)  # dB: first of all parameters, last of the large tensor
+RANGE = (-2.5, -16)  # dB: from this value for all parameters to this value for the large tensor
 TARGETS = (-4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14)  # dB
 CHOICES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("uniform", ("uniform",), True),
@@ -45,7 +45,7 @@ CHOICES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 OTHERS: dict[str, dict[str, Any]] = {
     "rows not skipped": {"row_skipping": False},
     "fixed contexts": {"param_opt": False},
-    "other tensors fine": {"nonweight_qp": -75},  # the default: biases with a step of 2^-19
+    "other tensors fine": {"nonweight_qp": -75},  # NNCodec's default: a step of 2^-19 for biases
     "qp by layer": {"opt_qp": True},
     "two unary bins": {"cabac_unary_length_minus1": 1},
     "blocks of 64": {"scan_order": 4},
@@ -86,7 +86,7 @@ def measure(tensors: dict[str, np.ndarray], state: str, mode: str, qp: int, lamb
     }
     options = {"use_dq": quantiser == "dependent", "row_skipping": True, "param_opt": True, "nonweight_qp": qp}
     options |= {"qp": qp, "lambda_scale": lambda_scale} | OTHERS.get(other, {})
-    with contextlib.redirect_stdout(io.StringIO()):  # some modes print
+    with contextlib.redirect_stdout(io.StringIO()):  # some modes of NNCodec print text
         started = perf_counter()
         stream = nnc.compress(turned, bitstream_path=None, return_bitstream=True, **options)
         encoded = perf_counter()

@@ -1,10 +1,10 @@
-"""Measures the bits that a coder saves which continues after an earlier message, instead of starting anew.
+"""Measures the bits that a coder saves if it continues after an earlier message instead of starting anew.
 
 python -m experiments.priming.priming [--tensors outputs/tensors.npz] > TABLE.md
 
 CABAC codes each matrix of symbols of an upload of `encoder=frontier` alone, and after the rows of the same matrix of
-an earlier message. Classes, probabilities and column scales then continue from the earlier rows. Bits are bits of real
-bytes, less the bits of the earlier rows alone.
+an earlier message. Classes, probabilities and column scales then continue from the earlier rows. Bits count real bytes,
+minus the bytes of the earlier rows alone.
 """
 
 import argparse

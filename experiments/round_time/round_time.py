@@ -51,7 +51,7 @@ from fedq.models import FedAvgCNN
 from fedq.simulation.workers import Workers
 
 CLIENTS, EXAMPLES, BATCH, WORKERS, RATE = 10, 100, 20, 2, 0.02
-SIDE, PRODUCTS = 1024, 8  # of the matrices; products a thread
+SIDE, PRODUCTS = 1024, 8  # side of the matrices; products a thread
 FORWARD = 24.5e6  # floating-point operations an example
 EXACT = StateDictEncoder()
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()))

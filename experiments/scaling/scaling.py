@@ -5,7 +5,8 @@ Each point is a training in a process of its own, with 8-bit messages both ways:
 - seconds a client: wall time of a round without evaluation, by its clients; median of the rounds after the first.
   The processor time of the same rounds, of all threads, hardly depends on other work on the machine;
 - peak memory: largest resident set of the process, with evaluation and checkpoints.
-Then, without training: the cost of drawing a large cohort, and the bytes that ranks would send one another.
+The script also measures, without training, the cost of drawing a large cohort, and the bytes that ranks send each
+other.
 
 python -m experiments.scaling.scaling [--output experiments/scaling/scaling.png]
 """
@@ -68,7 +69,7 @@ def measure(population: int, cohort: int) -> Point:
         command += ["model=fedavg_cnn", "encoder=uint8", f"run.clients_per_round={cohort}"]
         command += [f"run.rounds={COHORTS[cohort]}", "run.evaluate_every=1000", f"hydra.run.dir={folder}"]
         path, begun, pid = Path(folder) / "metrics.jsonl", perf_counter(), 0
-        ends: list[tuple[float, float]] = []  # of rounds: wall time, processor time
+        ends: list[tuple[float, float]] = []  # wall time and processor time of each round
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while not pid:
                 sleep(0.01)
@@ -103,7 +104,7 @@ def cost(work: Callable[[], T]) -> tuple[float, float]:
 
 
 def records(numbers: list[int]) -> str:
-    """Returns the JSON text of clients' records, which ranks send beside sums; writes and reads the text."""
+    """Writes, reads and returns the JSON text of clients' records, which ranks send together with sums."""
     from fedq.learning.round import ClientRecord
 
     text = json.dumps({number: asdict(ClientRecord(number, norm=0.123456789012)) for number in numbers})

@@ -2,9 +2,9 @@
 
 python -m experiments.trellis.trellis [--tensors outputs/tensors.npz]
 
-All messages are decoded. The first table has the NMSE of half a million normal numbers at given bits. The second has
-bits an element at given decibels, of dense1.weight and of all tensors of each state, with one step. In brackets: the
-difference from scalar quantisation, in per cent.
+All messages are decoded. The first table has the NMSE of half a million normal numbers at given bits. The second table
+has bits an element at given decibels, of dense1.weight and of all tensors of each state, with one step. Brackets hold
+the difference from scalar quantisation in per cent.
 
 scalar    StepQuantization with centroids and a rate_weight of 0.1, then CABAC
 N states  TrellisQuantization with the same rate_weight, then CABAC
@@ -34,7 +34,7 @@ from fedq.encoding import (
 
 BITS = (0.25, 0.5, 1, 1.5, 2, 3)
 DECIBELS = (-3, -4.5, -6, -9, -12, -18)
-STEPS = 2.0 ** np.arange(-2, 5.1, 0.25)  # of the root mean square
+STEPS = 2.0 ** np.arange(-2, 5.1, 0.25)  # in units of the root mean square
 WEIGHT = 0.1
 
 

@@ -1,4 +1,7 @@
-"""Federated datasets: a client's number gives its tensors. Imports no learning, encoding or simulation."""
+"""Federated datasets: a client's number gives its tensors.
+
+The package does not import learning, encoding or simulation.
+"""
 
 from fedq.data.dataset import Client, Examples, FederatedDataset
 

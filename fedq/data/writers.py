@@ -1,8 +1,8 @@
-"""Procedural handwriting: the ten digits by any number of writers, each with a style.
+"""Handwriting drawn by a program: the ten digits by any number of writers, each with a style.
 
-A digit is the path of a pen: a smooth curve through a few knots (`_GLYPHS`). A writer draws each digit in one way and
-moves its knots by habit. Slant, proportions, bends, size and pen are habits too. Each example adds small random
-changes. A round soft pen then inks the paths of all examples at once.
+A digit is the path of a pen: a smooth curve through a few knots (`_GLYPHS`). A writer has habits: one way to draw each
+digit, shifts of its knots, slant, proportions, bends, size and pen. Each example adds small random changes. A round
+soft pen then inks the paths of all examples at once.
 """
 
 import math
@@ -16,8 +16,8 @@ from fedq.keys import Key
 SIDE = 28
 """Height and width of an image in pixels."""
 
-# One row a way to draw a digit: knots "x,y" in hundredths of the digit's box, y downwards. The curve is smooth at its
-# knots, except at "!" (a corner); "/" lifts the pen.
+# Each row is a way to draw a digit: knots "x,y" in hundredths of the digit's box, with y downwards. The curve is smooth
+# at its knots, except at "!" (a corner); "/" lifts the pen.
 _GLYPHS = [
     (0, "55,3 27,12 12,50 25,88 52,97 78,85 88,48 75,14 52,3"),
     (0, "66,10 40,2 18,25 12,60 32,95 65,92 88,55 78,16 50,4 38,16"),
@@ -49,10 +49,10 @@ _GLYPHS = [
 _POINTS = 64  # points along a digit's path: closer together than the pen is wide
 _KNOTS = 14  # at least the knots of the longest row above
 
-# The mean writer, and the standard deviations of writers. They are fitted to measurements of real writers: mean and
-# deviation of pixels, how often the nearest image is by the same writer, and rounds of FedAvg on unseen writers. The
-# warp maps x, y, x², xy and y² of the digit (a row each, in boxes around its centre) to new x and y: proportions,
-# slant, bends.
+# The mean writer, and the standard deviations of writers. The numbers are fitted to real writers: to mean and deviation
+# of pixels, to how often the nearest image is by the same writer, and to rounds of FedAvg on unseen writers. The warp
+# maps x, y, x², xy and y² of the digit (one row each, in boxes around its centre) to new x and y. This changes
+# proportions, slant and bends.
 _WARP = np.array([[0.90, 0], [-0.28, 1], [0, 0], [0, 0], [0, 0]], np.float32)
 _WARP_SPREAD = np.array([[0.17, 0.08], [0.21, 0], [0.18, 0.18], [0.18, 0.18], [0.18, 0.18]], np.float32)
 _KNOT_SPREAD = 0.048  # of each half of a knot's shift, in boxes; neighbours share a half, so paths stay smooth
@@ -65,14 +65,14 @@ _TEST_EXAMPLES_PER_WRITER = 10
 
 
 def _curve(row: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the knots of a row of `_GLYPHS`, the matrix from knots to points, and where the pen is down.
+    """Returns the knots of a row of `_GLYPHS`, the matrix from knots to points, and the pen.
 
     Shapes: knots (_KNOTS, 2) around 0, matrix (_POINTS, _KNOTS), pen (_POINTS - 1,): true where the pen is down between
     a point and the next. The points lie about evenly on a Catmull-Rom spline (1974). Each is a fixed mean of four
     knots, so moved knots move the points.
     """
     knots: list[list[float]] = []
-    pieces: list[tuple[int, ...]] = []  # from knot to knot: the stroke, and the four knots that shape it
+    pieces: list[tuple[int, ...]] = []  # for each step between knots: the stroke, and four knots
     for stroke, runs in enumerate(row.split("/")):
         for i, run in enumerate(runs.split("!")):
             first = len(knots) - (i > 0)  # a corner ends one run and starts the next
@@ -151,7 +151,8 @@ class Writers:
 
     Args:
         clients: number of writers, 1 to 2^63 − 1.
-        examples_per_client: mean number of examples, at least 1. A client's number is uniform within a quarter of it.
+        examples_per_client: mean number of examples, at least 1. Each client's number of examples is uniform within ± a
+            quarter of the mean.
         test_examples: at least 1.
         background: pixel value of the page: 1.0 as in federated EMNIST, or 0.0 as in MNIST.
         seed: 0 to 2^64 − 1.
@@ -186,7 +187,7 @@ class Writers:
         self.seed = seed
 
     def client(self, number: int) -> Client:
-        """Returns writer `number`, whose examples are drawn when loaded; raises IndexError if there is none."""
+        """Returns writer `number`, whose examples are drawn when loaded. Raises IndexError for other numbers."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"client {number} is not one of {self.num_clients} writers, numbered from 0.")
         return Client(number, lambda: self._load(number), self._count(number))

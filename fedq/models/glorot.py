@@ -6,7 +6,7 @@ from torch import nn
 def glorot_uniform_(module: nn.Module) -> None:
     """Sets convolutions and dense layers to Glorot-uniform weights (Glorot 2010, eq. 16) and zero biases, like Keras.
 
-    PyTorch's default differs, and so do the first ten rounds.
+    PyTorch's default differs, and changes the first ten rounds of training.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

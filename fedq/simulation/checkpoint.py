@@ -21,15 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(FedqError):
-    """A checkpoint cannot be used; the text says which and why."""
+    """A checkpoint cannot be used. The text names the file and the reason."""
 
 
 def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) -> Path:
     """Writes `state` and the run's configuration to a new file in `folder`, and returns the file's path.
 
-    The file gets its name only once all of it is on the disk. The newest `keep` files stay. Files of later rounds are
-    deleted: the run that wrote them was taken back to an earlier round. Raises OSError with the path if the disk is
-    full.
+    The file gets its name after all bytes are on the disk. The newest `keep` files stay. Files of later rounds are
+    deleted, because the run was resumed from an earlier round. Raises OSError with the path if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -38,7 +37,7 @@ def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) ->
     with written_whole(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's zip writer raises one over the OSError of a full disk
+        except RuntimeError as error:  # torch's zip writer raises RuntimeError after the OSError of a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
@@ -68,7 +67,7 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:  # torch's files are zip archives, with a CRC-32 of each part
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} fails its checksum")
-            if any(entry.external_attr for entry in archive.infolist()):  # torch reads no bytes of a folder
+            if any(entry.external_attr for entry in archive.infolist()):  # torch ignores the bytes of a folder entry
                 raise zipfile.BadZipFile("a tensor is marked as a folder")
         content = torch.load(path, map_location="cpu", weights_only=True)
         config = content.pop("config")
@@ -80,10 +79,10 @@ def load(path: Path) -> tuple[ServerState, dict[str, Any]]:
             raise TypeError("the configuration is of another type, or the round's number too large")
         return state, config
     except (AttributeError, LookupError, TypeError) as error:  # written by torch, but not by fedq
-        raise CheckpointError(f"checkpoint {path} cannot be used: it is not one of this program's") from error
+        raise CheckpointError(f"checkpoint {path} cannot be used: it is not a checkpoint of fedq") from error
     except FedqError as error:
         raise FedqError(f"checkpoint {path} cannot be used: {error}") from error
-    except Exception as error:  # zipfile and torch raise nearly any class for foreign bytes
+    except Exception as error:  # zipfile and torch raise many classes of errors for foreign bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint {path} cannot be used: {reason}") from error
 
@@ -96,13 +95,13 @@ def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerStat
     folder: the run's folder.
     config: the run's plain configuration.
 
-    Raises CheckpointError if a checkpoint is asked for or found and none is usable. Raises it also if the checkpoint's
-    configuration differs from `config`.
+    Raises CheckpointError if `where` names a checkpoint or `folder` has one, but no checkpoint is usable. Raises
+    CheckpointError if the checkpoint's configuration differs from `config`.
     """
     if where == "never":
         return None
     path = folder if where == "auto" else Path(where)
-    if not is_inside(path, folder) and (own := resume("auto", folder, config)):  # the same command, given again
+    if not is_inside(path, folder) and (own := resume("auto", folder, config)):  # the same command is repeated
         return own
     candidates = [path] if path.is_file() else _newest_first(path / "checkpoints")
     for candidate in candidates:
@@ -122,7 +121,10 @@ def resume(where: str, folder: Path, config: dict[str, Any]) -> tuple[ServerStat
 
 
 def _matches(value: Any, kind: Any) -> bool:
-    """Tells whether a value is of an annotated type. All numbers of a state are counts or norms: never negative."""
+    """Returns whether a value is of an annotated type.
+
+    All numbers of a state are counts or norms, so negative numbers are refused.
+    """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if kind in (int, float):
         return type(value) in (int, kind) and 0 <= value < 2**63

@@ -1,4 +1,4 @@
-"""What clients keep between their rounds: in memory up to a limit, in a run's folder beyond."""
+"""Stores the state of clients between their rounds: in memory up to a limit, then in files."""
 
 import re
 import secrets
@@ -20,36 +20,37 @@ _MARK = "ranks"
 
 
 class ClientStateError(FedqError):
-    """The state of a client cannot be used; says which file or folder and why."""
+    """The state of a client cannot be used. The text names the file or folder, and the reason."""
 
 
 class ClientStateFiles:
     """A `fedq.learning.client_state.ClientStore` in a run's folder.
 
-    A version is a client's state after the round of one attempt. At most `memory` bytes of tensors are held. Beyond
-    that limit the least recently used are written to files, one a version, called CLIENT_ATTEMPT.residual. A file is an
-    exact message of that client and round, checked as messages are. Files never change: a round that is run again
-    writes the same bytes.
+    A version is a client's state after the round of one attempt. At most `memory` bytes of tensors stay in memory.
+    Beyond this limit, the least recently used versions go to files, one file CLIENT_ATTEMPT.residual a version. A file
+    is an exact message of the client and the round, with a checksum. Files never change: a repeated round writes the
+    same bytes.
 
-    With `shared` nothing is held: ranks write and read the files of one folder, on a disk that shows all of them a
-    finished file at once. A client's next round may be on another rank, and starts after this one has ended.
+    With `shared`, no version stays in memory: all ranks write and read the files of one folder. The disk must show a
+    finished file to all ranks at once. A client's next round may run on another rank, and starts after this round has
+    ended.
     """
 
     def __init__(self, folder: Path, seed: int, memory: int = 2**30, shared: bool = False) -> None:
-        """`seed` is the run's. Call `resume` before anything else."""
+        """`seed` is the run's seed. Call `resume` before all other methods."""
         self.folder = folder.absolute()
         self._seed, self._limit, self._shared = seed, memory, shared
         self._held: OrderedDict[tuple[int, int], Mapping[str, Tensor]] = OrderedDict()
         self._bytes = 0
-        self._versions: dict[int, dict[int, bool]] = {}  # of each client: is it in a file?
+        self._versions: dict[int, dict[int, bool]] = {}  # client → version → is it in a file?
         self._listed = self._newest = -1
         self._lock = threading.Lock()
 
     @classmethod
     def joined(cls, folder: str, mark: str, seed: int) -> "ClientStateFiles":
-        """Returns the store in another rank's folder, given what `mark` returned there.
+        """Returns the store in another rank's folder, where `mark` is the result of that rank's method `mark`.
 
-        Raises ClientStateError where this rank does not see that folder.
+        Raises ClientStateError if this rank does not see the folder.
         """
         store = cls(Path(folder), seed, shared=True)
         try:
@@ -64,16 +65,16 @@ class ClientStateFiles:
         return store
 
     def mark(self) -> str:
-        """Leaves a mark in the folder, by which a rank knows that it sees this one and not its own of that name."""
+        """Writes a random mark into the folder, and returns the mark. Other ranks use it to recognise the folder."""
         mark = secrets.token_hex(8)
         with written_whole(self.folder / _MARK) as file:
             file.write(mark.encode())
         return mark
 
     def resume(self, attempt: int, source: Path | None = None) -> None:
-        """Continues with what rounds before number `attempt` left in `source`, the folder of this run or of another.
+        """Continues with the versions before round number `attempt` in `source`, the folder of a run.
 
-        What later rounds left is ignored, and removed by `prune`. Without `source` the clients start with nothing.
+        Later versions are ignored, and `prune` deletes them. Without `source` the clients start without state.
         """
         if source and not source.is_dir():
             raise ClientStateError(f"{source} is missing: without it the clients' state cannot be resumed")
@@ -88,7 +89,7 @@ class ClientStateFiles:
         self._versions = self._in_files(attempt) if source else {}
 
     def begin(self, attempt: int) -> None:
-        """Forgets what rounds from number `attempt` on committed."""
+        """Forgets the versions of rounds from number `attempt` on."""
         with self._lock:
             if attempt <= self._newest:
                 for client, versions in self._versions.items():
@@ -98,9 +99,10 @@ class ClientStateFiles:
             self._newest = attempt - 1
 
     def load(self, client: int, attempt: int, schema: Schema) -> Mapping[str, Tensor]:
-        """Returns the client's newest version from before round number `attempt`; empty if there is none.
+        """Returns the client's newest version from before round number `attempt`, or an empty dict.
 
-        `schema` is that of the committed tensors. Raises ClientStateError, naming the file, if the file is damaged.
+        `schema` is the schema of the committed tensors. Raises ClientStateError, which names the file, if the file is
+        damaged.
         """
         if not schema:
             return {}
@@ -120,9 +122,9 @@ class ClientStateFiles:
             raise ClientStateError(f"client state file {path} cannot be used: {error}") from error
 
     def commit(self, client: int, attempt: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps the client's state after round number `attempt`: finite tensors on the CPU, never changed again.
+        """Stores the client's state after round number `attempt`: finite tensors on the CPU, never changed later.
 
-        Raises OSError where a file cannot be written; on ranks ClientStateError, which names it.
+        Raises OSError if a file cannot be written. With `shared` it raises ClientStateError, which names the file.
         """
         if self._shared:
             try:
@@ -135,7 +137,7 @@ class ClientStateFiles:
             self._newest = max(self._newest, attempt)
             versions = self._versions.setdefault(client, {})
             for version, in_file in versions.items():
-                if in_file:  # will not be asked for again before a resume
+                if in_file:  # only a resumed run can need this version
                     self._let_go(client, version)
             self._let_go(client, attempt)
             versions[attempt] = False
@@ -147,9 +149,10 @@ class ClientStateFiles:
                 self._let_go(*least)
 
     def settle(self) -> None:
-        """Forgets what is only in memory and not a client's newest: no checkpoint from now on can ask for it.
+        """Forgets versions that are only in memory, except each client's newest: no later checkpoint can need them.
 
-        To be called between rounds, once one is done: a run that ends before goes on from the last that was.
+        Call this method between rounds, after a round is done. A run that stops earlier resumes from the last round
+        done.
         """
         with self._lock:
             for client, version in list(self._held):
@@ -159,13 +162,13 @@ class ClientStateFiles:
                     self._let_go(client, version)
 
     def flush(self) -> None:
-        """Writes all that is only in memory. A checkpoint written after this can be resumed."""
+        """Writes all versions that are only in memory to files. A run can then resume from a checkpoint written now."""
         with self._lock:
             for client, version in self._held:
                 self._to_file(client, version)
 
     def prune(self, attempts: Sequence[int]) -> None:
-        """Deletes the files that no checkpoint whose next round has one of these numbers can ask for."""
+        """Deletes the files that no checkpoint needs, if each checkpoint's next round has one of these numbers."""
         with self._lock:
             for client, versions in _listed(self.folder).items():
                 for version in versions - {_newest(versions, attempt) for attempt in attempts}:
@@ -174,7 +177,7 @@ class ClientStateFiles:
                     self._versions.get(client, {}).pop(version, None)
 
     def _in_files(self, attempt: int) -> dict[int, dict[int, bool]]:
-        """Returns the versions in files from before round number `attempt`, of each client."""
+        """Returns for each client the versions in files from before round number `attempt`."""
         return {client: {v: True for v in found if v < attempt} for client, found in _listed(self.folder).items()}
 
     def _to_file(self, client: int, version: int) -> None:
@@ -204,7 +207,7 @@ def _path(folder: Path, client: int, version: int) -> Path:
 
 
 def _listed(folder: Path) -> dict[int, set[int]]:
-    """Returns the versions of each client that are in files."""
+    """Returns for each client the versions in files."""
     found: dict[int, set[int]] = {}
     for path in folder.iterdir():
         if match := _NAME.fullmatch(path.name):

@@ -1,4 +1,4 @@
-"""Earlier runs: whether one is the run that a command asks for, and how its configuration differs."""
+"""Finds an earlier completed run of the same configuration, and describes how configurations differ."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from fedq.config_differences import config_differences
 
 
 def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the folder and the summary of a completed run of the configuration `cfg`, None if there is none.
+    """Returns the folder and the summary of a completed run of the configuration `cfg`, or None.
 
-    The folder is `folder` or, in a search, which may draw the same choice again, the folder of another job.
+    The folder is `folder`. In a search, which may draw a choice twice, the folder may be of another job.
     """
-    run = to_container(cfg, "run") or {}  # nothing is checked yet
+    run = to_container(cfg, "run") or {}  # the configuration is not checked yet
     resume = str(run.get("resume"))
     if resume == "never" or (resume != "auto" and is_inside(Path(resume), folder)):
         return None
     search = HydraConfig.get().mode == RunMode.MULTIRUN and run.get("accuracy_floor") is not None
     others = sorted(Path(HydraConfig.get().sweep.dir).rglob("summary.json")) if search else []
     for path in (folder / "summary.json", *others):
-        # a file that is cut short, or that another program wrote
+        # the file may be cut short, or of another program
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             summary = json.loads(path.read_text(encoding="utf-8"))
             rounds, wanted = summary["rounds"], run["rounds"]
@@ -39,14 +39,14 @@ def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | Non
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Tells whether `path` is `folder` or below, with soft links followed."""
+    """Returns whether `path` is `folder` or below, after following soft links."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))  # Path.resolve raises for a loop
 
 
 def in_short(differing: list[str]) -> str:
-    """Returns the `differences` of two configurations as a phrase.
+    """Returns the differences of two configurations as a phrase.
 
-    Of a group of which many keys differ, such as the encoder, the phrase gives the name and one key.
+    If many keys of a group differ, such as the encoder's, the phrase gives the group's name and one key.
     """
     groups: dict[str, list[str]] = {}
     for text in differing:

@@ -14,7 +14,7 @@ from fedq.learning import ClientFailure
 class Faults:
     """Probabilities that a client fails in a round. A client fails in one way at most, so their sum is at most 1.
 
-    Time is not simulated: late clients are drawn as the other faults are, so that a run can be repeated.
+    Time is not simulated. Late clients are drawn like the other faults, so that a run can be repeated.
 
     absent: the client never starts.
     crash: the client trains, and fails before it sends its message.
@@ -48,11 +48,14 @@ class Faults:
         return None
 
     def client(self, client: Client, key: Key) -> Client:
-        """Returns the client as it is in the round of `key`: an absent client fails to load."""
+        """Returns the client in the round of `key`: an absent client fails to load."""
         return replace(client, load=_absent) if self.drawn(key) == "absent" else client
 
     def uplink(self, message: bytes, key: Key) -> bytes:
-        """Returns the bytes that the server receives for a client's message. Raises ClientFailure if none arrive."""
+        """Returns the bytes that the server receives for a client's message.
+
+        Raises ClientFailure if no message arrives.
+        """
         match self.drawn(key):
             case "crash":
                 raise ClientFailure("silent", "it crashed before it sent its update")

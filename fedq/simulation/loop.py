@@ -15,7 +15,7 @@ from fedq.learning import FederatedAveraging, Gather, ServerState, TooFewClients
 log = logging.getLogger(__name__)
 
 Clients = Callable[[int, Iterable[int]], list[Client]]
-"""Returns the clients with the given numbers, as they are in the round with the given serial number."""
+"""Returns the clients with the given numbers, as they behave in the round with the given serial number."""
 
 
 def cohort(seed: int, serial: int, population: int, size: int) -> np.ndarray:
@@ -42,14 +42,14 @@ def rounds(
     """Yields the state and the metrics after each round, until `run.rounds` are done.
 
     The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the test metrics. A
-    round in which too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The bits,
-    uploads, failures and seconds of all cohorts are added up to the round's.
+    round in which too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The
+    metrics of the round add up bits, uploads, failures and seconds of all its cohorts.
 
     process: the algorithm.
     state: the state to start from.
     dataset: the clients' examples and the test set.
     run: the group `run` of the configuration.
-    clients: returns the clients of a round; None for the dataset's own.
+    clients: returns the clients of a round; None for the dataset's clients.
     gather: as for `FederatedAveraging.next`.
 
     Raises TooFewClients when the repeats are used up.

@@ -1,4 +1,4 @@
-"""Ranks: the processes that share a run's cohorts, on one machine or many, as torchrun starts them."""
+"""Ranks: processes that torchrun starts, on one machine or several, to share the clients of each cohort."""
 
 import io
 import logging
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 BEAT = 1.0
 """Seconds between two signs of life of a rank."""
 PATIENCE = 15.0
-"""Seconds without a sign of life after which a rank is taken for lost."""
-_FOREVER = timedelta(days=365)  # a round takes what it takes: signs of life tell a slow rank from a lost one
+"""Seconds without a sign of life after which a rank counts as lost."""
+_FOREVER = timedelta(days=365)  # no limit: signs of life distinguish slow ranks from lost ranks
 
 Contribute = Callable[[Broadcast, Iterable[tuple[int, Client]]], CohortResult]
 
 
 class RankLost(FedqError):
-    """Another process of this run is gone."""
+    """Another process of this run has ended or does not answer."""
 
 
 def split(costs: Sequence[int], parts: int) -> list[int]:
-    """Returns where to cut a row of clients into `parts` neighbourhoods of about equal cost: parts + 1 places.
+    """Returns parts + 1 places that cut a row of clients into `parts` ranges of about equal cost.
 
-    Neighbours, because their updates add up to few partial sums: at most two for every level of the tree.
+    A range of neighbours adds up to few partial sums: at most two for each level of the tree.
     """
     ends = np.cumsum([0, *(max(cost, 1) for cost in costs)])
     targets = ends[-1] * np.arange(1, parts) / parts
@@ -49,22 +49,22 @@ def split(costs: Sequence[int], parts: int) -> list[int]:
 
 
 class Ranks:
-    """This process among those of a run. Rank 0 leads: it alone has the server's state, and writes files.
+    """One process of a run. Only rank 0 has the server's state and writes files.
 
-    The others `listen` for what rank 0 `tell`s. In a round every rank trains its part of the cohort and adds up what
-    comes of it; then neighbours add up theirs, pair by pair, until rank 0 has the sum, over the same tree of sums as in
-    one process. Ranks show each other signs of life through torchrun's store; one that hears nothing of another for
-    PATIENCE seconds, or whose connection breaks, ends.
+    Rank 0 sends orders with `tell`, and the other ranks receive them with `listen`. In a round every rank trains its
+    part of the cohort and adds up the results. Neighbouring ranks then add up their sums, pair by pair, until rank 0
+    has the whole sum. The tree of sums is the same as in one process. Ranks send signs of life through torchrun's
+    store. A rank ends if another rank is silent for PATIENCE seconds, or if a connection breaks.
     """
 
     def __init__(self, stopping: Stopping) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.stopping, self._ended = stopping, threading.Event()
-        self.apart = False  # where a round failed on rank 0 alone: the others wait in it, and hear no more orders
+        self.apart = False  # True if a round fails on rank 0 alone: the other ranks then wait in the round
 
     def __enter__(self) -> "Ranks":
         if self.size > 1:
-            # torchrun's store outlives a restart: what a process before this one wrote there must not be read
+            # torchrun's store survives a restart, and this process must not read values of earlier processes
             prefix = f"fedq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             with self._connection():
@@ -82,7 +82,7 @@ class Ranks:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._ended.set()
         if self.size > 1:
-            for thread in self._threads:  # one that the interpreter finds in torch's C++ at its end aborts the process
+            for thread in self._threads:  # a thread inside torch at exit would abort the process
                 thread.join(2 * BEAT)
             if not (kind and issubclass(kind, RankLost)):
                 if self.rank == 0 and not self.apart:
@@ -111,7 +111,10 @@ class Ranks:
             yield order
 
     def gather(self, contribute: Contribute, broadcast: Broadcast, clients: Sequence[Client]) -> CohortResult:
-        """Has the cohort answer on all ranks. Rank 0 calls this method while the others call `contribute_to`."""
+        """Runs a round on all ranks, and returns its result.
+
+        Rank 0 calls this method while the others call `contribute_to`.
+        """
         bounds = split([client.examples for client in clients], self.size)
         parts = broadcast._asdict() | {
             name: list(map(_bytes, getattr(broadcast, name))) for name in ("messages", "kept")
@@ -129,7 +132,10 @@ class Ranks:
         contribute: Contribute,
         clients: Callable[[int, Iterable[int]], list[Client]],
     ) -> None:
-        """Does this rank's part of what `gather` ordered; `clients` gives those of a round with some numbers."""
+        """Does this rank's part of a round that `gather` started.
+
+        `clients` returns clients of a round by their numbers.
+        """
         first, last = order["bounds"][self.rank : self.rank + 2]
         parts = order["broadcast"]
         parts |= {name: [message.numpy().tobytes() for message in parts[name]] for name in ("messages", "kept")}
@@ -138,7 +144,7 @@ class Ranks:
         self._reduce(contribute(broadcast, enumerate(mine, first)))
 
     def _reduce(self, result: CohortResult) -> CohortResult:
-        """Adds up neighbours' results, then those of neighbouring pairs, and so on: rank 0 has the sum."""
+        """Adds up the results of neighbouring ranks, then of neighbouring pairs, and so on. Rank 0 gets the sum."""
         step = 1
         while step < self.size:
             with self._connection():
@@ -155,13 +161,13 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            self.stopping.check()  # the others may have ended because all were told to
+            self.stopping.check()  # all ranks may have been asked to stop
             raise RankLost(f"rank {self.rank} lost the connection to another rank: {error}") from error
 
     def _beat(self) -> None:
-        """Gives signs of life, and notes those of rank 0 or, on rank 0, of the others."""
+        """Sends signs of life, and records the signs of rank 0 (on rank 0, of all other ranks)."""
         last = dict.fromkeys(self._heard, b"")
-        with suppress(RuntimeError):  # torch.distributed's errors: then nothing is heard any more
+        with suppress(RuntimeError):  # the store is gone: no more signs of life
             for beats in count():
                 self._store.set(f"beat/{self.rank}", str(beats))
                 for rank in self._heard:
@@ -172,22 +178,22 @@ class Ranks:
                     return
 
     def _watch(self) -> None:
-        """Ends this process when a rank that it listens to has given no sign of life for too long."""
-        # A thread of its own: that of the signs of life may wait in a broken connection for minutes.
+        """Ends this process if a rank has sent no sign of life for too long."""
+        # This is a separate thread, because the thread of `_beat` may wait in a broken connection for minutes.
         while not (silent := [rank for rank, since in self._heard.items() if monotonic() - since > PATIENCE]):
             if self._ended.wait(BEAT):
                 return
         lost = f"rank {self.rank} has had no sign of life of rank {silent[0]} for {PATIENCE:.0f} seconds"
-        self.stopping.request(RankLost(lost))  # ends the round where a client of this rank ends
+        self.stopping.request(RankLost(lost))  # ends the round after the current client
         if not self._ended.wait(PATIENCE / 3):
             log.error("%s: this process ends", lost)
             os._exit(1)
 
 
 def launched_at(now: datetime) -> str | None:
-    """Returns a name for the launch this process belongs to, from its time, the same after each restart by torchrun.
+    """Returns the time of the launch of this process as a name, which stays the same after restarts by torchrun.
 
-    None where torchrun did not start this process.
+    Returns None if torchrun did not start this process.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -196,12 +202,12 @@ def launched_at(now: datetime) -> str | None:
 
 
 def _store(prefix: str, patience: float) -> PrefixStore:
-    """Returns a connection of our own to torchrun's store, with keys of our own; it waits `patience` seconds."""
+    """Returns a new connection to torchrun's store, with a prefix for keys and a timeout of `patience` seconds."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=patience)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return PrefixStore(prefix, TCPStore(address, port, timeout=timeout))
-    # a cluster that sets the variables by itself: rank 0 keeps the store
+    # the cluster sets the variables without torchrun: rank 0 starts the store
     return PrefixStore(prefix, TCPStore(address, port, None, os.environ["RANK"] == "0", timeout, multi_tenant=True))
 
 
@@ -215,7 +221,7 @@ def _send(result: CohortResult, to: int) -> None:
 
 
 def _receive(source: int, result: CohortResult) -> None:
-    """Receives what `_send` sent, and adds it to `result`."""
+    """Receives partial sums and records from `_send`, and adds them to `result`."""
     length = torch.empty(1, dtype=torch.int64)
     dist.recv(length, source)
     data = torch.empty(int(length), dtype=torch.uint8)
@@ -237,7 +243,7 @@ def _packed(values: dict[str, Any]) -> Tensor:
 
 
 def _unpacked(data: Tensor) -> Any:
-    """Returns what `_packed` packed, on the devices that it was on; nothing in the bytes can run code."""
+    """Returns the values that `_packed` packed, on their devices. The bytes cannot run code."""
     return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
 
 

@@ -64,7 +64,7 @@ def train(
     folder: the run's folder.
     metrics_file: metrics.jsonl in this folder, locked for this process.
     summary: the run's summary; the caller writes it to the folder at the end.
-    stopping: is asked after each client whether the run must stop.
+    stopping: checked after each client, in order to stop the run.
     ranks: the processes that share the run, None for this process alone.
 
     Raises FedqError or OSError with one clear sentence. The rounds done until then are saved.
@@ -89,12 +89,12 @@ def train(
             state, its_folder = earlier
             log.info("resumed after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
-        # from here on nothing is refused
+        # no check refuses the run from here on
         summary.start(config, 8 * len(exact_message))
         keep_configuration(cfg, folder)
         for metrics in done:
             summary.write(metrics)
-        # a resumed run, with more rounds, say, keeps its name in TensorBoard
+        # a resumed run, for example with more rounds, keeps its name in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done))
         progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
@@ -113,7 +113,7 @@ def train(
         except BaseException:
             try:
                 saver.save(state)
-            except OSError as error:  # must not hide why the run ends
+            except OSError as error:  # this error must not hide why the run ends
                 log.warning("the state after %d rounds is not saved: %s", state.round, error)
             raise
         saver.save(state)
@@ -179,7 +179,7 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:
-    """Returns whether clients keep state between their rounds: residuals, or what the algorithm needs."""
+    """Returns whether clients keep state between their rounds: residuals, or state of the algorithm."""
     one = {"parameter": TensorSpec((1,), torch.float32)}
     return bool(to_container(cfg, "encoder.upload").get("error_feedback") or build(cfg, "algorithm").kept_schema(one))
 
@@ -198,7 +198,10 @@ def client_store(
 
 
 def keep_configuration(cfg: DictConfig, folder: Path) -> None:
-    """Writes the files of `.hydra`. Hydra would write them before a job can refuse the folder of another run."""
+    """Writes the files of `.hydra`.
+
+    Hydra itself would write them too early, before a job can refuse the folder of another run.
+    """
     parts = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, part in parts.items():
@@ -219,7 +222,7 @@ def serve(ranks: Ranks) -> None:
                     store = ClientStateFiles.joined(its_folder, mark, build_run(cfg).seed)
                 try:
                     (process, _, clients), refused = assemble(cfg, ranks.stopping, stack, store), None
-                except FedqError as error:  # rank 0 finds the same, reports it and begins the next job of a sweep
+                except FedqError as error:  # rank 0 has and reports the same error
                     refused = error
             elif refused:
                 raise refused
@@ -232,9 +235,9 @@ def assemble(
 ) -> tuple[FederatedAveraging, FederatedDataset, Clients]:
     """Returns the process, the dataset and the clients that a checked configuration describes.
 
-    stopping: is asked after each client whether the run must stop.
+    stopping: checked after each client, in order to stop the run.
     stack: ends the worker threads.
-    store: what clients keep between their rounds; in memory if None.
+    store: the state of clients between their rounds; None keeps the state in memory.
 
     Raises ConfigError if the parts do not fit together.
     """
@@ -266,7 +269,7 @@ def assemble(
         if last.spec.dtype != torch.float32 or (last.encoder.stages and fixed):
             raise ConfigError(
                 f"run.faults.nan must be 0 with this model and encoder: a message ends in {name!r}, "
-                "which does not travel as float32, and any bytes there can be believed"
+                "which is not sent as float32, and any bytes there are valid"
             )
 
     def clients(attempt: int, numbers: Iterable[int]) -> list[Client]:
@@ -278,16 +281,16 @@ def assemble(
 
 def own_device(name: str) -> torch.device:
     """Returns the device that this process uses for `run.device`. Raises ConfigError if the device is unusable."""
-    if name == "cuda":  # of several processes on a machine, each takes a device of its own
+    if name == "cuda":  # each process of a machine takes another device
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # a missing driver, another build of torch, an unknown name
+    except (RuntimeError, AssertionError) as error:  # no driver, another build of torch, an unknown name
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ConfigError(f"run.device: {name} cannot be used here: {reason}") from error
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # tensors from other ranks go there
+        torch.cuda.set_device(device)  # torch puts tensors from other ranks on this device
     return device
 
 
@@ -302,7 +305,7 @@ def _run_name() -> str:
 def _hparams(cfg: DictConfig) -> dict[str, str | float | bool]:
     """Returns the hyperparameters for TensorBoard: encoder, model, seed, groups that were chosen, and `varied_keys`.
 
-    TensorBoard's table shows five columns, first those that differ between runs: more constants would hide the others.
+    TensorBoard's table shows five columns; more constants would hide the hyperparameters that differ between runs.
     """
     config, values = HydraConfig.get(), dict[str, str | float | bool]()
     for group, choice in config.runtime.choices.items():

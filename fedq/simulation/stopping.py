@@ -31,7 +31,7 @@ class Stopping:
         self._reason: BaseException | None = None
 
     def request(self, reason: BaseException) -> None:
-        """Makes the next `check` raise `reason`. The first request counts."""
+        """Makes the next `check` raise `reason`. Only the first request counts."""
         self._reason = self._reason or reason
 
     def check(self) -> None:

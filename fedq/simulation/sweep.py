@@ -1,4 +1,4 @@
-"""A sweep: all jobs are checked before the first starts, and its end reports what came of its own jobs."""
+"""A sweep: checks all jobs before the first one starts, and reports failed jobs at the end."""
 
 import json
 import shlex
@@ -27,15 +27,18 @@ from fedq.simulation.earlier import in_short
 from fedq.tracking.units import human_bytes
 
 _JOBS = ".jobs"
-"""The folder, in a sweep's folder, of notes: in each, named by a job's number, the folder of the job's results."""
+"""Subfolder of a sweep's folder.
+
+A file there has a job's number as its name, and holds the folder of the job's results.
+"""
 
 
 _VARIED = "varied"
-"""The file in this folder that lists the keys and groups of which the sweep tries several values."""
+"""File in this subfolder that lists the keys and groups that the sweep varies."""
 
 
 def varied_keys() -> set[str]:
-    """Returns the keys that the command line sets; in a sweep, those that differ between its jobs."""
+    """Returns the keys that the command line sets; in a sweep, the keys that differ between jobs."""
     config = HydraConfig.get()
     if config.mode == RunMode.RUN:
         return overridden(config.overrides.task)
@@ -46,7 +49,7 @@ def objective(summary: Mapping[str, Any], floor: float | None) -> float:
     """Returns the value that a search minimises: all bits that a completed run sent, both ways.
 
     A run whose final test accuracy is below `floor` gets a larger value than any number of bits. The value grows with
-    the distance from the floor, as Deb 2000, section 3, orders solutions that break a constraint.
+    the distance from the floor: Deb 2000, section 3, orders solutions that break a constraint this way.
 
     summary: the run's summary.json.
     floor: a test accuracy from 0 to 1, None for no floor.
@@ -58,9 +61,9 @@ def objective(summary: Mapping[str, Any], floor: float | None) -> float:
 
 
 def register(folder: Path) -> None:
-    """Notes that the results of this job are in `folder`. Does nothing outside a sweep.
+    """Records that the results of this job are in `folder`. Does nothing outside a sweep.
 
-    The note is a file, because a launcher may run the job in another process than the sweep's.
+    The record is a file, because a launcher may run the job in another process.
     """
     config = HydraConfig.get()
     if config.mode == RunMode.MULTIRUN:
@@ -71,7 +74,7 @@ def register(folder: Path) -> None:
 
 
 class CheckSweep(Callback):
-    """Composes and checks every job of a sweep at its start: a typo in the last job must not wait for the first."""
+    """Checks every job at the start of a sweep, so that a typo in the last job shows at once."""
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -103,7 +106,7 @@ class CheckSweep(Callback):
                     "give the sweep that made it, or another hydra.sweep.dir"
                 )
         notes = Path(config.hydra.sweep.dir, _JOBS)
-        shutil.rmtree(notes, ignore_errors=True)  # of an earlier sweep in this folder
+        shutil.rmtree(notes, ignore_errors=True)  # records of an earlier sweep in this folder
         notes.mkdir(parents=True)
         varied = [str(one.get_key_element()) for one in overrides if one.is_sweep_override()]
         (notes / _VARIED).write_text("\n".join(varied), encoding="utf-8")
@@ -112,7 +115,7 @@ class CheckSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints which job has the fewest bits at the accuracy floor, if `run.accuracy_floor` is set.
 
-        Ends the program with a list of the failed jobs, if any job failed; Hydra itself reports the first alone.
+        Ends the program with a list of the failed jobs, if a job failed. Hydra itself reports only the first one.
         """
         notes = [note for note in Path(config.hydra.sweep.dir, _JOBS).glob("*") if note.name.isdigit()]
         notes.sort(key=lambda note: int(note.name))
@@ -128,7 +131,7 @@ class CheckSweep(Callback):
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """Returns a job's summary. A job that left none, because it was killed, say, has failed."""
+    """Returns a job's summary. A job without a summary, for example after a kill, has failed."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return {"error": summary["status"], **summary}
@@ -137,7 +140,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _with_ends(override: Override) -> str:
-    """Returns an override as it was given; an interval to draw from becomes a choice of its two ends."""
+    """Returns an override as text. An interval becomes a choice of its two ends."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return f"{override.get_key_element()}={value.start},{value.end}"
@@ -145,7 +148,7 @@ def _with_ends(override: Override) -> str:
 
 
 def _differences(folder: Path, cfg: DictConfig) -> list[str]:
-    """Returns how the configuration in a job's folder, if there is one, differs from the job's configuration now."""
+    """Returns how the configuration stored in a job's folder, if any, differs from the job's configuration now."""
     path = folder / ".hydra" / "config.yaml"
     there = OmegaConf.load(path) if path.exists() else None
     if not isinstance(there, DictConfig):
@@ -156,7 +159,7 @@ def _differences(folder: Path, cfg: DictConfig) -> list[str]:
 
 
 def _fewest_bits(summaries: Mapping[Path, Mapping[str, Any]], floor: float, given: list[str]) -> str:
-    """Returns in a sentence which of the completed jobs has the fewest bits at or above the floor."""
+    """Returns a sentence that names the completed job with the fewest bits at or above the floor."""
     folder, best = min(summaries.items(), key=lambda item: objective(item[1], floor))
     overrides = map(str, OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
     job = " ".join([shlex.join(override for override in overrides if override not in given), "in", str(folder)])

@@ -19,13 +19,13 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None) -> None:
-        """Starts `count` threads; None for one a core, where ranks on one machine share the cores of the process."""
+        """Starts `count` threads. None starts one thread a core; ranks on one machine share the cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.count = count or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pool = ThreadPoolExecutor(self.count, "worker", initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Yields `function(item)` in order. At most two results a worker wait for the caller."""
+        """Yields `function(item)` in order. The pool keeps at most two unread results a worker."""
         pending: deque[Future[R]] = deque()
         try:
             for item in items:

@@ -1,1 +1,1 @@
-"""What a run writes and shows: metrics file, summary, TensorBoard, console. Each receives the metrics of each round."""
+"""The output of a run: metrics file, summary, TensorBoard and console. Each receives the metrics of each round."""

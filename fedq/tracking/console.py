@@ -1,4 +1,4 @@
-"""The console: a progress bar on a terminal, otherwise one log line a round; and tables that cut nothing."""
+"""The console: a progress bar on a terminal, otherwise one log line a round; tables without cut cells."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ from fedq.tracking.units import human_bytes
 log = logging.getLogger(__name__)
 
 _WIDE = 110
-"""Columns of a terminal in which the text of the progress bar takes one line, not two."""
+"""The number of columns from which the text of the progress bar takes one line."""
 
 
 def stdout_console() -> Console:
@@ -65,7 +65,7 @@ class ConsoleProgress:
             log.info("round %d: %s, %.2f s", metrics["round"] + 1, text, metrics["seconds"])
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._progress.stop()
         self._redirect(sys.stderr)
 

@@ -22,7 +22,7 @@ class MetricsFile:
         self._path = str(folder / "metrics.jsonl")
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, even by a kill
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process
         except BlockingIOError:
             os.close(self._file)
             raise
@@ -63,7 +63,7 @@ class MetricsFile:
     def write(self, metrics: Metrics) -> None:
         """Appends one line. NaN and infinity are written as null.
 
-        Raises OSError with the path if the disk is full; then no part of the line stays in the file.
+        Raises OSError with the path if the disk is full. The file then holds no part of the line.
         """
         known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = (json.dumps(known) + "\n").encode()
@@ -72,7 +72,7 @@ class MetricsFile:
             while written < len(line):
                 written += os.write(self._file, line[written:])
         except OSError as error:
-            with suppress(OSError):  # a device such as /dev/full cannot be cut back
+            with suppress(OSError):  # a device such as /dev/full cannot be truncated
                 os.ftruncate(self._file, self._length)
             raise OSError(error.errno, error.strerror, self._path) from error
         self._length += len(line)

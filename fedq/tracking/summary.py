@@ -19,7 +19,7 @@ from fedq.tracking.units import human_bytes
 
 
 class Summary:
-    """Collects the values of summary.json round by round, so that a run that fails has a summary too."""
+    """Collects the values of summary.json round by round, so that a failed run also has a summary."""
 
     def __init__(self, folder: Path) -> None:
         """Starts the summary of the run in `folder`."""
@@ -63,7 +63,7 @@ class Summary:
         values["aggregated_bits"] = int(metrics["cumulative_aggregated_bits"])
         if "cumulative_reported_bits" in metrics:
             values["reported_bits"] = int(metrics["cumulative_reported_bits"])
-        # what the same clients would have received and sent without an encoder
+        # bits that the same clients would have received and sent without an encoder
         self._messages["broadcasted_bits"] += int(1 + metrics["repeats"]) * values["config"]["run"]["clients_per_round"]
         self._messages["aggregated_bits"] += int(metrics["uploads"])
         for total, ratio in (("broadcasted_bits", "broadcast_ratio"), ("aggregated_bits", "upload_ratio")):
@@ -88,7 +88,7 @@ class Summary:
         self.is_ours = self.values["config"] is not None or not _is_of_a_run(path)
         if not self.is_ours:
             return
-        # SystemExit: a launcher that puts the job back into its queue
+        # a launcher raises SystemExit to put the job back into its queue
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         status = "completed" if error is None else "interrupted" if stopped else "failed"
         self.values |= {"status": status} | ({"error": str(error)} if error else {})
@@ -110,14 +110,14 @@ class Summary:
             table.add_row("bytes of reports", human_bytes(values["reported_bits"]))
         table.add_row("seconds a round", f"{values['seconds'] / values['rounds']:.2f}")
         stdout_console().print(table)
-        # every folder of runs is below the nearest one called outputs
+        # all folders of runs are below the nearest folder called outputs
         logdir = next((parent for parent in self._folder.parents if parent.name == "outputs"), self._folder)
-        # outside the table: a terminal that folds these lines still copies them whole
+        # outside the table, so that a terminal that folds these lines still copies them completely
         print(f"output: {self._folder}\ncurves: tensorboard --logdir {shlex.quote(str(logdir))}")
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Tells whether `path` is the summary of a run that came to `start`, or a file that cannot be read as a summary."""
+    """Returns whether `path` is the summary of a run that reached `start`, or an unreadable file."""
     if not path.exists():
         return False
     try:
@@ -134,14 +134,14 @@ def _version() -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Returns the commit of the running code, with "-dirty" after changes; None if the code is in no git checkout."""
+    """Returns the commit of the running code, with "-dirty" after changes, or None outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not installed somewhere inside another's checkout
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fedq may lie in another checkout
         return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

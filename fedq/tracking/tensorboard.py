@@ -15,7 +15,7 @@ from fedq.tracking.metrics import Metrics
 TUTORIAL = {"train/loss": "loss", "train/accuracy": "sparse_categorical_accuracy"}
 """Metrics that are also written under their names in TensorFlow Federated's tutorial."""
 _OWN_NAME = ("train", "test", "seconds", "cumulative_broadcasted_bits", "cumulative_aggregated_bits")
-"""Metrics whose tag is their own name. All other tags begin with "round/", so that TensorBoard groups them."""
+"""Metrics whose tag equals their name. All other tags begin with "round/", so that TensorBoard groups them."""
 
 
 class TensorBoard:
@@ -25,7 +25,7 @@ class TensorBoard:
     the rounds before, so the steps of training metrics begin at 0. Tests and byte counters come after a round, so the
     steps of all other tags begin at 1. Tags that begin with "at_a_glance/" fill TensorBoard's first screen.
 
-    All events of a run are in one file. A resumed run writes the file anew, so that no step stands twice.
+    All events of a run are in one file. A resumed run writes the file anew, so that no step occurs twice.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class TensorBoard:
         self._path = place / f"events.out.tfevents.{now:017.6f}.fedq"
         self._file = self._path.open("xb", buffering=0)
         self._records = RecordWriter(self._file)
-        # torch's first summary would fix the columns of TensorBoard's table; without it TensorBoard finds them
+        # torch's first summary would fix the columns of TensorBoard's table; without this summary TensorBoard finds
+        # them
         _, start, self._end = hparams_summaries(dict(hparams), {})
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(session_log=SessionLog(status=SessionLog.START)))  # an open TensorBoard forgets old events
@@ -90,7 +91,7 @@ class TensorBoard:
             if kind is None:
                 self._add(Event(summary=self._end, wall_time=time()))
         finally:
-            with suppress(OSError):  # written already: the file has no buffer
+            with suppress(OSError):  # all events are written: the file has no buffer
                 self._file.close()
 
     def _add_scalars(self, step: int, scalars: Mapping[str, float], ended: float) -> None:

@@ -1,4 +1,4 @@
-"""Clients as an author of a dataset makes them: the numbers of any library become ints, or are refused."""
+"""Clients of any dataset: integers of any library become ints, and other values are refused."""
 
 import pickle
 import re

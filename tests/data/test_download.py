@@ -47,7 +47,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content = CONTENT
-        self.break_after: int | None = None  # bytes of a body, then the connection closes
+        self.break_after: int | None = None  # the connection closes after this many bytes of a body
         self.knows_ranges = True
         self.says_length = True
         self.status: int | None = None
@@ -171,7 +171,7 @@ def test_a_server_that_ignores_ranges_starts_again(server: Server, tmp_path: Pat
 
 
 def test_a_complete_part_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.part").write_bytes(CONTENT)  # killed just before the rename
+    (tmp_path / "file.part").write_bytes(CONTENT)  # the process was killed just before the rename
     fetch(server.url, sha256(CONTENT), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.bytes_sent == 0
@@ -250,7 +250,7 @@ def test_an_error_of_the_server_is_reported(server: Server, cache: Path) -> None
     with pytest.raises(DatasetError, match="403") as caught:
         obtain(server.url, sha256(b""), NAMES)
     assert_says_what_to_do(caught.value, server.url, cache)
-    server.status = 416  # without a part this is an error like any other
+    server.status = 416  # without a .part file, 416 is an error like any other
     with pytest.raises(DatasetError, match="416"):
         obtain(server.url, sha256(b""), NAMES)
 
@@ -282,7 +282,7 @@ def test_no_final_file_after_a_failure_to_unpack(server: Server, cache: Path, mo
         patch.setattr(shutil, "copyfileobj", full)
         with pytest.raises(DatasetError, match="No space left on device"):
             obtain(server.url, sha256(server.content), NAMES)
-    assert files(cache) == {"some.tar.bz2"}  # fetched and right: not fetched again
+    assert files(cache) == {"some.tar.bz2"}  # the archive is right, so it is not fetched again
     obtain(server.url, sha256(server.content), NAMES)
     assert files(cache) == set(NAMES)
     assert len(server.ranges) == 1
@@ -290,7 +290,7 @@ def test_no_final_file_after_a_failure_to_unpack(server: Server, cache: Path, mo
 
 def test_two_at_once_fetch_once(server: Server, cache: Path) -> None:
     server.content = packed(MEMBERS)
-    with ThreadPoolExecutor(4) as pool:  # flock() holds between open files, be they of threads or processes
+    with ThreadPoolExecutor(4) as pool:  # flock() locks open files, of threads and of processes
         jobs = [pool.submit(obtain, server.url, sha256(server.content), NAMES) for _ in range(4)]
     assert [job.result() for job in jobs] == [cache] * 4
     assert {name: (cache / name).read_bytes() for name in NAMES} == MEMBERS

@@ -1,4 +1,4 @@
-"""Federated EMNIST from HDF5 files of the real layout, complete and damaged."""
+"""Reads federated EMNIST from HDF5 files of the real layout, complete and damaged."""
 
 import re
 import shutil
@@ -248,7 +248,7 @@ def test_a_file_without_clients_is_named(folder: Path, name: str, content: str) 
 
 def test_without_path_the_files_come_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDQ_CACHE", str(folder))
-    monkeypatch.setattr(emnist, "URL", "http://127.0.0.1:9/")  # nobody answers there
+    monkeypatch.setattr(emnist, "URL", "http://127.0.0.1:9/")  # no server answers at this address
     assert Emnist().client_ids == ["writer_a", "writer_b", "writer_c"]
     monkeypatch.setenv("no_proxy", "*")
     (folder / TEST).unlink()

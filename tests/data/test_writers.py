@@ -1,6 +1,6 @@
-"""The procedural writers: what follows from a seed, what an image is, how close the digits are to real ones.
+"""The procedural writers: the effect of the seed, the format of images, and the likeness to real digits.
 
-The real ones: 120 writers of MNIST, known from QMNIST, about 100 images each.
+The real digits are of 120 writers of MNIST, known from QMNIST, with about 100 images each.
 """
 
 import re
@@ -19,14 +19,14 @@ WRITERS = 100
 
 @pytest.fixture(scope="module")
 def population() -> list[Examples]:
-    """The examples of 100 writers, ink 1.0 on 0.0."""
+    """Returns the examples of 100 writers, ink 1.0 on 0.0."""
     dataset = Writers(clients=WRITERS, background=0.0)
     return [dataset.client(number).load() for number in range(WRITERS)]
 
 
 @pytest.fixture(scope="module")
 def everything(population: list[Examples]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The images (N, 784), labels (N,) and writers (N,) of the population."""
+    """Returns the images (N, 784), labels (N,) and writers (N,) of the population."""
     writer = torch.cat([torch.full_like(examples.y, number) for number, examples in enumerate(population)])
     return torch.cat([x.flatten(1) for x, _ in population]), torch.cat([y for _, y in population]), writer
 
@@ -144,7 +144,7 @@ def test_test_writers_are_not_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     keys.clear()
     for number in range(dataset.num_clients):
         dataset.client(number).load()
-    assert len(testers) == 100  # ten examples each
+    assert len(testers) == 100  # 100 writers with ten examples each
     assert len(set(keys)) == dataset.num_clients
     assert testers.isdisjoint(keys)
 
@@ -175,7 +175,7 @@ def test_a_writer_is_known_by_their_style(population: list[Examples]) -> None:
         for x, y in population:
             one_hot = torch.nn.functional.one_hot(y[half], 10).float()
             rows.append(one_hot.T @ x[half].flatten(1) / one_hot.sum(0).clamp(min=1)[:, None])
-        return torch.stack(rows).flatten(1)  # writers by digits and pixels
+        return torch.stack(rows).flatten(1)  # shape: writers × (digits and pixels)
 
     distance = torch.cdist(mean_digits(slice(0, None, 2)), mean_digits(slice(1, None, 2)))
     found = distance.argmin(1) == torch.arange(WRITERS)
@@ -189,7 +189,7 @@ def test_digits_of_unseen_writers_can_be_read(
     test = Writers(clients=WRITERS, background=0.0).test()
     read = y[torch.cdist(test.x.flatten(1), x).argmin(1)]
     accuracy = (read == test.y).float().mean()
-    assert 0.7 < accuracy < 0.95  # neither scribble nor print
+    assert 0.7 < accuracy < 0.95  # the digits are neither illegible nor all alike
 
 
 @pytest.mark.parametrize(

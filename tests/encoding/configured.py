@@ -1,4 +1,4 @@
-"""The encoders of conf/encoder, read without Hydra: composing all of them takes seconds in each of pytest's workers."""
+"""Reads the encoders of conf/encoder without Hydra, which would take seconds in each of pytest's workers."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ DIRECTIONS: tuple[Literal["broadcast"], Literal["upload"]] = ("broadcast", "uplo
 
 
 def node(name: str) -> DictConfig:
-    """Returns a file of conf/encoder, merged over the files that its `defaults` name."""
+    """Returns a file of conf/encoder, on top of the files that its `defaults` name."""
     own = OmegaConf.load(CONF / "encoder" / f"{name}.yaml")
     others = [other for other in own.pop("defaults", []) if other != "_self_"]
     return OmegaConf.merge(*map(node, others), own)

@@ -37,7 +37,7 @@ PLUS_ONE = StateDictEncoder(rules={"exact": Encoder(), "*": Encoder([PlusOneOver
 
 
 def reporting(*stages: EncodingStage | AdaptiveEncodingStage, name: str = "a", coder: Coder | None = None) -> Codec:
-    """Bound to SCHEMA, with a chain of `stages` for the tensor called `name`; its reports travel."""
+    """Returns a codec for SCHEMA that sends reports; `stages` encode the tensor `name`."""
     return StateDictEncoder(rules={name: Encoder(stages, coder or Raw())}).bind(SCHEMA, reports=True)
 
 
@@ -59,7 +59,7 @@ def test_the_state_counts_and_the_clients_are_told() -> None:
         message, reports = codec.encode(TENSORS, Key(0, n), params)
         assert reports == {}
         sent = torch.frombuffer(bytearray(message[44:124]), dtype=torch.float32)
-        assert torch.equal(sent, TENSORS["a"] + 1 / torch.tensor(n).float())  # it is x + 1/n that travels
+        assert torch.equal(sent, TENSORS["a"] + 1 / torch.tensor(n).float())  # the message holds x + 1/n
         back, _ = codec.decode(message, Key(0, n), params)
         for name in TENSORS:
             torch.testing.assert_close(back[name], TENSORS[name])
@@ -75,13 +75,13 @@ def test_params_travel_attached_and_are_counted() -> None:
     without = codec.encode(TENSORS, KEY, params).message
     message = attaching.encode(TENSORS, KEY, params, attached=params).message
     assert len(message) - len(without) == 2 * 4
-    back, front = attaching.decode(message, KEY)  # nothing but the message
+    back, front = attaching.decode(message, KEY)  # the message holds the params
     known, _ = codec.decode(without, KEY, params)
     assert {name: raw_bytes(value) for name, value in front.items()} == {
         name: raw_bytes(value) for name, value in params.items()
     }
     assert all(torch.equal(back[name], known[name]) for name in TENSORS)
-    # those that are known go before those that travel
+    # params passed to decode replace the params in the message
     other, _ = attaching.decode(message, KEY, {name: torch.tensor(0.0) for name in params})
     torch.testing.assert_close(other["a"], TENSORS["a"] + 0.5)
 
@@ -120,7 +120,7 @@ def test_reports_arrive(scrambled: bool) -> None:
 
 
 def test_update_specs_are_of_what_enters_the_chain() -> None:
-    # Statistics reports a tensor of its spec's shape; behind a stage that flattens it, too
+    # Statistics reports a tensor of the shape of its spec, also after a stage that flattens the tensor
     @dataclass(frozen=True)
     class Flatten(EncodingStage):
         def encoded_spec(self, spec: TensorSpec, side: dict[str, Tensor]) -> TensorSpec:
@@ -148,7 +148,7 @@ def test_update_specs_are_of_what_enters_the_chain() -> None:
 
 
 def test_an_adaptive_stage_may_follow_a_quantiser() -> None:
-    # what comes out of a quantiser keeps its levels on both sides, so that the coder knows them
+    # the symbols of a quantiser keep their number of levels on both sides, because the coder needs the number
     for coder in (FixedWidth(), Zlib()):
         codec = reporting(UniformQuantization(5), Statistics(), coder=coder)
         params = first_params(codec)
@@ -177,7 +177,7 @@ def test_updates_are_combined(offset: float, clients: int) -> None:
     right = reports[-1]
     for report in reports[-2::-1]:
         right = adaptation.combine(report, right)
-    for combined in (left, right):  # in whatever tree, so long as the order is kept
+    for combined in (left, right):  # any tree of sums gives the same result if it keeps the order
         assert list(combined) == list(adaptation.report_schema)
         assert int(combined["a/1/count"]) == 20 * clients
         assert combined["a/1/count"].dtype == torch.int64
@@ -248,12 +248,12 @@ def test_a_stage_without_state_learns_nothing_and_may_report() -> None:
     assert codec.adaptation.update_state({}, codec.adaptation.as_cohort(reports)) == {}
 
 
-# ------------------------------------------------------------------------------------------- authors' errors
+# ------------------------------------------------------------------------------------------ errors of stages
 
 
 @dataclass(frozen=True)
 class Author(EncodingStage):
-    """Declares a float32 side value, and keeps shape and dtype; `fault` is what it does instead."""
+    """Declares a float32 side value, and keeps shape and dtype. `fault` names the declaration that it breaks."""
 
     fault: str = ""
 
@@ -371,5 +371,5 @@ def test_names_with_a_slash_are_refused(what: str) -> None:
 
     with pytest.raises(TypeError, match="must have no '/', unlike 'a/b'"):
         reporting(Slashed())
-    # a tensor's own name may have one
+    # the name of a tensor may contain a slash
     assert list(first_params(reporting(Statistics(), name="b/c"))) == ["b/c/0/scale"]

@@ -1,4 +1,4 @@
-"""What both sides of a message must agree on: schema, encoder, reference, key; and how its frame says so."""
+"""Both sides of a message must agree on schema, encoder, reference and key; the frame shows a difference."""
 
 import dataclasses
 import struct
@@ -76,7 +76,7 @@ def test_another_encoder_is_refused(other: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_another_reference_is_refused(dtype: torch.dtype) -> None:
-    """Of what differences are from: one bit off in one element, or another round's."""
+    """The reference may differ by one bit in one element, or be of another round."""
     tensors = {"a": wave(20).to(dtype), "b": wave(2, 3).to(dtype)}
     codec = dataclasses.replace(QUANTISED, reference="initial").bind(schema_of(tensors))
     theirs = {name: 0.5 * tensor for name, tensor in tensors.items()}
@@ -100,7 +100,7 @@ def test_all_fingerprints_differ() -> None:
 
 
 def test_what_gives_the_same_chains_is_the_same_schema() -> None:
-    # the threshold is only how to choose: what was chosen must agree
+    # another threshold that selects the same tensors is accepted
     for same_choice in (dataclasses.replace(QUANTISED, threshold=19), dataclasses.replace(QUANTISED, threshold=6)):
         back, _ = same_choice.bind(AGREED).decode(message_of(), KEY)
         assert back.keys() == AGREED.keys()
@@ -170,7 +170,7 @@ def test_equal_encoders_read_each_other() -> None:
         other.decode(messages.pop(), KEY)
 
 
-# ------------------------------------------------------------------------------- what a codec is bound to
+# -------------------------------------------------------------------------------------- binding of a codec
 
 
 def test_a_codec_bound_twice_sends_the_same_messages() -> None:
@@ -178,7 +178,7 @@ def test_a_codec_bound_twice_sends_the_same_messages() -> None:
     encoder = StateDictEncoder(Encoder(stages, FixedWidth()), 10, joint=True, common_scale=True)
     codecs = [encoder.bind(AGREED), encoder.bind(AGREED)]
     params = codecs[0].adaptation.params(codecs[0].adaptation.initial_state())
-    for key in (KEY, KEY._replace(round=3), KEY):  # a codec keeps nothing of the messages before
+    for key in (KEY, KEY._replace(round=3), KEY):  # a codec remembers no earlier message
         first, second = (codec.encode(TENSORS, key, params).message for codec in codecs)
         assert first == second == encoder.bind(AGREED).encode(TENSORS, key, params).message
         decoded = [codec.decode(first, key, params).tensors for codec in codecs]

@@ -1,4 +1,4 @@
-"""What an author of a stage gets wrong is told early and plainly; more of it in test_adaptive and test_battery."""
+"""A wrong stage raises a clear error early. See also test_adaptive and test_battery."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ class Identity(EncodingStage):
 
 @dataclass(frozen=True)
 class Adapts(AdaptiveEncodingStage):
-    """Sends x exact, tells the clients the largest of all sums that they have reported."""
+    """Sends x exact. Its params are the largest sum that a client has reported."""
 
     lossless = True
 
@@ -64,7 +64,7 @@ class Adapts(AdaptiveEncodingStage):
 
 @dataclass(frozen=True)
 class Norm(Identity):
-    """Refuses what it cannot square, as a stage may."""
+    """Refuses a tensor whose sum of squares overflows, as a stage may."""
 
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
         if not float(x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()) < torch.inf:
@@ -79,7 +79,7 @@ def test_what_is_right_passes() -> None:
     check_stage(PlusOneOverN())
 
 
-# ------------------------------------------------------------------------------------- told where it happens
+# ----------------------------------------------------------------------------- errors of a stage at run time
 
 
 def sends(stage: EncodingStage | AdaptiveEncodingStage, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def test_an_aggregation_that_there_is_not() -> None:
 
 
 def test_a_stage_that_reports_and_needs_nothing() -> None:
-    # its params are empty, so a broadcast attaches none
+    # the params are empty, so a broadcast attaches none
     @dataclass(frozen=True)
     class Reports(Adapts):
         def params(self, state: Tensors) -> Tensors:
@@ -206,7 +206,7 @@ STASH: dict[str, Tensor] = {}
 
 @dataclass(frozen=True)
 class Stashes(Identity):
-    """Sends zeros; what is decoded was left in the same process."""
+    """Sends zeros, and decodes a tensor that `encode` left in the same process."""
 
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, Tensors]:
         STASH["x"] = x.clone()
@@ -218,7 +218,7 @@ class Stashes(Identity):
 
 @dataclass(frozen=True)
 class Matrices(Identity):
-    """Does nothing to vectors; `encoded` to matrices, with a number that is uniform in [0, 1)."""
+    """Does not change vectors. Applies `encoded` to matrices, with a number that is uniform in [0, 1)."""
 
     unbiased: bool = field(default=True, init=False)
 
@@ -238,7 +238,7 @@ class LargeSums(Identity):
 
 @dataclass(frozen=True)
 class Looks(Identity):
-    """Symbols that its decode looks up; the last is beyond its table, which a sender never makes."""
+    """Decodes symbols with a table. The last symbol is beyond the table; no sender makes this symbol."""
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         return TensorSpec.symbols(spec.shape, 4)
@@ -300,7 +300,7 @@ def adaptive_fault(fault: str) -> AdaptiveEncodingStage:
 
 
 ADAPTIVE = {
-    "stack": "params change",  # forgets that it gets a row for each client
+    "stack": "params change",  # ignores that there is one row for each client
     "writes to the state": "update_state writes to the state",
     "random": "another state the second time",
     "other params": "params change",
@@ -327,7 +327,7 @@ def test_the_largest_error_is_asked_of_every_round() -> None:
     @dataclass(frozen=True)
     class Drifts(PlusOneOverN):
         def decode(self, y: Tensor, side: Tensors, spec: TensorSpec, key: Key, params: Tensors) -> Tensor:
-            return y - 1  # the first round's
+            return y - 1  # right in the first round only
 
     testing.checks.check_round_trip(Encoder([Drifts()]), None)
     with pytest.raises(AssertionError, match="once it has learnt"):

@@ -1,4 +1,4 @@
-"""Every stage, every coder and every chain of conf/encoder passes the battery; and the battery finds what is wrong."""
+"""Every stage, coder and chain of conf/encoder passes the battery, and wrong stages and coders fail."""
 
 import hashlib
 import importlib
@@ -60,7 +60,7 @@ WIDE_CODERS += [(FixedWidth(), levels) for levels in (256, 257, 1000, 4096, 10_0
 
 
 def configured() -> dict[str, Encoder]:
-    """Every chain of conf/encoder, of either direction, those of its rules too."""
+    """Returns every chain of conf/encoder, of both directions and of all rules."""
     chains = {}
     for name, direction in itertools.product(NAMES, DIRECTIONS):
         encoder = built(name, direction)
@@ -71,7 +71,7 @@ def configured() -> dict[str, Encoder]:
 
 CONFIGURED = configured()
 ALONE = [(stage,) for stage, _ in STAGES]
-# millions of elements go through one of each class, ten through one of UniformQuantization
+# each class encodes millions of elements once; other objects of the class encode few elements
 LARGEST = {type(stage): stage for stage, _ in STAGES} | {type(chain.coder): chain for chain in CONFIGURED.values()}
 BOUNDS = {stage: bound for stage, bound in STAGES if bound is not None}
 CHAINS = [
@@ -80,7 +80,7 @@ CHAINS = [
     Encoder([UniformQuantization(5)], Zlib()),
     Encoder([UniformQuantization(11, "nearest")], Raw()),
     Encoder([Negate(), UniformQuantization(6)], FixedWidth()),
-    Encoder([UniformQuantization(3), Reverse()], FixedWidth()),  # what is coded was not the last stage's idea
+    Encoder([UniformQuantization(3), Reverse()], FixedWidth()),  # the symbols are not from the last stage
     Encoder([Reverse(), Negate(), UniformQuantization(9, "nearest"), Reverse()], Zlib()),
     Encoder([Reverse(), Negate()]),
 ]
@@ -91,7 +91,7 @@ def peak(x: Tensor) -> float:
 
 
 def bound_of(encoder: Encoder) -> Bound | None:
-    """The error that a chain may make, where that of its one lossy stage is known.
+    """Returns the largest error allowed for a chain, if the largest error of its one lossy stage is known.
 
     NaN, as it may refuse such a tensor, for a chain with an absolute step and more than 2^28 of that.
     """
@@ -103,7 +103,7 @@ def bound_of(encoder: Encoder) -> Bound | None:
     return BOUNDS.get(lossy[0]) if len(lossy) == 1 else None
 
 
-@pytest.mark.parametrize("name", ["follow_loss", "top_k"])  # one that stands on another, one that does not
+@pytest.mark.parametrize("name", ["follow_loss", "top_k"])  # follow_loss extends another file, top_k does not
 def test_what_is_read_is_what_hydra_composes(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base=None):
         assert compose("config", [f"encoder={name}"]).encoder == config(name).encoder
@@ -124,7 +124,7 @@ def test_chains(encoder: Encoder) -> None:
 
 
 def is_a_stage_alone(chain: Encoder) -> bool:
-    """Those test_stages has."""
+    """test_stages covers these chains."""
     return isinstance(chain.coder, FixedWidth | Raw) and chain.stages in ALONE
 
 
@@ -139,7 +139,7 @@ def test_configured_chains(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("coder", [c.coder for c in LARGEST.values() if isinstance(c, Encoder)], ids=str)
 def test_coders_give_back_millions_of_symbols(coder: Coder) -> None:
-    """Exactly: behind most chains an error bound would not tell."""
+    """Every symbol is exact. After most chains, an error bound would not show a wrong symbol."""
     symbols = (wave(1100, 2000) > 0.8).to(torch.uint8)
     spec = TensorSpec(symbols.shape, symbols.dtype, levels=2)
     data = coder.encode(symbols, spec)
@@ -188,7 +188,7 @@ def test_uniform_bytes_by_formula(stage: UniformQuantization) -> None:
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_uniform_refuses_integers(rounding: str) -> None:
-    # a counter rounded to a step and then truncated would be wrong without a word
+    # a counter that is rounded to a step and truncated would be wrong without an error
     for x in (torch.arange(5), torch.tensor([True, False]), torch.tensor(3, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="floating"):
             UniformQuantization(8, rounding).side_spec(TensorSpec.of(x))
@@ -221,7 +221,7 @@ def test_another_process_decodes(tmp_path: Path) -> None:
     ]
     x = {"x": wave(20, 11), "h": wave(30, dtype=torch.float16), "n": torch.tensor(2**62 + 1)}
     sent = []
-    # distributions that none is configured with, and more levels than most have
+    # distributions that no file of conf/encoder has, and more levels than most files have
     own += [Encoder([UniformQuantization(16)], coder) for coder in (ANS("normal"), ANS("laplace"), ANS(), Huffman())]
     for i, chain in enumerate([*own, *CONFIGURED.values()]):
         encoder = StateDictEncoder(chain, threshold=10 * (i % 4))
@@ -251,7 +251,7 @@ print("decoded", len(sent))
     assert run.stdout == f"decoded {len(sent)}\n", run.stderr
 
 
-# ---------------------------------------------------- the battery finds what is wrong: one liar for each check
+# ---------------------------------------------------------------------------- wrong stages: one for each check
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class WritesToInput(Honest):
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
         y = x.clone()
         if x.is_contiguous():
-            x.mul_(1)  # the same values: only the version tells
+            x.mul_(1)  # the values stay the same; only the tensor's version changes
         return y, {}
 
 
@@ -322,7 +322,7 @@ class ClaimsLossless(Honest):
     lossless = True
 
     def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
-        return y + 0  # −0.0 comes back as 0.0
+        return y + 0  # −0.0 is decoded as 0.0
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class ClaimsUnbiased(Honest):
     unbiased = True
 
     def encode(self, x: Tensor, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = key.generator().random(tuple(x.shape)) - 0.48  # 0.02 too much: 7 standard errors
+        noise = key.generator().random(tuple(x.shape)) - 0.48  # the mean is 0.02 too large: 7 standard errors
         return (x.double() + torch.as_tensor(noise)).to(x.dtype), {}
 
 
@@ -373,7 +373,7 @@ class NotFrozen(EncodingStage):
 
 @dataclass(frozen=True)
 class Rounds(UniformQuantization):
-    """Half a step is promised, a whole one taken."""
+    """The stage claims an error of half a step, and makes an error of a step."""
 
     def decode(self, y: Tensor, side: dict[str, Tensor], spec: TensorSpec, key: Key) -> Tensor:
         shift = (float(side["maximum"]) - float(side["minimum"])) / (2**self.bits - 1)

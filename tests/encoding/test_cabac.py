@@ -1,4 +1,4 @@
-"""CABAC against entropies and ideal code lengths; what it does with extreme symbols and hostile words."""
+"""Compares CABAC with entropies and ideal code lengths; then tests extreme symbols and hostile words."""
 
 import inspect
 import math
@@ -28,7 +28,7 @@ ANY = TensorSpec((1,), torch.int32)
 
 
 def bits(values: np.ndarray, levels: int | None = None) -> int:
-    """The length of what is coded, once it has been decoded."""
+    """Returns the length of the coded values in bits, and checks that they are decoded exactly."""
     x = torch.from_numpy(values)
     spec = TensorSpec(tuple(x.shape), x.dtype, levels)
     data = CABAC().encode(x, spec)
@@ -41,7 +41,7 @@ def with_signs(magnitudes: np.ndarray) -> np.ndarray:
 
 
 def geometric_bits(magnitudes: np.ndarray, mean: np.ndarray | float) -> float:
-    """The ideal length: −log₂ of the probability of all that is drawn, a sign each but for zeros."""
+    """Returns the ideal length: −log₂ of the probability of all magnitudes, and one bit for each sign of a nonzero."""
     return float((np.log2(1 + mean) + magnitudes * np.log2(1 + 1 / mean) + (magnitudes > 0)).sum())
 
 
@@ -58,7 +58,7 @@ def test_normal_sources_cost_their_entropy(sigma: float) -> None:
     k = np.arange(-400, 401)
     shares = np.diff(scipy.stats.norm.cdf(np.append(k - 0.5, 400.5) / sigma))
     least = float(scipy.stats.entropy(shares, base=2)) * drawn.size
-    # the probabilities go on moving a little: some thousandths of a bit a symbol, which matter where that is much
+    # the probabilities never stop moving, which costs some thousandths of a bit a symbol: much at low rates
     assert bits(drawn) / least > 0.98 and bits(drawn) < 1.005 * least + 0.002 * drawn.size
 
 
@@ -86,7 +86,7 @@ def test_rows_and_columns_of_zeros_cost_next_to_nothing() -> None:
     columns[:, draw.permutation(1500)[:300]] = part
     assert bits(columns) - bits(part) < 0.08 * bits(part) + math.log2(math.comb(1500, 300))
     assert bits(np.zeros((5000, 3000), np.int32)) == bits(np.zeros(10**6, np.uint8)) == 0
-    assert bits(np.full((100, 100), 7, np.uint8), 15) == 0  # the middle of 15 levels
+    assert bits(np.full((100, 100), 7, np.uint8), 15) == 0  # 7 is the middle of 15 levels
     assert bits(np.eye(1, 10**6, 777, dtype=np.int32)) < 250
 
 
@@ -114,7 +114,7 @@ def test_round_trips(values: np.ndarray) -> None:
 
 
 def test_one_symbol_takes_more_than_four_words() -> None:
-    # as many words as that were reserved once
+    # an earlier version reserved four words a symbol
     for value in EDGES:
         for shape in ((), (1,), (1, 1), (2,), (3, 200)):
             bits(np.full(shape, value, np.int32))
@@ -190,24 +190,24 @@ def test_cuts_rests_and_flips_are_refused_or_other_symbols(shape: tuple[int, ...
 
 
 def test_beyond_every_interval() -> None:
-    # the first interval ends before 0xFFFF 0xFFFF 0xFFFF: what is beyond is no number of any symbols
+    # the first interval ends before 0xFFFF 0xFFFF 0xFFFF: no symbols have a larger number
     for tail in (b"", b"\1\0", b"\xff" * 40):
         for shape in ((1,), (1000,), (20, 200)):
             with pytest.raises(ValueError, match="end"):
                 CABAC().decode(memoryview(b"\xff" * 6 + tail), TensorSpec(shape, torch.int32))
-    # ... though a decoder that counts modulo 2^64 comes to an end with these, and the symbols have other words
+    # a decoder that counts modulo 2^64 accepts these words, but the encoder writes other words for the symbols
     data = struct.pack("<8H", *[0xFFFF] * 4, 50_666, 45_002, 55_170, 24_646)
     with pytest.raises(ValueError, match="end"):
         CABAC().decode(memoryview(data), TensorSpec((12,), torch.int32))
 
 
 def test_a_flag_that_lies_is_refused() -> None:
-    # a row that is told to hold more than 0, and then does not
+    # the flag says that the row has a symbol other than 0, but all symbols of the row are 0
     chance = int(cabac_loops.cabac_model()[0][-1, 0]) >> 16
     low, span, at = np.uint64(0), np.uint64(2**48 - 1), 0
     out = np.zeros(99, np.uint16)
     low, span, at = cabac_loops._put(low, span, True, chance, out, at)
-    word = int(low >> np.uint64(32)) + 1  # zeros have the lower parts: all symbols that follow are 0
+    word = int(low >> np.uint64(32)) + 1  # zeros have the lower parts of intervals: all following symbols are 0
     spec = TensorSpec((1, 128), torch.int32)
     with pytest.raises(ValueError, match="end"):
         CABAC().decode(memoryview(struct.pack("<H", word)), spec)
@@ -230,7 +230,7 @@ def test_hostile_words_take_no_more_time_or_memory_than_the_tensor() -> None:
 
 
 def test_arithmetic_is_the_same_everywhere() -> None:
-    # classes follow from float64: nothing may be contracted or put in another order
+    # classes follow from float64: no compiler may contract or reorder the operations
     modules = (ans_loops, cabac_loops, huffman_loops, tokens_loops, step_loops, trellis_loops)
     assert "fastmath" not in "".join(map(inspect.getsource, (compiled, *modules)))
     loops = [value for module in modules for value in vars(module).values() if hasattr(value, "targetoptions")]

@@ -1,11 +1,11 @@
-"""The text behind the fingerprints is frozen: for each encoder of conf/encoder it is as stored in canonical_text.json.
+"""The text of the fingerprints is frozen: each encoder of conf/encoder has the text in canonical_text.json.
 
-Renaming a class or a field changes this text, hence the format, unless `canonical_name` keeps the old name. Only for a
+Renaming a class or a field changes this text and the format, unless `canonical_name` keeps the old name. Only for a
 new or changed file of conf/encoder, write the texts anew:
 
     FEDQ_WRITE_GOLDEN=1 python -m pytest tests/encoding/test_canonical_text.py
 
-and read the difference before it is committed.
+and read the difference before you commit it.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ SCHEMA = {
 
 
 def texts(name: str, direction: Literal["broadcast", "upload"]) -> dict[str, str]:
-    """The texts of all chains, and the fingerprint of a model's codec whose params and reports travel."""
+    """Returns the texts of all chains, and the fingerprint of a codec that sends params and reports."""
     encoder = built(name, direction)
     chains = {"*": encoder.encoder, **encoder.rules}
     params = encoder.bind(SCHEMA).adaptation.params_schema
@@ -79,7 +79,7 @@ class Renamed(EncodingStage):
 
 @dataclass(frozen=True)
 class Careless(EncodingStage):
-    """Renamed too, without canonical_name."""
+    """A renamed class without canonical_name."""
 
     steps: int = 1
     weight: float = 0.5

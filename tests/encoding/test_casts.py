@@ -1,4 +1,4 @@
-"""Casts against tables made from the bits, and against numpy."""
+"""Compares casts with tables made from the bits, and with numpy."""
 
 import math
 
@@ -20,14 +20,14 @@ FORMATS = {  # exponent bits, mantissa bits, largest finite value
 
 
 def bound_of(stage: Cast) -> Bound:
-    """Half a unit of the last place, in the normal range or the denormals', and what is clipped."""
+    """Returns half a unit of the last place, for normal numbers or denormals, and the part that is clipped."""
     exponent_bits, mantissa, largest = FORMATS[stage.dtype]
 
     def bound(x: Tensor) -> float:
         peak, info = float(x.double().abs().max()), torch.finfo(x.dtype)
         scale = 2.0 ** (math.frexp(largest)[1] - math.frexp(peak)[1] - 1) if stage.scale and peak > 1e-300 else 1.0
         denormal = 2.0 ** (1 - mantissa - (2 ** (exponent_bits - 1) - 1)) / scale
-        own = peak * max(info.eps, 2**-52) + info.smallest_normal * info.eps  # what the tensor's dtype cannot hold
+        own = peak * max(info.eps, 2**-52) + info.smallest_normal * info.eps  # rounding of the tensor's dtype
         clipped = 0.0 if stage.scale else max(0.0, peak - largest)
         return peak * 2.0 ** -(mantissa + 1) * (1 + 1e-6) + denormal / 2 * (1 + 1e-6) + own + clipped
 
@@ -40,7 +40,10 @@ STAGES: list[tuple[EncodingStage, Bound | None]] = [
 
 
 def values_of(name: str) -> np.ndarray:
-    """The non-negative finite values in order, by the definition of exponent and mantissa; their place is the code."""
+    """Returns the non-negative finite values in order, from the definition of exponent and mantissa.
+
+    The index is the code.
+    """
     exponent_bits, mantissa, largest = FORMATS[name]
     code = np.arange(2 ** (exponent_bits + mantissa))
     exponent, fraction, bias = code >> mantissa, code % 2**mantissa, 2 ** (exponent_bits - 1) - 1
@@ -53,7 +56,7 @@ def values_of(name: str) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The code of the nearest value, the even one of two, with the sign bit above."""
+    """Returns the code of the nearest value, with the sign bit; of two equally near codes, the even one."""
     magnitude, top = np.minimum(np.abs(x.astype(np.float64)), table[-1]), len(table) - 1
     above = np.clip(np.searchsorted(table, magnitude), 1, top)
     below = above - 1
@@ -65,7 +68,7 @@ def nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
 def test_nearest_even_saturating(name: str) -> None:
     exponent_bits, mantissa, largest = FORMATS[name]
     table = values_of(name)
-    middles = ((table[1:] + table[:-1]) / 2).astype(np.float32)  # every tie, and what is right beside it
+    middles = ((table[1:] + table[:-1]) / 2).astype(np.float32)  # every tie, and the numbers next to each tie
     random = np.ldexp(Key(1).generator().normal(size=20_000), Key(2).generator().integers(-30, 30, 20_000))
     x = np.concatenate([table, middles, np.nextafter(middles, 0), np.nextafter(middles, 9), random.clip(-3e38, 3e38)])
     x = np.concatenate([x, -x, [min(largest * 1.01, 3.4e38), -3e38, 3.4e38]]).astype(np.float32)
@@ -118,7 +121,7 @@ def test_the_scale_is_the_largest_that_clips_nothing(name: str) -> None:
                 else math.ldexp(peak, int(side["exponent"]))
             )
             assert largest / 2 < scaled <= largest
-            # the values of the format itself, moved by the power of two, come back exact
+            # values of the format, times the power of two, are decoded exactly
             again = stage.decode(y, side, TensorSpec.of(x), KEY)
             twice, same = stage.encode(again, KEY)
             assert torch.equal(stage.decode(twice, same, TensorSpec.of(x), KEY), again)
@@ -127,7 +130,7 @@ def test_the_scale_is_the_largest_that_clips_nothing(name: str) -> None:
 
 
 def test_float8_with_scale_on_small_weights() -> None:
-    # without the scale all of it is among e4m3's denormals
+    # without the scale all elements are denormals of e4m3
     x = torch.from_numpy(Key(4).generator().normal(size=100_000) * 1e-4)
     error = {}
     for scale in (False, True):
@@ -135,7 +138,7 @@ def test_float8_with_scale_on_small_weights() -> None:
         y, side = stage.encode(x, KEY)
         error[scale] = float((stage.decode(y, side, TensorSpec.of(x), KEY) - x).square().sum() / x.square().sum())
     assert error[False] == 1
-    # relative errors evenly spread in ±2^-4 / m for a mantissa m from 1 to 2: from a quarter of 2^-8 / 3 to all of it
+    # relative errors are uniform in ±2^-4 / m for a mantissa m from 1 to 2: mean squares from 2^-8 / 12 to 2^-8 / 3
     assert 2**-8 / 3 / 4 < error[True] < 2**-8 / 3
 
 

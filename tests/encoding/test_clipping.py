@@ -24,12 +24,12 @@ from fedq.encoding.testing import KEY, Bound, wave
 
 
 def beyond(limit: float) -> Bound:
-    """What is cut off of the largest element."""
+    """Returns the bound: how far the largest element is beyond the limit."""
     return lambda x: max(0.0, float(x.double().abs().max()) - limit)
 
 
 def whole(x: Tensor) -> float:
-    """No element grows or changes its sign."""
+    """Returns the bound of a stage in which no element grows or changes its sign."""
     return float(x.double().abs().max())
 
 
@@ -60,7 +60,7 @@ def test_fixed_limits_against_torch(dtype: torch.dtype) -> None:
     "x",
     [
         torch.tensor([3e38, -3e38, 1.0]),
-        torch.tensor([1.7e308, 1.7e308, -1e308], dtype=torch.float64),  # a norm beyond float64
+        torch.tensor([1.7e308, 1.7e308, -1e308], dtype=torch.float64),  # the norm overflows float64
         torch.full((9,), 1e-40),
         torch.tensor([5e-324, 1e-323], dtype=torch.float64),
         torch.tensor([65504.0, -65504.0], dtype=torch.float16),
@@ -81,7 +81,10 @@ def test_norms_that_overflow_and_underflow(x: Tensor) -> None:
 
 
 def settle(stage: AdaptiveEncodingStage, sizes: np.ndarray, rounds: int) -> list[float]:
-    """Returns the estimate after each round, of cohorts (a row each) whose clients send one element of their size."""
+    """Returns the estimate after each round.
+
+    A row of `sizes` is a cohort; each client sends one element of its size.
+    """
     state, estimates = stage.initial_state(TensorSpec((1,), torch.float64)), []
     for i in range(rounds):
         clients = [stage.encode(x, KEY, stage.params(state)) for x in torch.from_numpy(sizes[i % len(sizes), :, None])]
@@ -97,12 +100,12 @@ def test_the_estimate_finds_the_quantile(quantile: float, cohort: int) -> None:
     for stage in (AdaptiveQuantileClip(0.1, quantile, 0.2), AdaptiveQuantileClip(50.0, quantile, 0.2, by="value")):
         late = settle(stage, sizes, 250)[99:249]
         assert np.exp(np.mean(np.log(late))) == pytest.approx(truth, rel=0.1)
-    # the fixed point's own check: as many are within as asked for
+    # at the fixed point, the share of sizes within the estimate is the quantile
     assert float((np.abs(sizes[100:]) <= np.array(late)[:, None]).mean()) == pytest.approx(quantile, abs=0.05)
 
 
 def test_one_step_by_hand() -> None:
-    """Three of four within: C · exp(−0.2 · (0.75 − 0.5))."""
+    """Three of four clients are within the limit: C · exp(−0.2 · (0.75 − 0.5))."""
     stage = AdaptiveQuantileClip(1.0, 0.5, 0.2)
     assert settle(stage, np.array([[0.5, 1.0, -0.2, 7.0]]), 1) == [pytest.approx(math.exp(-0.05), rel=1e-6)]
     y, side, update = stage.encode(torch.tensor([3.0, 4.0]), KEY, {"estimate": torch.tensor(2.5)})
@@ -118,7 +121,7 @@ def test_one_step_by_hand() -> None:
 
 
 def test_zeroing_follows_the_largest() -> None:
-    """TensorFlow Federated's defaults: from 10 it reaches 1000 within three rounds, and zeros a wild client only."""
+    """With the defaults the limit grows from 10 to 1000 within three rounds. Only the wild client is zeroed."""
     stage = ZeroOutliers()
     estimates = settle(stage, np.full((1, 10), 1000.0), 4)
     assert estimates[0] == pytest.approx(10 * 10**0.98, rel=1e-5)
@@ -136,7 +139,7 @@ def test_the_estimate_stays_a_positive_number() -> None:
     assert falling == sorted(falling, reverse=True)
     assert rising == sorted(rising)
     assert math.isfinite(rising[-1])
-    # and comes back
+    # the estimate grows again
     assert settle(AdaptiveQuantileClip(2**-126, 0.5, 90.0), np.full((1, 2), 1.0), 1)[0] > 1e-20
 
 

@@ -1,4 +1,4 @@
-"""Codebooks: levels against scipy and published tables, assignments against brute force."""
+"""Compares the levels of codebooks with scipy and published tables, and the assignments with brute force."""
 
 import math
 from itertools import pairwise
@@ -31,7 +31,7 @@ NF4 = [  # bitsandbytes, functional.py, and QLoRA (Dettmers 2023), appendix E
 
 
 def of_largest(factor: float) -> Bound:
-    """That part of the largest magnitude, and what the dtype cannot hold."""
+    """Returns the bound: `factor` times the largest magnitude, and rounding of the dtype."""
 
     def bound(x: Tensor) -> float:
         info = torch.finfo(x.dtype)
@@ -102,7 +102,7 @@ def test_nearest_is_brute_force(normal: Tensor) -> None:
             assert found.dtype == torch.uint8
             expected = np.searchsorted(thresholds.numpy(), x.numpy())
             assert np.array_equal(found.numpy(), expected), name
-            small = nearest(x[:1000], levels)  # another path
+            small = nearest(x[:1000], levels)  # few elements take another path
             assert torch.equal(small, found[:1000])
             assert torch.equal(nearest(x.flip(0)[::3], levels), found.flip(0)[::3])
         distance = (normal[:5000, None] - levels).abs()
@@ -146,7 +146,7 @@ def test_lloyd_max_side_values(normal: Tensor) -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
         constant = torch.full((100,), 0.1, dtype=dtype)
         assert torch.equal(sent(LloydMax(), constant)[2], constant)
-    # a deviation that is tiny beside the mean is still right
+    # a deviation that is tiny compared with the mean is exact enough
     assert nmse(LloydMax(4), torch.tensor(1e4) + normal) == pytest.approx(0.0095, rel=0.05)
 
 
@@ -239,7 +239,7 @@ def test_logarithmic_levels_and_relative_error(normal: Tensor, bits: int, base: 
 
 
 def test_product_quantisation(normal: Tensor) -> None:
-    # better than the best scalar quantiser of the same 2 bits an element: 0.1175; worse than rate-distortion: 1/16
+    # at 2 bits an element, the best scalar quantiser has 0.1175, and Shannon's bound is 1/16
     assert 1 / 16 < nmse(ProductQuantization(), normal[:200_000]) < 0.108
     x = normal[:20_003].float()
     for dim, bits in ((4, 6), (7, 3), (1, 4)):
@@ -253,7 +253,7 @@ def test_product_quantisation(normal: Tensor) -> None:
         assert torch.equal(back[n * dim :], x[n * dim :])
     errors = [nmse(ProductQuantization(4, 6, n), x) for n in (0, 1, 3, 20)]
     assert errors[0] > 1.1 * errors[3] and all(b <= a * (1 + 1e-6) for a, b in pairwise(errors))
-    y, side, _ = sent(ProductQuantization(4, 4, 100), x[:20_000])  # converged: centroids are means
+    y, side, _ = sent(ProductQuantization(4, 4, 100), x[:20_000])  # after convergence centroids are means
     for i in range(16):
         torch.testing.assert_close(x[:20_000].view(-1, 4)[y == i].mean(0), side["centroids"][i], atol=0.02, rtol=0)
     few = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.0, 0.5]])[torch.arange(999) % 3].reshape(-1)
@@ -306,13 +306,13 @@ def test_refusals() -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("outlier", [30.0, 1000.0])
 def test_k_means_keeps_its_levels_with_an_outlier(bits: int, outlier: float) -> None:
-    """One level is the outlier's, the others do as well as if they were all: Lloyd's for the normal law (Max 1960)."""
+    """One level is the outlier; the others are as good as Lloyd's levels for the normal distribution (Max 1960)."""
     x = torch.from_numpy(np.random.default_rng(3).normal(size=20_000)).float()
     alone = float((decoded_by(KMeans(bits), x) - x).square().mean())
     x[77] = outlier
     back = decoded_by(KMeans(bits), x)
     assert len(back.unique()) == 2**bits
-    assert float((back - x).square().mean()) < {2: 1.7, 4: 1.25}[bits] * alone  # that of a level less: 1.63, 1.14
+    assert float((back - x).square().mean()) < {2: 1.7, 4: 1.25}[bits] * alone  # with one level fewer: 1.63, 1.14
 
 
 def decoded_by(stage: EncodingStage, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compiled loops: a stale cache never makes other results, and a machine without a place for the cache works."""
+"""Compiled loops: a stale cache never changes results, and a machine without a cache folder works."""
 
 import ast
 import os
@@ -22,7 +22,7 @@ print(trellis_classes(np.array([[0, 1, 70], [5, 0, 0]], np.int32), classes).toli
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A copy of fedq without caches, and without what the packages import: torch takes seconds."""
+    """Returns a copy of fedq without caches, and without imports in the packages: torch takes seconds to load."""
     shutil.copytree(Path(fedq.__file__).parent, tmp_path / "fedq", ignore=shutil.ignore_patterns("__pycache__"))
     for package in tmp_path.rglob("__init__.py"):
         package.write_text("")
@@ -30,7 +30,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, **environment: str) -> str:
-    """Returns what the program prints, with the copy of fedq in `folder`."""
+    """Returns the output of the program, run with the copy of fedq in `folder`."""
     inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     process = subprocess.run(
         [sys.executable, "-c", CLASSES],
@@ -50,8 +50,8 @@ def caches(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("2 * (1023 - 16), 0)", "2 * (1023 - 17), 0)"),  # a function of another file, and as long as before
-        ("CLASSES, BINS = 64, 16", "CLASSES, BINS = 32, 16"),  # a constant of another file
+        ("2 * (1023 - 16), 0)", "2 * (1023 - 17), 0)"),  # in a function of another file, whose length stays the same
+        ("CLASSES, BINS = 64, 16", "CLASSES, BINS = 32, 16"),  # in a constant of another file
     ],
 )
 def test_a_loop_is_compiled_anew_where_another_file_changes(own: Path, before: str, after: str) -> None:
@@ -64,7 +64,7 @@ def test_a_loop_is_compiled_anew_where_another_file_changes(own: Path, before: s
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    for compiled in own.rglob("*.pyc"):  # which follow times and sizes too
+    for compiled in own.rglob("*.pyc"):  # Python also compares times and sizes
         compiled.unlink()
     changed = run(own)
     for cache in caches(own):
@@ -77,7 +77,7 @@ def test_loops_work_without_a_place_for_the_cache(own: Path) -> None:
     for folder in [path for path in own.rglob("*") if path.is_dir() and path.name == "__pycache__"]:
         shutil.rmtree(folder)
     for package in {path.parent for path in own.rglob("*.py")}:
-        (package / "__pycache__").touch()  # a file, where no folder can be made, whoever runs the tests
+        (package / "__pycache__").touch()  # a file: nobody can make a folder of this name
     nowhere = {"HOME": os.devnull, "XDG_CACHE_HOME": f"{os.devnull}/cache", "PYTHONDONTWRITEBYTECODE": "1"}
     assert run(own, **nowhere) == expected
     assert not caches(own)

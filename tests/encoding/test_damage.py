@@ -1,7 +1,7 @@
-"""100,000 damaged messages: each is a MessageError and nothing else, in bounded time and memory.
+"""Decodes 100,000 damaged messages: each raises MessageError and nothing else, in bounded time and memory.
 
-Only where the checksum was made right again may damage give another valid message, which then decodes to finite
-tensors of the right shape and within the range that it tells.
+Damage may give another valid message only if the checksum is repaired. Such a message decodes to finite tensors of the
+right shape, within the range that the message states.
 """
 
 import functools
@@ -49,7 +49,7 @@ HEADER, CHECKSUM = 44, 4
 
 
 class Case:
-    """A message, and how its receiver decodes it."""
+    """A message, and its receiver."""
 
     def __init__(self, encoder: StateDictEncoder, tensors: dict[str, torch.Tensor], extra: dict[str, torch.Tensor]):
         self.schema = schema_of(tensors)
@@ -59,14 +59,14 @@ class Case:
         self.codec = encoder.bind(self.schema, attached=schema_of(attached), reports=True)
         self.message = self.codec.encode(tensors, KEY, params, attached=attached).message
         self.body = self.message[HEADER:-CHECKSUM]
-        self.ranges: dict[str, tuple[int, str]] = {}  # where minimum and maximum stand in the body
+        self.ranges: dict[str, tuple[int, str]] = {}  # offsets of minimum and maximum in the body
 
     def decode(self, message: bytes, key: Key = KEY) -> Decoded:
         return self.codec.decode(message, key)
 
 
 def plain() -> Case:
-    """Every kind of payload, quantised, entropy coded, exact; small."""
+    """Returns a small message with every kind of payload: quantised, entropy coded and exact."""
     case = Case(
         StateDictEncoder(
             Encoder([UniformQuantization(3)], FixedWidth()),
@@ -92,7 +92,7 @@ def plain() -> Case:
 
 
 def adaptive() -> Case:
-    """Params and updates of adaptive stages, and two other tensors attached."""
+    """Returns a message with params and reports of adaptive stages, and with two other attached tensors."""
     return Case(
         StateDictEncoder(
             rules={
@@ -106,7 +106,7 @@ def adaptive() -> Case:
 
 
 def frontier() -> Case:
-    """Singular vectors and symbols in arithmetic code, under a common scale."""
+    """Returns a message with singular vectors and symbols in arithmetic code, under a common scale."""
     stages = [SingularVectors(1.0, 3), StepQuantization(1.0, relative=False, rate_weight=0.1, centroids=True)]
     return Case(
         StateDictEncoder(Encoder(stages, CABAC()), 0, common_scale=True),
@@ -120,12 +120,12 @@ CASES = {"plain": plain, "adaptive": adaptive, "frontier": frontier}
 
 @functools.cache
 def case_of(name: str) -> Case:
-    """Made by the first test that needs it: frontier's has numba's loops compiled, for seconds."""
+    """Returns a case. The first test that needs the case makes it: numba compiles frontier's loops for seconds."""
     return CASES[name]()
 
 
 def flips(random: random.Random, data: bytes) -> bytes:
-    """One to four bits the other way."""
+    """Flips one to four bits."""
     damaged = bytearray(data)
     for bit in {random.randrange(8 * len(data)) for _ in range(random.randint(1, 4))}:
         damaged[bit // 8] ^= 1 << bit % 8
@@ -133,32 +133,32 @@ def flips(random: random.Random, data: bytes) -> bytes:
 
 
 def cuts(random: random.Random, data: bytes) -> bytes:
-    """A slice missing, at the end or elsewhere."""
+    """Removes a slice, at the end or elsewhere."""
     start = random.randrange(len(data))
     return data[:start] + data[random.choice((len(data), random.randint(start + 1, len(data)))) :]
 
 
 def insertions(random: random.Random, data: bytes) -> bytes:
-    """Some bytes too many."""
+    """Inserts some bytes."""
     place = random.randint(0, len(data))
     return data[:place] + random.randbytes(random.randint(1, 9)) + data[place:]
 
 
 def duplications(random: random.Random, data: bytes) -> bytes:
-    """A slice twice, or in another's place."""
+    """Repeats a slice, or writes a slice over another one."""
     start, place = random.randrange(len(data)), random.randint(0, len(data))
     part = data[start : start + random.randint(1, 30)]
     return data[:place] + part + data[place + random.choice((0, len(part))) :]
 
 
 def noise(random: random.Random, data: bytes) -> bytes:
-    """Random bytes of the right length, or a slice of them."""
+    """Replaces all bytes, or a slice, by random bytes."""
     start = random.choice((0, random.randrange(len(data))))
     return data[:start] + random.randbytes(len(data) - start)
 
 
 def extremes(random: random.Random, data: bytes) -> bytes:
-    """A few bytes of ones, zeros or the like, as in lengths and floats out of all bounds."""
+    """Writes a few bytes of extreme values, such as all ones or all zeros, for huge lengths and floats."""
     place, size = random.randrange(len(data)), random.choice((1, 2, 4, 8))
     word = random.choice(
         (b"\xff" * 8, bytes(8), b"\xff\xff\x7f\x7f" * 2, b"\x00\x00\x80\x7f" * 2, b"\0\0\0\0\0\0\xf0\x7f")
@@ -170,12 +170,12 @@ DAMAGES: list[Callable[[random.Random, bytes], bytes]] = [flips, cuts, insertion
 
 
 def with_checksum(data: bytes) -> bytes:
-    """Makes the checksum right again."""
+    """Returns `data` with the right checksum."""
     return data[:-CHECKSUM] + struct.pack("<I", zlib.crc32(data[:-CHECKSUM]))
 
 
 def header_field(offset: int, code: str, values: Callable[[random.Random], int | bytes]) -> Callable:
-    """Returns a damage that writes another value into a field of the header; the checksum is right."""
+    """Returns a kind of damage: another value in a field of the header, with the right checksum."""
 
     def write(random: random.Random, data: bytes) -> bytes:
         damaged = bytearray(data)
@@ -196,7 +196,7 @@ HEADERS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "length": header_field(36, "Q", lambda random: random.choice((2**60, 2**64 - 1, 2**63, 2**31, 0, 1, 2**20))),
 }
 
-# how many damaged messages of each kind, and over how many kinds of damage and of messages
+# the number of damaged messages of each kind, for each kind of damage and of message
 COUNTS = {
     "as it comes": (4_000, len(DAMAGES) * len(CASES)),
     "behind the checksum": (900, len(DAMAGES) * len(CASES)),
@@ -209,7 +209,7 @@ COUNTS = {
 
 @contextmanager
 def bounded_memory(mebibytes: int = 192) -> Iterator[None]:
-    """Lets the process grow by so much at most: larger allocations fail, with an error that is no MessageError."""
+    """Limits the growth of the process: larger allocations fail, with an error other than MessageError."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -223,7 +223,10 @@ def bounded_memory(mebibytes: int = 192) -> Iterator[None]:
 
 
 def refused(case: Case, message: bytes, key: Key = KEY) -> bool:
-    """Tells whether `message` is refused. If not, it must be as the schema has it, finite, within its own range."""
+    """Returns whether `message` is refused.
+
+    Otherwise the tensors must fit the schema, be finite, and lie within their range.
+    """
     try:
         tensors, front = case.decode(message, key)
     except MessageError as error:
@@ -272,7 +275,7 @@ def test_damage_behind_the_checksum(name: str, damage: Callable) -> None:
         assert refusals == count
     elif damage is noise:
         assert refusals > count // 2
-    else:  # the deeper layers are reached, and some damage is another message
+    else:  # some damage passes the outer layers, and some gives another valid message
         assert 0 < refusals < count
 
 
@@ -295,7 +298,7 @@ def test_ranges_that_are_none() -> None:
         pairs = [(draw.choice(bad), number), (-number, draw.choice(bad)), (draw.choice(bad), draw.choice(bad))]
         pairs += [(number, -number), (number, number / 2), (math.nan, math.nan)]
         if name == "h":
-            pairs.append((-1.7e308, 1.7e308))  # finite, but not their difference
+            pairs.append((-1.7e308, 1.7e308))  # both are finite, but their difference is not
         struct.pack_into(f"<2{code}", body, offset, *draw.choice(pairs))
         with pytest.raises(MessageError, match=f"'{name}' cannot be decoded"):
             case.decode(reframe(case.message, bytes(body)))
@@ -326,7 +329,7 @@ def test_messages_for_others(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_memory_stays_within_the_schemas(name: str) -> None:
-    # numpy's and Python's allocations; torch's are bounded by bounded_memory() above
+    # this measures allocations of numpy and Python; bounded_memory() above limits those of torch
     case, draw = case_of(name), random.Random(name)
     messages = [reframe(case.message, draw.choice(DAMAGES)(draw, case.body)) for _ in range(600)]
     messages += [damage(draw, case.message) for damage in HEADERS.values() for _ in range(20)]
@@ -343,7 +346,7 @@ def test_memory_stays_within_the_schemas(name: str) -> None:
 
 
 def test_a_length_on_the_wire_is_not_believed() -> None:
-    # the only length that travels within a body: that of a coder whose bytes depend on the values
+    # a body holds one kind of length: the length of the bytes of a coder, if they depend on the values
     x = {"x": wave(100)}
     codec = StateDictEncoder(rules={"*": Encoder([UniformQuantization(8)], Zlib())}).bind(schema_of(x))
     message = codec.encode(x, KEY).message
@@ -351,7 +354,7 @@ def test_a_length_on_the_wire_is_not_believed() -> None:
     size = body[8]
     assert size == len(body) - 9 < 128
     lies = [varint(lie) for lie in (0, 1, size - 1, size + 1, 2**31, 2**32 - 1, 2**63 - 1)]
-    # the right length with a zero behind it; one without an end; none
+    # the right length with a zero after it, a length without an end, and no length
     lies += [bytes((size | 0x80, 0)), b"\xff" * 1000, b""]
     with bounded_memory():
         for lie in lies:
@@ -360,7 +363,7 @@ def test_a_length_on_the_wire_is_not_believed() -> None:
 
 
 def test_lengths_are_in_leb128() -> None:
-    # the examples of the DWARF standard, and the bounds of each number of bytes
+    # the examples of the DWARF standard, and the smallest and largest numbers of each length
     known = {2: "02", 127: "7f", 128: "8001", 129: "8101", 12857: "b964", 0: "00", 2**63 - 1: "ff" * 8 + "7f"}
     assert {number: varint(number).hex() for number in known} == known
     for bits in range(63):

@@ -1,4 +1,4 @@
-"""DRIVE and EDEN: errors known in closed form, behind uniformly random rotations and Hadamard's."""
+"""Compares the errors of DRIVE and EDEN with closed forms, after uniformly random rotations and Hadamard's."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_unbiased_behind_a_uniform_rotation(bits: int) -> None:
     d, clients = 128, 10
     x = wave(d).double() ** 3 + 0.2
     rotations = np.linalg.qr(np.random.default_rng(7).standard_normal((400, d, d)))[0]
-    # made uniform (Haar) by random signs
+    # random signs make the rotations uniform (Haar)
     rotations = rotations * np.random.default_rng(8).choice([-1.0, 1.0], (400, 1, d))
     stage, estimates = Eden(bits), []
     for rotation in rotations:
@@ -100,7 +100,7 @@ def test_error_of_the_mean_behind_hadamard(fraction: float | None, bits: int) ->
     mask = [] if fraction is None else [RandomMask(fraction)]
     encoder = chain(HadamardRotation(4096, shared=False), *mask, Eden(bits, 1024))
     back = torch.stack([sent(encoder, x, KEY._replace(client=c)) for c in range(40)]).double()
-    # of z rotated: E‖S·Q‖² = ‖z‖² / (1 − D); masked and scaled by 1/p, that is 1/p as much
+    # for a rotated z, E‖S·Q‖² = ‖z‖² / (1 − D); a mask with the scale 1/p multiplies this by 1/p
     expected = 1 / (1 - DISTORTION[bits]) / (fraction or 1) - 1
     one = float((back - x).square().sum(1).mean() / x.square().sum())
     many = float((back.view(-1, clients, n).mean(1) - x).square().sum(1).mean() / x.square().sum())

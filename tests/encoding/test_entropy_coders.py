@@ -1,4 +1,4 @@
-"""Huffman, ANS and their models, Zstandard and the best of several: real bytes against entropies and other programs."""
+"""Compares real bytes of Huffman, ANS, Zstandard and Shortest with entropies and with other programs."""
 
 import hashlib
 import heapq
@@ -58,20 +58,20 @@ def spec_of(x: Tensor, levels: int | None) -> TensorSpec:
 
 
 def entropy(x: Tensor) -> float:
-    """The empirical entropy in bits a symbol."""
+    """Returns the empirical entropy in bits a symbol."""
     shares = torch.unique(x, return_counts=True)[1].double() / x.numel()
     return float(-(shares * shares.log2()).sum())
 
 
 def rate(coder: Coder, x: Tensor, levels: int | None) -> float:
-    """Real bits a symbol, once they have been decoded."""
+    """Returns the real bits a symbol, and checks that the symbols are decoded exactly."""
     data = coder.encode(x, spec_of(x, levels))
     assert torch.equal(coder.decode(memoryview(data), spec_of(x, levels)), x)
     return 8 * len(data) / x.numel()
 
 
 def drawn(shares: np.ndarray, n: int = 1_000_000) -> Tensor:
-    """Symbols 0, 1 … with these shares."""
+    """Returns symbols 0, 1 … with these shares."""
     cuts = np.cumsum(shares / shares.sum())[:-1]
     return torch.from_numpy(np.searchsorted(cuts, np.random.default_rng(1).random(n)).astype(np.uint8))
 
@@ -132,9 +132,9 @@ def test_rates_are_entropies(name: str) -> None:
     x = drawn(SOURCES[name])
     least = entropy(x)
     assert 0.04 < least <= 8
-    # 255 rare symbols, each below the least frequency, are the worst case
+    # the worst case has 255 rare symbols, each below the least frequency
     assert least <= rate(ANS(), x, 256) <= (1.025 if name == "0.05 bits of 256" else 1.01) * least
-    assert least - 1e-4 <= rate(ANS("adaptive"), x, 256) <= 1.01 * least + 0.004  # it learns 256 frequencies
+    assert least - 1e-4 <= rate(ANS("adaptive"), x, 256) <= 1.01 * least + 0.004  # the coder learns 256 frequencies
     best = heap_huffman(torch.bincount(x).numpy()) / x.numel()
     assert best <= rate(Huffman(), x, 256) <= 1.004 * best + 0.002
     if least > 3:
@@ -145,7 +145,7 @@ def test_rates_are_entropies(name: str) -> None:
 
 
 def heap_huffman(counts: np.ndarray) -> int:
-    """The bits of the best prefix code, by Huffman's own algorithm: the sum of all inner nodes' weights."""
+    """Returns the bits of the best prefix code by Huffman's algorithm: the sum of the weights of all inner nodes."""
     heap, total = [int(count) for count in counts if count], 0
     heapq.heapify(heap)
     while len(heap) > 1:
@@ -197,7 +197,7 @@ def test_any_integer_of_32_bits() -> None:
         for x in (edge.int(), edge, edge.flip(0).int(), ends):
             rate(coder, x, None)
         assert rate(coder, anything, None) < 32.9
-        # there are as many values as symbols: against the laws' differential entropies
+        # nearly every symbol differs, so the test compares with differential entropies
         assert rate(coder, heavy, None) < math.log2(4 * math.pi * 20) + (1.5 if coder == ANS("normal") else 0.3)
         assert rate(coder, smooth, 65_536) < 0.5 * math.log2(2 * math.pi * math.e * 5000**2) + 0.25
         for beyond in (2**31, -(2**31) - 1):
@@ -266,7 +266,7 @@ def test_tables_are_small_and_told() -> None:
             assert best.model_size(memoryview(best.encode(x, spec_of(x, levels)))) == coder.model_size(data)
     assert ANS().encode(drawn(normal(25)), TensorSpec((1_000_000,), torch.uint8, 256))[4] <= 14  # finer would not pay
     x = drawn(normal(25), 10_000)
-    assert rate(ANS(), x, 256) < entropy(x) * 1.02  # a table that is worth less than it costs is made coarser
+    assert rate(ANS(), x, 256) < entropy(x) * 1.02  # a fine table would cost more than it saves
     assert ANS("adaptive").model_size(memoryview(ANS("adaptive").encode(x, spec_of(x, 256)))) == 4
     assert [coder.model_size(memoryview(b"")) for coder in (ANS(), Huffman(), Zstandard())] == [0, 0, 0]
 
@@ -297,7 +297,7 @@ def test_frequencies_are_in_proportion() -> None:
             counts[draw.integers(size)] += 1
             found = tokens.normalise(counts, bits)
             assert found.sum() == 2**bits and found.min() >= 1
-            # what is not raised to 1 shares the rest in proportion, to less than 1
+            # symbols that are not raised to 1 share the rest in proportion, within 1
             ones = counts * 2**bits < counts.sum()
             rest = 2**bits - int(ones.sum())
             ideal = counts * rest / max(1, counts[~ones].sum())
@@ -306,7 +306,7 @@ def test_frequencies_are_in_proportion() -> None:
 
 def test_the_adaptive_model_follows_a_change() -> None:
     x = torch.cat((drawn(normal(4), 2_000_000), drawn(normal(4), 2_000_000) + 64))
-    assert rate(ANS("adaptive"), x, 256) < entropy(x) - 0.8  # nearly 1 bit a symbol tells which half it is in
+    assert rate(ANS("adaptive"), x, 256) < entropy(x) - 0.8  # the halves differ by nearly 1 bit a symbol
     early = drawn(normal(4), 3000)
     assert rate(ANS("adaptive"), early, 256) < entropy(early) * 1.08
 
@@ -321,7 +321,7 @@ def test_arguments_are_refused(make: Callable[[object], object], argument: objec
 
 
 def fixed(n: int, levels: int | None) -> Tensor:
-    """Symbols from integer arithmetic, more of the small ones."""
+    """Returns symbols from integer arithmetic; small symbols are more frequent."""
     i = torch.arange(n, dtype=torch.int64)
     x = (i * i * 40_503 + i * 12_289) % 65_521 * ((i * 30_011) % 65_537) // 65_537
     if levels is None:
@@ -341,7 +341,7 @@ def test_a_renamed_coder_keeps_its_fingerprint() -> None:
     encoder = StateDictEncoder(Encoder([UniformQuantization(4)], Shortest([ANS(), Huffman()])), 0)
     codec = encoder.bind({"x": TensorSpec((10,), torch.float32)})
     message = codec.encode({"x": torch.arange(10.0)}, Key(0)).message
-    assert message[8:16].hex() == "18da798b3649a1fd"  # of fedq.encoding.Best, as it was called
+    assert message[8:16].hex() == "18da798b3649a1fd"  # Shortest under its old name, fedq.encoding.Best
 
 
 def test_threads_give_the_same_bytes() -> None:
@@ -353,7 +353,7 @@ def test_threads_give_the_same_bytes() -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert issubclass(MissingPackage, FedqError)  # what the command line tells in one sentence
+    assert issubclass(MissingPackage, FedqError)  # the command line shows such an error in one sentence
     x = fixed(100, 256)
     for module in [name for name in sys.modules if name.endswith("_loops") or name == "fedq.encoding.compiled"]:
         monkeypatch.delitem(sys.modules, module)
@@ -430,7 +430,7 @@ def test_a_changed_stream_does_not_end_where_it_should() -> None:
             except ValueError:
                 refused += 1
             data[i] ^= 1
-        # some changes turn a rare symbol into another as rare, which gives what other symbols would
+        # some changes swap two equally rare symbols, which gives the message of other symbols
         assert refused >= 0.85 * (len(data) - begin)
 
 
@@ -443,7 +443,7 @@ def test_hostile_headers_are_refused() -> None:
             with pytest.raises(ValueError, match="no tokens"):
                 coder.decode(memoryview(data), spec)
     for bits, numbers in ((10, [1024, 1]), (10, [1023]), (11, [2048]), (10, [2048, -1024])):
-        steps = np.diff(numbers, prepend=0)  # a negative frequency can only be told as a difference
+        steps = np.diff(numbers, prepend=0)  # a negative frequency can be written only as a difference
         out = np.zeros(99, np.uint8)
         used = tokens_loops.golomb_encode(np.where(steps < 0, -2 * steps - 1, 2 * steps), 0, out)
         head = tokens.WINDOW.pack(0, len(numbers) - 1) + bytes([bits, 16])
@@ -456,7 +456,7 @@ def test_hostile_headers_are_refused() -> None:
     with pytest.raises(ValueError, match="student"):
         head = tokens.WINDOW.pack(0, 9)
         ANS("student").decode(memoryview(head + models._WIRE.pack(0, 0, 4) + struct.pack("<4I", *[1 << 16] * 4)), spec)
-    # a small frame that holds, and one that claims, very much
+    # one small frame unpacks to very many bytes, and one claims to
     bomb = pytest.importorskip("zstandard").ZstdCompressor(write_content_size=False).compress(bytes(10**8))
     for frame in (bomb, b"\x28\xb5\x2f\xfd\xe0" + (1 << 50).to_bytes(8, "little") + bytes(9)):
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""FixedWidth against a packing written another way."""
+"""Compares FixedWidth with another implementation."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ LENGTHS = range(71)
 
 
 def pack(symbols: np.ndarray, width: int) -> bytes:
-    """Bit by bit: symbol after symbol, least significant bit first."""
+    """Packs bit by bit: symbol after symbol, least significant bit first."""
     bits = (symbols[:, None].astype(np.int64) >> np.arange(width)) & 1
     return np.packbits(bits.reshape(-1).astype(np.uint8), bitorder="little").tobytes()
 
 
 def symbols_of(n: int, levels: int) -> np.ndarray:
-    """Pseudo-random symbols, the largest among them."""
+    """Returns pseudo-random symbols, including the largest."""
     symbols = Key(n, levels).generator().integers(0, levels, n)
     symbols[n // 2 : n // 2 + 1] = levels - 1
     return symbols
@@ -64,12 +64,12 @@ def test_a_symbol_out_of_range_is_refused(levels: int, n: int) -> None:
 @pytest.mark.parametrize("levels", [1, 2, 3, 8, 128, 256, 300, 4096, 2**16])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
 def test_a_symbol_out_of_range_is_not_packed(levels: int, dtype: torch.dtype) -> None:
-    # it would spill into its neighbours, and the receiver decode other values without a word
+    # the symbol would change its neighbours, and the receiver would decode other values without an error
     for symbol in (levels, -1, 2**15 - 1 if levels < 2**15 else -(2**15)):
         symbols = torch.zeros(9, dtype=torch.int64)
         symbols[4] = symbol
         symbols = symbols.to(dtype)
-        if int(symbols[4]) == symbol:  # the dtype can hold it
+        if int(symbols[4]) == symbol:  # the dtype can hold the symbol
             with pytest.raises(ValueError, match="not from 0 to"):
                 FixedWidth().encode(symbols, TensorSpec((9,), dtype, levels))
 

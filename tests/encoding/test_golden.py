@@ -1,11 +1,11 @@
-"""The format is frozen: today's bytes are those stored in golden/, and those decode to the values stored beside them.
+"""The format is frozen: messages equal the messages in golden/, and decode to the values in golden/.
 
-A change here is a change of the format, and needs a new version number in fedq/encoding/message.py. Only then, or
-for a new file, write them anew:
+If a message changes, the format needs a new version number in fedq/encoding/message.py. Only then, or for a new
+encoder, write the files anew:
 
     FEDQ_WRITE_GOLDEN=1 python -m pytest tests/encoding/test_golden.py
 
-and read the difference before it is committed. Values are JSON numbers, which hold every float64 exactly.
+and read the difference before you commit it. Values are JSON numbers, which hold every float64 exactly.
 """
 
 import hashlib
@@ -60,8 +60,8 @@ ENCODERS = {
         for bits in (1, 3, 8, 12)
     },
     "uniform8_stochastic": StateDictEncoder(Encoder([UniformQuantization(8)], FixedWidth()), 100),
-    # one for each use of the key, and for each format of indices and entropy coders; all of it without a sum or a
-    # product of matrices, whose last bits are the processor's
+    # one encoder for each use of the key, and for each format of indices and entropy coders. None has a sum or a
+    # product of matrices, because their last bits depend on the processor
     "uniform4_dithered": StateDictEncoder(Encoder([UniformQuantization(4, "dithered")], FixedWidth()), 100),
     "random_mask": StateDictEncoder(Encoder([RandomMask(0.3)]), 100),
     "random_mask_shared": StateDictEncoder(Encoder([RandomMask(0.3, shared=True)]), 100),
@@ -86,7 +86,7 @@ ENCODERS = {
         Encoder([StepQuantization(0.25, relative=False)], CABAC()), 100, common_scale=True
     ),
     "huffman": StateDictEncoder(Encoder([UniformQuantization(8, "nearest")], Huffman()), 100),
-    # sums of sixteenths are exact
+    # these sums are exact, because all elements are multiples of a sixteenth
     "scaled_sign": StateDictEncoder(Encoder([ScaledSign()], FixedWidth()), 100),
     "two_means": StateDictEncoder(Encoder([OneBitTwoMeans()], FixedWidth()), 100),
     "threshold": StateDictEncoder(Encoder([Threshold(2.0, relative=False)]), 100),
@@ -101,7 +101,7 @@ ENCODERS = {
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """From arithmetic in integers: exact in every dtype, on every machine."""
+    """Returns tensors from integer arithmetic: exact in every dtype, on every machine."""
 
     def numbers(n: int, dtype: torch.dtype) -> torch.Tensor:
         return ((torch.arange(n) * 37 % 101 - 40).to(dtype)) / 16
@@ -121,7 +121,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def bound(name: str, given: dict[str, torch.Tensor]) -> tuple[Codec, dict[str, Any], dict[str, Any]]:
-    """The codec, and what its `encode` and `decode` take beside tensors and key."""
+    """Returns the codec, and the other arguments of its `encode` and `decode`."""
     codec = ENCODERS[name].bind(schema_of(given))
     if name == "reference":
         both = {"reference": {key: torch.ones_like(value) for key, value in given.items()}}
@@ -162,7 +162,7 @@ def test_all_golden_files_are_tested() -> None:
 
 
 def test_golden_hash_of_a_large_tensor() -> None:
-    # larger than what is worked on at a time: the random numbers must not depend on how it is cut
+    # larger than a piece that a stage works on: the random numbers must not depend on the pieces
     x = {"x": (torch.arange(300_001) * 7919 % 65_537 - 30_000).float() / 1024}
     digests = []
     for bits, rounding in ((8, "stochastic"), (12, "stochastic"), (16, "stochastic"), (5, "nearest")):

@@ -1,4 +1,4 @@
-"""The encoding layer can be taken elsewhere: it needs torch and numpy, and nothing else of fedq's."""
+"""The encoding layer works alone: it needs torch and numpy, and no other part of fedq."""
 
 import subprocess
 import sys

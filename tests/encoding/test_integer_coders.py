@@ -1,4 +1,4 @@
-"""The coders of integers, masks and runs: lengths by formula, and no bytes that are not theirs."""
+"""The coders of integers, masks and runs have the lengths of their formulas, and refuse bytes that they never write."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def coded(coder: Coder, values: np.ndarray, levels: int | None = None) -> bytes:
-    """The bytes of `values`, once they are known to come back."""
+    """Returns the bytes of `values`, and checks that they are decoded exactly."""
     symbols = torch.from_numpy(values)
     spec = TensorSpec(tuple(symbols.shape), symbols.dtype, levels)
     data = bytes(coder.encode(symbols, spec))
@@ -39,7 +39,7 @@ def decoded(coder: Coder, data: bytes, n: int, dtype: torch.dtype = torch.int32,
 
 
 def golomb_by_hand(values: list[int], m: int) -> tuple[str, str, str]:
-    """The textbook's code words: unary quotients (0 … 0 1), heads and last bits of the truncated binary remainders."""
+    """Returns the textbook's code words: unary quotients, and heads and last bits of truncated binary remainders."""
     quotients = heads = ""
     width = (m - 1).bit_length()
     parts: list[str] = []
@@ -68,7 +68,7 @@ def test_golomb_is_the_textbooks(mean: float) -> None:
 
 @pytest.mark.parametrize("mean", [0.2, 1, 2, 4, 7.5, 30, 1000])
 def test_golomb_length_on_geometric_symbols(mean: float) -> None:
-    # each symbol as often as it is expected: the expectation itself, without the noise of a sample
+    # each symbol occurs as often as expected, so that no sampling noise remains
     theta, n = mean / (1 + mean), 400_000
     highest = math.ceil(math.log(1e-9) / math.log(theta))
     probabilities = (1 - theta) * theta ** np.arange(highest)
@@ -100,7 +100,7 @@ def test_elias_lengths(code: str, length: object) -> None:
     assert callable(length)
     for x in [*range(1, 70), 255, 256, 2**16 - 1, 2**16, 2**31 - 1, 2**31]:
         values = np.full(8, x - 1, np.int64)
-        assert len(coded(Elias(code), values, 1 << 32)) == length(x), x  # eight of them: as many bytes as one has bits
+        assert len(coded(Elias(code), values, 1 << 32)) == length(x), x  # 8 symbols: as many bytes as one has bits
     values = RNG.integers(0, 5000, 999).astype(np.int32)
     assert len(coded(Elias(code), values, 5000)) == -(-sum(length(int(v) + 1) for v in values) // 8)
     assert (gamma_length(31), gamma_length(32)) == (9, 11)
@@ -108,10 +108,11 @@ def test_elias_lengths(code: str, length: object) -> None:
 
 
 def test_elias_words() -> None:
-    # 1 is 1, 2 is 01 0, 3 is 01 1, 9 is 0001 and 001 from the lowest bit: unary parts in front, then plane by plane
+    # 1 is 1, 2 is 01 0, 3 is 01 1, 9 is 0001 and 001 from the lowest bit: all unary parts, then all lowest bits, and so
+    # on
     data = coded(Elias("gamma"), np.array([0, 1, 2, 8], np.int32), 16)
     assert data == bytes([int("10101000"[::-1], 2), int("10110000"[::-1], 2)])
-    # delta: lengths 1, 2, 2, 4 in gamma (1, 01 0, 01 0, 001 00), then the same mantissas
+    # delta has the lengths 1, 2, 2, 4 in gamma (1, 01 0, 01 0, 001 00), then the same mantissas
     data = coded(Elias("delta"), np.array([0, 1, 2, 8], np.int32), 16)
     assert data == bytes([int("10101001"[::-1], 2), int("00000110"[::-1], 2), 0])
 
@@ -119,7 +120,7 @@ def test_elias_words() -> None:
 @pytest.mark.parametrize("coder", [Golomb(), Elias("gamma"), Elias("delta")], ids=str)
 def test_every_integer_comes_back(coder: Coder) -> None:
     low, high = -(2**31), 2**31 - 1
-    for n in (1, 2, 5, 16_383, 16_384, 16_385, 100_000):  # around a block
+    for n in (1, 2, 5, 16_383, 16_384, 16_385, 100_000):  # near the size of a block
         values = RNG.integers(low, high, n, endpoint=True).astype(np.int32)
         values[[0, -1]] = low, high
         coded(coder, values)
@@ -129,7 +130,7 @@ def test_every_integer_comes_back(coder: Coder) -> None:
         for n in (1, 20_000):
             coded(coder, np.full(n, value, np.int32))
     outlier = np.zeros(50_000, np.int32)
-    outlier[777] = low  # one far off costs no more than its bits and a divisor that fits the mean
+    outlier[777] = low  # an outlier costs its bits, and the divisor still fits the mean
     assert len(coded(coder, outlier)) < 50_000 * (2.7 + 18) / 8
     for beyond in (torch.tensor([2**31]), torch.tensor([-(2**31) - 1])):
         with pytest.raises(ValueError, match="a symbol is not from"):
@@ -188,13 +189,14 @@ def test_masks_of_any_kind() -> None:
             for mask in (np.arange(n) < ones, np.arange(n) >= n - ones, RNG.permutation(n) < ones):
                 data = coded(SparseMask(), mask.astype(np.uint8), 2)
                 assert len(data) <= 1 + -(-n // 8)
-    for _ in range(500):  # where gaps and bitmap take nearly the same
+    for _ in range(500):  # gaps and bitmap take nearly the same number of bytes
         mask = RNG.random(RNG.integers(40, 200)) < RNG.uniform(0.1, 0.37)
         assert len(coded(SparseMask(), mask.astype(np.uint8), 2)) <= 1 + -(-len(mask) // 8)
     assert len(coded(SparseMask(), np.zeros(10**6, np.uint8), 2)) == 5
     assert len(coded(SparseMask(), np.ones(10**6, np.uint8), 2)) == 5
     assert coded(SparseMask(), np.array([1, 0, 1, 1, 0, 0, 0, 0, 1], np.uint8), 2) == b"\xff\x0d\x01"
-    # 3 ones of 80 with the gaps 9, 19 and 29; the mean 77/3 has θ = 77/80 and the best divisor is 18, hence 19
+    # 3 ones of 80 with the gaps 9, 19 and 29. The mean 77/3 gives θ = 77/80 and the divisor 18; the next one that a
+    # byte can name is 19
     mask = np.zeros(80, np.uint8)
     mask[[9, 29, 59]] = 1
     data = coded(SparseMask(), mask, 2)
@@ -212,7 +214,7 @@ def test_masks_of_any_kind() -> None:
 
 
 def quartic_by_hand(values: list[int]) -> list[int]:
-    """3LC (Lim 2019, §3.2, 3.3) in a loop: quartic encoding, then zero-run encoding."""
+    """Returns the bytes of 3LC (Lim 2019, §3.2, 3.3), written as a loop: quartic encoding, then zero-run encoding."""
     values = values + [1] * (-len(values) % 5)
     packed = [int("".join(map(str, values[i : i + 5])), 3) for i in range(0, len(values), 5)]
     out: list[int] = []
@@ -234,7 +236,8 @@ def test_zero_runs_are_3lc(zeros: float) -> None:
 def test_zero_runs_by_number() -> None:
     no_zero = RNG.choice([0, 2], 10_000).astype(np.uint8)
     assert len(coded(ZeroRuns(), no_zero, 3)) == 2000  # 1.6 bits each
-    # runs of 2 to 14 bytes of five zeros are the bytes 243 to 255; the paper's best case is 280 times below float32
+    # the bytes 243 to 255 are runs of 2 to 14 bytes of five zeros. The best case of the paper is 280 times shorter than
+    # float32
     assert [coded(ZeroRuns(), np.ones(5 * run, np.uint8), 3)[0] for run in range(1, 15)] == [121, *range(243, 256)]
     assert len(coded(ZeroRuns(), np.ones(70_000, np.uint8), 3)) == 1000
     assert coded(ZeroRuns(), np.ones(5 * 29, np.uint8), 3) == bytes([255, 255, 121])
@@ -263,29 +266,29 @@ def test_zero_runs_by_number() -> None:
     ("coder", "n", "levels", "data", "why"),
     [
         (Golomb(), 3, None, b"", "no Golomb code"),
-        (Golomb(), 3, None, b"\xfd\x07\0", "no Golomb code"),  # no such divisor
-        (Golomb(), 3, None, b"\0" + bytes(16), "no Golomb code"),  # longer than any
+        (Golomb(), 3, None, b"\xfd\x07\0", "no Golomb code"),  # no divisor has this byte
+        (Golomb(), 3, None, b"\0" + bytes(16), "no Golomb code"),  # longer than any code
         (Golomb(), 3, None, b"\0\x03", "3 unary numbers"),
         (Golomb(), 3, None, b"\x20\x07", "bits end"),
         (Golomb(), 3, None, b"\0\x0f", "not zero"),
-        (Golomb(), 3, None, b"\0\x07\0", "behind the last"),
+        (Golomb(), 3, None, b"\0\x07\0", "after the last"),
         (Golomb(), 2, 4, b"\0\x21", "not from 0 to 3"),
         (Golomb(), 1, None, b"\xfc\x04" + bytes(4), "32 bits"),
         (Elias(), 2, None, b"\x01", "2 unary numbers"),
         (Elias(), 2, None, b"\x48", "bits end"),
-        (Elias(), 2, None, b"\x03\x01", "behind the last"),
+        (Elias(), 2, None, b"\x03\x01", "after the last"),
         (Elias(), 2, None, b"\x07", "not zero"),
         (Elias(), 1, None, bytes(10), "no Elias code"),
-        (Elias(), 2, 4, b"\x05\x0f\0", "behind the last"),
+        (Elias(), 2, 4, b"\x05\x0f\0", "after the last"),
         (Elias(), 1, None, b"\0\0\0\0\x02" + bytes(4), "33 bits"),
         (Elias(), 1, None, b"\0\0\0\0\x01\x01\0\0\0", "32 bits"),
-        (Elias(), 1, 4, b"\x04\0", "behind the last"),
+        (Elias(), 1, 4, b"\x04\0", "after the last"),
         (Elias(), 1, 2, b"\x04", "not from 0 to 1"),
         (Elias("delta"), 1, None, b"\x40" + bytes(8), "33 bits"),
         (SparseMask(), 80, 2, b"", "no mask"),
         (SparseMask(), 80, 2, b"\xff" + bytes(9), "cut"),
         (SparseMask(), 80, 2, b"\xff" + bytes(11), "no mask"),
-        (SparseMask(), 79, 2, b"\xff" + bytes(9) + b"\x80", "more ones"),
+        (SparseMask(), 79, 2, b"\xff" + bytes(9) + b"\x80", "ones after"),
         (SparseMask(), 80, 2, b"\x22\x03\0\0", "not 4294967295 ones|has not"),
         (SparseMask(), 80, 2, b"\x22\x51\0\0\0", "not 81 ones"),
         (SparseMask(), 80, 2, b"\xfd\x03\0\0\0", "has not"),
@@ -308,7 +311,7 @@ def test_bytes_never_made_are_refused(coder: Coder, n: int, levels: int | None, 
 
 @pytest.mark.parametrize(("coder", "levels"), CODERS, ids=str)
 def test_any_bytes_are_refused_or_decoded(coder: Coder, levels: int | None) -> None:
-    """Whatever comes, it is a ValueError or symbols in range."""
+    """Any bytes raise ValueError or decode to symbols in range."""
     dice = random.Random(1)
     for i in range(400):
         n = dice.choice([0, 1, 2, 9, 100])
@@ -334,7 +337,7 @@ def test_any_bytes_are_refused_or_decoded(coder: Coder, levels: int | None) -> N
 def test_hostile_bytes_take_no_more_memory_than_some_times_themselves(coder: Coder, fill: bytes, tail: bytes) -> None:
     n = 1 << 18
     spec = TensorSpec.symbols((n,), 256)
-    most = 9 * n if isinstance(coder, Elias) else 5 * n + 1  # what is longer is not looked at
+    most = 9 * n if isinstance(coder, Elias) else 5 * n + 1  # longer bytes are refused at once
     data = b"\1" + (fill * (most // len(fill)))[: most - 1 - len(tail)] + tail
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""Kashin's representation: exact, a tight frame, small coefficients, and what that is worth behind few bits."""
+"""Kashin's representation is exact, is a tight frame, has small coefficients, and helps quantisation to few bits."""
 
 import math
 
@@ -31,7 +31,7 @@ TUNED = {"iterations": 15, "eta": 0.7, "delta": 3.0}
 
 @pytest.mark.parametrize("stage", [stage for stage, _ in STAGES], ids=str)
 def test_decoding_is_a_tight_frame(stage: EncodingStage) -> None:
-    """The frame's vectors as columns: U Uᵀ is one, and U times the coefficients is x."""
+    """With the vectors of the frame as columns of U, U Uᵀ is the identity, and U times the coefficients is x."""
     for n in (1, 3, 13, 45):
         spec = TensorSpec((n,), torch.float64)
         many = stage.encoded_spec(spec, {}).numel
@@ -42,7 +42,7 @@ def test_decoding_is_a_tight_frame(stage: EncodingStage) -> None:
 
 
 def test_how_many_coefficients() -> None:
-    """Redundancy times as many, up to whole blocks; a small tensor's block is the power of two that takes it."""
+    """The number is redundancy · n, rounded up to whole blocks. A small tensor has one block, a power of two."""
     for redundancy, block, n, expected in (
         (4 / 3, 1024, 1_605_632, 2_091 * 1024),
         (1.5, 64, 1000, 24 * 64),
@@ -72,7 +72,7 @@ def test_coefficients_are_small() -> None:
         plain = level(KashinRepresentation(redundancy, 1), gauss)
         assert level(KashinRepresentation(redundancy), gauss) < min(paper, plain - 0.5)
         assert level(KashinRepresentation(redundancy, **TUNED), gauss) < tuned
-    # Lyubarskii & Vershynin's guarantee, K ≤ 1 / ((1 − eta)·√delta), and a block's spike spreads all the same
+    # Lyubarskii & Vershynin guarantee K ≤ 1 / ((1 − eta)·√delta); a spike spreads over its block too
     assert level(KashinRepresentation(2.0, 30, 0.7, 2.0), gauss) < 1 / (0.3 * math.sqrt(2))
     spikes = torch.zeros(51_200)
     spikes[:1000] = wave(1000) * 50
@@ -80,7 +80,7 @@ def test_coefficients_are_small() -> None:
 
 
 def rate_and_error(stages: list[EncodingStage], x: Tensor) -> tuple[float, float]:
-    """Returns the bits an element, of a real message, and ‖x̂ − x‖² / ‖x‖²."""
+    """Returns the bits an element of a real message, and ‖x̂ − x‖² / ‖x‖²."""
     codec = StateDictEncoder(Encoder(stages, FixedWidth())).bind(schema_of({"x": x}))
     message = codec.encode({"x": x}, KEY).message
     back = codec.decode(message, KEY).tensors["x"]
@@ -88,7 +88,7 @@ def rate_and_error(stages: list[EncodingStage], x: Tensor) -> tuple[float, float
 
 
 def test_at_equal_bits() -> None:
-    """Three bits an element of a spiky tensor: far better than without, better than the rotation alone."""
+    """At three bits an element of a spiky tensor, the stage beats the rotation alone, and both beat plain rounding."""
     x = torch.from_numpy(Key(4).generator().standard_normal(131_072)).float()
     x[::1000] *= 50
     plain_bits, plain = rate_and_error([UniformQuantization(3)], x)

@@ -1,4 +1,4 @@
-"""Numbers known beforehand: from rate-distortion theory, and from counting parameters."""
+"""Checks numbers that theory or counting gives: from rate-distortion theory, and from numbers of parameters."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_squared_error(noise: torch.Tensor, bits: int, rounding: str, divisor: i
 
 
 def test_squared_error_at_16_bits(noise: torch.Tensor) -> None:
-    # float32 noise has as few as 8 bits below the step, so float64
+    # float64, because float32 noise has as few as 8 bits below the step
     x = noise.double() + 2.0**-25
     for rounding, divisor in (("nearest", 12), ("stochastic", 6)):
         stage = UniformQuantization(16, rounding)
@@ -91,5 +91,5 @@ def test_the_threshold_is_10_000_and_not_negative() -> None:
     assert StateDictEncoder().threshold == 10_000
     with pytest.raises(ValueError, match="threshold"):
         StateDictEncoder(threshold=-1)
-    with pytest.raises(MessageError, match="schema"):  # one element apart, another chain: another schema
+    with pytest.raises(MessageError, match="schema"):  # one element more selects another chain, so the schema differs
         UINT8.bind({"x": TensorSpec((10_001,), torch.float32)}).decode(sent(UINT8, {"x": torch.zeros(10_000)}), KEY)

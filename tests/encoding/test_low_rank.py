@@ -1,4 +1,4 @@
-"""PowerSGD against numpy's singular value decomposition; random subspaces against the mathematics of projections."""
+"""Compares PowerSGD with numpy's singular value decomposition, and random subspaces with exact projections."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def matrix(rows: int, columns: int, spectrum: np.ndarray) -> Tensor:
 
 
 def step(stage: PowerSGD, x: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """One round with one client: what is decoded and the next state."""
+    """Returns the decoded tensor and the next state of a round with one client."""
     y, side, report = stage.encode(x, KEY, stage.params(state))
     return stage.decode(y, side, TensorSpec.of(x), KEY, stage.params(state)), stage.update_state(state, report)
 
@@ -67,7 +67,7 @@ def test_a_matrix_of_the_rank_is_exact(shape: tuple[int, ...], scale: float) -> 
             x = (x.t() if shape[0] == 90 else x.reshape(shape)).to(dtype)
             back, _ = step(PowerSGD(3), x, PowerSGD(3).initial_state(TensorSpec.of(x)))
             error = ((back.double() - x.double()) / more).norm() / (x.double() / more).norm()
-            # denormals have few digits of their own
+            # denormals have few digits
             assert float(error) < (tolerance if scale > 1e-40 else 0.01), (dtype, rank)
 
 
@@ -75,7 +75,7 @@ def test_a_matrix_of_the_rank_is_exact(shape: tuple[int, ...], scale: float) -> 
 def test_what_is_decoded_is_the_projection(rows: int, columns: int) -> None:
     x, stage = matrix(rows, columns, np.linspace(1, 2, 30)), PowerSGD(4)
     state = stage.initial_state(TensorSpec.of(x))
-    m = x.numpy() if rows > columns else x.numpy().T  # standing, as in the paper
+    m = x.numpy() if rows > columns else x.numpy().T  # more rows than columns, as in the paper
     p, _ = np.linalg.qr(m @ state["basis"].double().numpy().T)
     expected = p @ p.T @ m
     back, after = step(stage, x, state)
@@ -128,7 +128,7 @@ def test_the_next_basis_is_of_the_cohorts_sum_whatever_a_clients_scale() -> None
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_a_sum_without_a_direction_leaves_the_basis(value: float) -> None:
-    # no client learnt anything, or one reports so much that float16 overflows
+    # all updates are zero, or a report overflows float16
     stage = PowerSGD(2)
     state = stage.initial_state(TensorSpec((20, 30), torch.float32))
     aggregated = {"basis": torch.ones(2, 20, dtype=torch.float16)}
@@ -145,7 +145,7 @@ def test_the_views_and_their_bytes() -> None:
         assert PowerSGD(4).initial_state(TensorSpec(shape, torch.float32))["basis"].shape == (4, rows)
         encoded = RandomSubspace(4).encoded_spec(TensorSpec(shape, torch.float32), {})
         assert encoded.shape == ((rows, 4) if columns > rows else (4, columns))
-    # the CNN's largest layer, with the report: over 100 times less up, and next to nothing down
+    # for the CNN's largest layer, uploads with reports are over 100 times shorter, and params are short
     spec = TensorSpec((512, 3136), torch.float32)
     up = 4 * PowerSGD().encoded_spec(spec, {}).numel + 2 * PowerSGD().update_spec(spec)["basis"].spec.numel
     assert up == 4 * 4 * 3648 + 2 * 4 * 512
@@ -167,7 +167,7 @@ def test_what_would_not_be_smaller_passes(stage: PowerSGD | RandomSubspace) -> N
             message = codec.encode({"x": x}, KEY, params).message
             assert len(message) == OVERHEAD + x.numel() * dtype.itemsize
             assert torch.equal(codec.decode(message, KEY, params).tensors["x"], x)
-    # half precision is worked on in float32: it must save more
+    # a half-precision tensor has factors in float32, so the factors must save more
     assert stage.encoded_spec(TensorSpec((15, 15), torch.float16), {}).shape == (15, 15)
     assert stage.encoded_spec(TensorSpec((15, 15), torch.float32), {}).shape != (15, 15)
 
@@ -194,7 +194,7 @@ def test_zeros_and_the_largest_values_come_back_finite() -> None:
         state = stage.initial_state(TensorSpec.of(x))
         assert torch.equal(step(stage, x, state)[0], x)
         x[:] = torch.finfo(dtype).max
-        x[10:, 15:] = 0  # the best approximation of rank 1 is 1.17 of the upper left
+        x[10:, 15:] = 0  # the best approximation of rank 1 is 1.17 times the upper left part
         for _ in range(6):
             back, state = step(stage, x, state)
         assert torch.equal(back[:10, :15], x[:10, :15])
@@ -220,7 +220,7 @@ def test_factors_that_overflow_are_refused() -> None:
 
 
 def projection(stage: RandomSubspace, n: int, key: Key, wide: bool = False) -> Tensor:
-    """The matrix that decode(encode(·)) applies to the longer side of an n × n/2 matrix, found from unit vectors."""
+    """Returns the matrix that decode(encode(·)) applies to the longer side of an n × n/2 matrix, from unit vectors."""
     columns = []
     for half in torch.eye(n, dtype=torch.float64).split(n // 2):
         columns.append(send(stage, half, key).t() if wide else send(stage, half.t(), key))
@@ -234,9 +234,9 @@ def test_without_scale_it_is_an_orthogonal_projection(rank: int, wide: bool) -> 
     torch.testing.assert_close(p, p.t(), rtol=0, atol=1e-15)
     torch.testing.assert_close(p @ p, p, rtol=0, atol=1e-15)
     assert round(float(p.trace()), 9) == int(torch.linalg.matrix_rank(p)) == rank
-    sizes = (p != 0).sum(1)  # of the group of each row
+    sizes = (p != 0).sum(1)  # the size of the group of each row
     assert int(sizes.max()) - int(sizes.min()) == (40 % rank > 0)
-    # scaled by the groups' sizes
+    # `scale` multiplies each row by the size of its group
     torch.testing.assert_close(projection(RandomSubspace(rank), 40, KEY, wide), p * sizes[:, None])
 
 

@@ -1,4 +1,4 @@
-"""Rotations are orthogonal, spread what is large, and make uniform quantisation as good as the formula says."""
+"""Rotations are orthogonal, spread large elements, and give uniform quantisation the error of the formula."""
 
 import math
 
@@ -26,7 +26,7 @@ from fedq.encoding.testing import KEY, Bound, wave
 
 
 def bound(x: Tensor) -> float:
-    """A few eps of the norm for each product of matrices, and what the dtype of x and its denormals cannot hold."""
+    """Returns a few eps of the norm for each product of matrices, and the rounding of the dtype of x."""
     info, work = torch.finfo(x.dtype), torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32)
     largest = float(x.abs().max())
     norm = largest * float(torch.linalg.vector_norm(x.double() / largest)) if largest else 0.0
@@ -45,7 +45,7 @@ SMALL = [*(stage for stage, _ in STAGES), HadamardRotation(8), HadamardRotation(
 
 
 def matrix(stage: EncodingStage, n: int, key: Key = KEY) -> Tensor:
-    """Returns the matrix of a rotation of n elements: row i is what the i-th unit vector becomes."""
+    """Returns the matrix of a rotation of n elements: row i is the rotated i-th unit vector."""
     return torch.stack([stage.encode(unit, key)[0] for unit in torch.eye(n, dtype=torch.float64)])
 
 
@@ -60,7 +60,7 @@ def test_orthogonal_whatever_the_length(stage: EncodingStage) -> None:
 
 
 def test_against_explicit_matrices() -> None:
-    """11 elements in blocks of 8: signs and a Hadamard matrix on the first 8, then on the last 8."""
+    """For 11 elements in blocks of 8, signs and a Hadamard matrix act on the first 8, then on the last 8."""
     for stage, transform in (
         (HadamardRotation(8), scipy.linalg.hadamard(8) / math.sqrt(8)),
         (CosineRotation(8), scipy.fft.dct(np.eye(8), norm="ortho", axis=0)),
@@ -71,7 +71,7 @@ def test_against_explicit_matrices() -> None:
         last[3:, 3:] = transform @ np.diag(signs[8:])
         x = wave(11, dtype=torch.float64)
         np.testing.assert_allclose(stage.encode(x, KEY)[0].numpy(), last @ first @ x.numpy(), rtol=0, atol=1e-14)
-    # two rounds: between them element j of block i goes to place i of block j
+    # between two rounds, element j of block i goes to place i of block j
     rotation = np.kron(np.eye(4), scipy.linalg.hadamard(4) / 2)
     one, two = (random_signs(16, KEY.shared().fold(str(i)), torch.device("cpu")).numpy().astype(float) for i in (0, 1))
     x = wave(16, dtype=torch.float64)
@@ -96,15 +96,15 @@ def test_a_spike_becomes_flat() -> None:
         x[place] = -3.0
         y = HadamardRotation().encode(x, KEY)[0]
         own = slice(place // 1024 * 1024, place // 1024 * 1024 + 1024)
-        torch.testing.assert_close(y[own].abs(), torch.full((1024,), 3 / 32), rtol=3e-7, atol=0)  # flat in its block
+        torch.testing.assert_close(y[own].abs(), torch.full((1024,), 3 / 32), rtol=3e-7, atol=0)  # flat in the block
         assert float(y.abs().sum()) == float(y[own].abs().sum()), "and nowhere else"
         cosine = CosineRotation(512).encode(x, KEY)[0]
         assert 0.9 * 3 * math.sqrt(2 / 512) < float(cosine.abs().max()) <= 3 * math.sqrt(2 / 512) * 1.000001
     x = torch.zeros(64 * 64)
-    x[77] = 1.0  # two rounds in blocks of 64 reach every element, alike
+    x[77] = 1.0  # two rounds in blocks of 64 spread one element over all elements evenly
     torch.testing.assert_close(HadamardRotation(64, 2).encode(x, KEY)[0].abs(), torch.full((4096,), 1 / 64))
     x = torch.zeros(1025)
-    x[5] = 1.0  # the second window takes 1023 of the first one's flat elements: fresh signs keep it from undoing them
+    x[5] = 1.0  # the second block shares 1023 elements with the first: fresh signs keep them spread
     assert float(HadamardRotation().encode(x, KEY)[0].abs().max()) < 6 / 32
 
 
@@ -152,14 +152,14 @@ def nmse(encoder: Encoder, x: Tensor) -> float:
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_error_of_quantisation_behind_it(bits: int) -> None:
-    """A rotated spike-and-noise tensor is Gaussian: its range is known, and so is the error of stochastic rounding."""
+    """A rotated tensor of spikes and noise is Gaussian, so its range and the error of stochastic rounding are known."""
     n = 2**17
     x = torch.from_numpy(Key(2).generator().standard_normal(n)).float()
     x[::1000] *= 100
     sigma = float(x.norm()) / math.sqrt(n)
     rotated = HadamardRotation(1024, 2).encode(x, KEY.fold("x").fold("0"))[0] / sigma
     assert abs(float(rotated.pow(4).mean()) - 3) < 0.1, "the fourth moment of a Gaussian"
-    # E[p(1 − p)] step², where p is the fraction: summed over Gaussian values
+    # the error is E[p(1 − p)] step², where p is the fraction of a Gaussian value
     span = float(rotated.max() - rotated.min())
     assert abs(span / 2 - math.sqrt(2 * math.log(n))) < 0.6
     step = span / (2**bits - 1)

@@ -1,4 +1,4 @@
-"""Signs: their scales against numpy, their error against what is known of the normal distribution."""
+"""Compares the scales of signs with numpy, and the errors with the theory of the normal distribution."""
 
 import math
 
@@ -14,7 +14,7 @@ KEY = Key(3)
 
 
 def magnitude(x: Tensor) -> float:
-    """Signs are right and no decoded magnitude is above the largest."""
+    """Returns the bound of a stage that keeps signs and decodes no magnitude above the largest."""
     return float(x.double().abs().max()) * (1 + 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""SingularVectors against numpy's decomposition, the bytes of other counts, and hostile side values."""
+"""Compares SingularVectors with numpy's decomposition and with other numbers of vectors; tests hostile side values."""
 
 import hashlib
 import math
@@ -28,9 +28,9 @@ GOLDEN = (232, "1673dfdd7c4663ad")
 
 
 def bound(x: Tensor) -> float:
-    """Exact, but for rounding: in the working dtype, in that of the tensor, and in that of sums of 2^30 steps."""
+    """Returns the bound: rounding in the working dtype, in the tensor's dtype, and in sums of 2^30 steps."""
     if float(x.double().abs().max()) > 2**28 * 1e-3 / math.sqrt(x.numel()):
-        return math.nan  # it may be refused
+        return math.nan  # the stage may refuse the tensor
     return 1e-5 * float(x.double().abs().max()) + 1e-40 + 2 * torch.finfo(x.dtype).eps * float(x.double().abs().max())
 
 
@@ -41,7 +41,7 @@ STAGES: list[tuple[EncodingStage, Bound | None]] = [
 
 
 def low_rank(rows: int = 200, columns: int = 300, rank: int = 6, noise: float = 0.0) -> Tensor:
-    """A matrix of singular values that fall by a third each, root mean square 1, and noise of that size."""
+    """Returns a matrix of root mean square 1, whose singular values fall by a third each, and noise of that size."""
     draw = np.random.default_rng(1)
     left, right = (np.linalg.qr(draw.normal(size=(n, rank)))[0] for n in (rows, columns))
     x = left * 1.5 ** -np.arange(rank) @ right.T
@@ -59,7 +59,7 @@ def payload(encoder: Encoder, x: Tensor) -> list[Buffer]:
 
 
 def sent(x: Tensor, encoder: Encoder) -> tuple[int, Tensor, int]:
-    """The bytes of a payload, what is decoded of it, and how many vectors it holds."""
+    """Returns the bytes of a payload, the decoded tensor, and the number of vectors."""
     first, second = encoder.stages
     y, side = first.encode(x, KEY)
     symbols, _ = second.encode(y, KEY)
@@ -84,8 +84,8 @@ def test_what_is_left_is_what_is_not_sent(shape: tuple[int, ...], dtype: torch.d
     assert error <= 2e-6 + 4 * torch.finfo(dtype).eps
     assert float((stage.decode(y, side, TensorSpec.of(x), KEY).double() - x.double()).abs().max()) <= 2 * error + 1e-5
     assert float(y.double().square().mean()) < 0.02 < float(x.double().square().mean())
-    # the shorter vectors are fitted to the longer ones as they are sent: what is left has nothing in their directions,
-    # but for half a step
+    # the shorter vectors are fitted to the longer ones after rounding, so the rest is within half a step in their
+    # directions
     matrix = y.double().reshape(shape[0], columns)
     along = (left / size[:, None]) @ matrix if shape[0] > columns else matrix @ (right / size[:, None]).t()
     assert float(along.abs().max()) <= 0.5 * 0.5 * 1.3 + 40 * torch.finfo(dtype).eps
@@ -118,7 +118,7 @@ def test_the_vectors_are_those_of_the_decomposition() -> None:
         for name, own in (("left", left[:, :6]), ("right", right[:6].T)):
             basis = np.linalg.qr(side[name].double().numpy().T)[0]
             cosines = np.linalg.svd(basis.T @ own)[1]
-            assert cosines.min() > 0.995  # of the angles between the two subspaces
+            assert cosines.min() > 0.995  # cosines of the angles between the two subspaces
 
 
 @pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
@@ -127,7 +127,7 @@ def test_the_number_of_vectors_is_the_cheapest(step: float, noise: float) -> Non
     x = low_rank(200, 300, noise=noise)
     size, back, count = sent(x, chain(step))
     cost = {}
-    for rank in range(2, 12):  # with fewer allowed than pay, all are sent
+    for rank in range(2, 12):  # if `rank` is smaller than the best number, all allowed vectors are sent
         stage = SingularVectors(step, rank)
         own_count = int(stage.encode(x, KEY)[1]["values"].count_nonzero())
         own_size, own_back, _ = sent(x, chain(step, rank))
@@ -161,7 +161,7 @@ def test_fewer_bytes_than_without() -> None:
 
 @pytest.mark.parametrize("shape", [(512, 3136), (64, 800), (20, 30)])
 def test_overhead(shape: tuple[int, int]) -> None:
-    """Beside its four streams of symbols a matrix takes 16 bytes at most: their lengths, and the centroids' shift."""
+    """A matrix takes at most 16 bytes besides its four streams: their lengths, and the shift of the centroids."""
     encoder = Encoder([SingularVectors(0.5), StepQuantization(0.5, relative=False, centroids=True)], CABAC())
     sizes = [len(bytes(part)) for part in payload(encoder, low_rank(*shape, noise=0.2))]
     streams = [sizes[i] for i in (1, 3, 5, 8)]
@@ -172,7 +172,7 @@ def test_overhead(shape: tuple[int, int]) -> None:
 
 
 def test_small_elements_with_something_in_common() -> None:
-    """No element reaches a step, and rounded by itself each is 0; what they have in common is sent all the same."""
+    """Every element is below a step and would be rounded to 0 alone, but common singular vectors are sent."""
     x = low_rank(300, 400)
     size, back, count = sent(x, chain(1.01 * float(x.abs().max())))
     assert count >= 2
@@ -205,7 +205,7 @@ def test_matrices_that_are_hard() -> None:
 
 
 def test_matrices_of_few_values_converge() -> None:
-    """Dropped and dead units and equal singular values: LAPACK's ssyevd gave up on some of these on some machines."""
+    """Dropped units, dead units and equal singular values made LAPACK's ssyevd fail on some machines."""
     random = torch.Generator().manual_seed(0)
     for _ in range(200):
         rows = int(torch.randint(40, 128, (), generator=random))
@@ -280,7 +280,7 @@ def test_arguments_are_refused(given: dict) -> None:
 
 
 def test_the_format_is_frozen() -> None:
-    # of rank 1, and rounded far from half a step: no processor's last bits matter
+    # the matrix has rank 1, and no value is near half a step, so the last bits of a processor do not matter
     x = torch.outer((torch.arange(140) % 7 - 3).float(), (torch.arange(150) % 11 - 4).float())
     left, values, right = np.linalg.svd(x.double().numpy(), full_matrices=False)
     for vector in (left[:, 0], right[0]):
@@ -291,7 +291,7 @@ def test_the_format_is_frozen() -> None:
 
 @pytest.mark.parametrize("step", [2e4, 5e4, 1e5])
 def test_what_is_left_of_the_largest_float16_is_none(step: float) -> None:
-    """The residual of one element would be twice as large as float16 holds: nothing is taken off."""
+    """One element of the rest would overflow float16, so no vector is sent."""
     x = torch.full((200, 300), 65504.0).half()
     x[3, 4] = -65504
     encoder = Encoder([SingularVectors(step), StepQuantization(step, relative=False)], CABAC())
@@ -302,7 +302,7 @@ def test_what_is_left_of_the_largest_float16_is_none(step: float) -> None:
 
 @pytest.mark.parametrize("weight", [3.0, 10.0, 50.0])
 def test_all_is_0_at_once_for_no_weight_where_it_would_not_be(weight: float) -> None:
-    """Where bits are dear, 2 can pay before 1 does: a larger element changes nothing beyond its row and column."""
+    """At a high rate_weight, 2 can pay before 1 does. A larger element changes only its row and column."""
     for size in torch.linspace(0.5, 1 + weight, 40).tolist():
         x = torch.full((40, 50), size)
         stage = StepQuantization(1.0, relative=False, rate_weight=weight)
@@ -313,7 +313,10 @@ def test_all_is_0_at_once_for_no_weight_where_it_would_not_be(weight: float) -> 
 
 @pytest.mark.parametrize(("value", "symbol"), [(0.54, 0), (0.57, 0), (0.62, 1)])
 def test_all_is_0_at_once_only_where_it_would_be_anyway(value, symbol):
-    """All alike, a magnitude's mean is 1, and 1 costs two bits more than 0: 0.6 steps are where it begins to pay."""
+    """If all elements are equal, the mean magnitude is 1, and 1 costs two bits more than 0.
+
+    So 1 pays from 0.6 steps on.
+    """
     x = torch.full((8, 8), value)
     symbols, side = StepQuantization(1.0, relative=False, rate_weight=0.1, centroids=True).encode(x, Key(0))
     assert (symbols == symbol).all()
@@ -325,12 +328,12 @@ def test_all_is_0_at_once_only_where_it_would_be_anyway(value, symbol):
 def test_one_vector_can_be_all_that_is_sent() -> None:
     size, back, count = sent(low_rank(200, 300, rank=1), chain(0.05, rank=1))
     assert count == 1
-    assert size < 1000  # 500 numbers of some 11 bits, and not 60,000
+    assert size < 1000  # the message has 500 numbers of about 11 bits, not 60,000
     assert float((back - low_rank(200, 300, rank=1)).abs().max()) < 0.2
 
 
 def test_the_unit_does_not_matter_beyond_float32() -> None:
-    """Squares of these add up to more than float32 holds; float64, which the tensor is in, has room for them."""
+    """The sum of squares overflows float32, but not float64, the dtype of the tensor."""
     x = low_rank(noise=1.0).double()
     counts = [sent(x * unit, chain(8.0 * unit))[2] for unit in (1.0, 1e25)]
     assert counts[0] == counts[1]

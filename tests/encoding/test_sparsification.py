@@ -1,4 +1,4 @@
-"""Sparsification: what is kept, how far off the rest is, and what it costs, against mathematics."""
+"""Sparsification: compares the kept elements, the errors and the bytes with theory."""
 
 import math
 
@@ -29,7 +29,7 @@ from fedq.encoding.testing import KEY, Bound, reframe, wave
 
 
 def top_k_bound(fraction: float) -> Bound:
-    """The largest magnitude that is left out."""
+    """Returns the bound: the largest magnitude that is dropped."""
 
     def bound(x: Tensor) -> float:
         magnitudes = np.sort(x.double().abs().reshape(-1).numpy())
@@ -40,7 +40,7 @@ def top_k_bound(fraction: float) -> Bound:
 
 
 def threshold_bound(threshold: float) -> Bound:
-    """So many root mean squares."""
+    """Returns the bound: `threshold` root mean squares."""
 
     def bound(x: Tensor) -> float:
         unit = float(x.double().abs().max()) or 1.0
@@ -50,7 +50,7 @@ def threshold_bound(threshold: float) -> Bound:
 
 
 def mask_bound(fraction: float) -> Bound:
-    """An element is dropped, or comes back times its cell's size less one."""
+    """Returns the bound: an element is dropped, or multiplied by the size of its cell."""
 
     def bound(x: Tensor) -> float:
         n = x.numel()
@@ -101,7 +101,7 @@ def test_random_mask_keeps_each_element_of_a_cell_equally_often(n: int, fraction
 
 
 def test_random_mask_error_by_formula() -> None:
-    # Σ (s − 1) x²: here cells of 4, and of 3 at the end
+    # Σ (s − 1) x², with cells of 4, and of 3 at the end
     stage, x, spec = RandomMask(0.3), wave(100, dtype=torch.float64), TensorSpec((100,), torch.float64)
     sizes = np.repeat([4] * 10 + [3] * 20, [4] * 10 + [3] * 20)
     expected = float((torch.from_numpy(sizes - 1) * x.square()).sum())
@@ -161,7 +161,7 @@ def test_top_k_against_a_stable_sort(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["norm", "laplace"])
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3])
 def test_top_k_error_of_known_sources(name: str, fraction: float) -> None:
-    # the part of the square that lies below the quantile of the magnitude
+    # the share of the energy in magnitudes below the quantile
     source = getattr(stats, name)
     limit = source.ppf(1 - fraction / 2)
     left, _ = integrate.quad(lambda v: 2 * v * v * source.pdf(v), 0, limit)
@@ -179,29 +179,29 @@ def test_threshold_keeps_what_is_above() -> None:
     y, side = Threshold(0.5, relative=False).encode(x, KEY)
     assert y.tolist() == x.reshape(-1)[[2, 3, 5]].tolist()
     assert side["mask"].tolist() == [0, 0, 1, 1, 0, 1]
-    for scale in (1e-43, 1e-30, 1.0, 1e37):  # 1 root mean square: 7/5 of it is kept, 1/5 not
+    for scale in (1e-43, 1e-30, 1.0, 1e37):  # 7/5 of a root mean square is kept, 1/5 is dropped
         y, _ = Threshold(1.0).encode(torch.tensor([7.0, 1.0, -1.0, -7.0]) * scale, KEY)
         assert y.numel() == 2
     assert Threshold(1.0).encode(torch.tensor([5e-324, 1e308, 1.7e308], dtype=torch.float64), KEY)[0].numel() == 1
-    for empty in (torch.zeros(9), torch.full((9,), 2.0), torch.zeros(0, 3)):  # nothing is above its own mean
+    for empty in (torch.zeros(9), torch.full((9,), 2.0), torch.zeros(0, 3)):  # no element is above the root mean square
         assert Threshold(1.0).encode(empty, KEY)[0].shape == (0,)
         assert torch.equal(send(Threshold(1.0), empty), torch.zeros_like(empty))
 
 
 def test_stc_by_hand() -> None:
-    # Sattler 2019, algorithm 1: the k largest become their mean magnitude with their sign
+    # Sattler 2019, algorithm 1: each of the k largest elements becomes their mean magnitude with its own sign
     x = torch.tensor([0.1, -2.0, 0.2, 4.0, -0.3, 0.0, -3.0, 0.05, 0.0, 0.0])
     codec = StateDictEncoder(Encoder([TopK(0.3), ScaledSign()], FixedWidth()), threshold=0).bind(schema_of({"x": x}))
     message = codec.encode({"x": x}, KEY).message
     back = codec.decode(message, KEY).tensors["x"]
     assert back.tolist() == [0, -3, 0, 3, 0, 0, -3, 0, 0, 0]
-    # frame, length of the mask, a bitmap, the magnitude, three signs in a byte
+    # the frame, the length of the mask, a bitmap, the magnitude, and three signs in a byte
     assert len(message) == 48 + 1 + (1 + 2) + 4 + 1
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_k_global", "threshold", "stc", "random_mask"])
 def test_configured_uploads(name: str) -> None:
-    """What is configured keeps the fraction that its first lines tell, of each tensor or of all as one."""
+    """An upload of conf/encoder keeps the configured fraction of each tensor, or of all tensors together."""
     upload = built(name, "upload")
     assert upload.joint == (name == "top_k_global")
     x = {"small": wave(300, 100), "bias": wave(10), "large": 100 * wave(200, 100)}
@@ -215,7 +215,7 @@ def test_configured_uploads(name: str) -> None:
     kept = [int((back[part] != 0).sum()) for part in ("small", "large")]
     k = [round(stage.fraction * x[part].numel()) for part in ("small", "large")]
     if name == "top_k_global":
-        # all are taken from the large one, whose values are a hundred times as large
+        # all kept elements are of the large tensor, whose values are a hundred times larger
         assert kept[0] == 0
         assert kept[1] <= sum(k)
         chosen = torch.topk(x["large"].abs().reshape(-1), sum(k)).indices

@@ -1,4 +1,4 @@
-"""A state_dict ↔ one message: what is exact, what is compressed, what is refused."""
+"""A state_dict ↔ one message: exact tensors, compressed tensors, and refused tensors."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ UINT8 = Encoder([UniformQuantization(8)], FixedWidth())
 
 
 def state_dict() -> dict[str, torch.Tensor]:
-    """As of a network with batch normalisation, and every dtype besides."""
+    """Returns the tensors of a network with batch normalisation, and a tensor of every dtype."""
     return {
         "conv.weight": wave(4, 3, 5, 5),
         "conv.bias": wave(4),
@@ -61,14 +61,14 @@ def state_dict() -> dict[str, torch.Tensor]:
 
 
 def sent(encoder: StateDictEncoder, tensors: dict[str, torch.Tensor], **options: Any) -> bytes:
-    """The message of `tensors`, with the options of Codec.encode."""
+    """Returns the message of `tensors`; `options` are options of Codec.encode."""
     return encoder.bind(schema_of(tensors)).encode(tensors, KEY, **options).message
 
 
 def decoded(
     encoder: StateDictEncoder, message: bytes, tensors: dict[str, torch.Tensor], **options: Any
 ) -> dict[str, torch.Tensor]:
-    """What a receiver who knows the schema of `tensors` decodes, with the options of Codec.decode."""
+    """Returns the tensors that a receiver decodes; `options` are options of Codec.decode."""
     codec = encoder.bind(schema_of(tensors))
     back, front = codec.decode(message, KEY, **options)
     assert front == {}
@@ -115,7 +115,7 @@ def test_rules_by_name() -> None:
     tensors = {"a.weight": wave(500), "b.weight": wave(500), "a.bias": wave(5), "c.weight": wave(500)}
     three = Encoder([UniformQuantization(3, "nearest")], FixedWidth())
     encoder = StateDictEncoder(UINT8, 100, {"a.*": Encoder(), "*.weight": three, "b.weight": Encoder()})
-    # the first that fits: neither the most exact pattern, nor the threshold; names have case
+    # the first pattern that matches counts, before the threshold; names are case-sensitive
     codec = encoder.bind(schema_of(tensors | {"A.bias": wave(5)}))
     chosen = {name: chain.encoder for name, chain in codec.chains.items()}
     assert chosen == {
@@ -123,7 +123,7 @@ def test_rules_by_name() -> None:
         **dict.fromkeys(("b.weight", "c.weight"), three),
     }
     assert len(sent(encoder, tensors)) == OVERHEAD + 2000 + 2 * (8 + 188) + 20
-    small = StateDictEncoder(UINT8, 100, {"a.bias": UINT8})  # a rule is above the threshold
+    small = StateDictEncoder(UINT8, 100, {"a.bias": UINT8})  # a rule counts before the threshold
     assert len(sent(small, {"a.bias": wave(5)})) == OVERHEAD + 8 + 5
 
 
@@ -234,7 +234,7 @@ def test_one_byte_changes_one_tensor() -> None:
                 refused += 1
             else:
                 changed = {name for name in tensors if not same(before[name], after[name])}
-                # the last bits of a range may be lost in rounding
+                # rounding may hide the last bits of a range
                 assert changed == {owner} or (not changed and place in sides[owner])
     assert 0 < refused < len(owners)
 
@@ -245,7 +245,7 @@ def test_what_follows_the_rounds_is_given_its_params() -> None:
 
 
 def test_a_chain_for_floats_is_no_riddle_where_it_meets_integers() -> None:
-    """What could be summed first is asked of every chain; that it takes no integers is told where it is to encode."""
+    """Every chain declares its summable prefix. A chain that takes no integers raises an error in `encode` only."""
     tensors = {"count": torch.tensor([3]), "a": wave(20)}
     encoder = StateDictEncoder(rules={"*": Encoder([HadamardRotation()], Raw())})
     assert encoder.bind(schema_of(tensors)).decodes_after_sum
@@ -347,13 +347,13 @@ def test_a_common_scale_in_every_dtype(dtype: torch.dtype) -> None:
     limit = torch.finfo(dtype).max
     for factor in (1.0, limit / 2, 6e-8):
         tensors = {"a": (wave(300, dtype=torch.float64) * factor).to(dtype), "f": wave(200) * 1e-9}
-        if dtype == torch.float64 and factor > 1e200:  # the sum of its squares is infinite
+        if dtype == torch.float64 and factor > 1e200:  # the sum of squares is infinite
             with pytest.raises(EncodeError, match="tensor 'a' is too large for a common scale"):
                 sent(COMMON, tensors)
             continue
         _, back = round_trip(COMMON, tensors)
         assert float((back["a"].double() - tensors["a"].double()).abs().max()) <= 0.16 * factor
-    # what is rounded up is cut off at the dtype's limit
+    # an element that is rounded up is clamped to the dtype's limit
     largest = {"a": torch.tensor([limit if dtype != torch.float64 else 1e150] * 15 + [0.0] * 5, dtype=dtype)}
     assert round_trip(COMMON, largest)[1]["a"].isfinite().all()
     tiny = {"a": wave(50, dtype=torch.float64) * 1e-100, "b": wave(50)}
@@ -368,7 +368,7 @@ def test_a_common_scale_leaves_integers_with_rules_to_their_chains() -> None:
     assert same(round_trip(encoder, tensors)[1]["n"], tensors["n"])
     with pytest.raises(EncodeError, match="tensor 'n' cannot be encoded: .*floating"):
         sent(StateDictEncoder(rules={"*": STEPS}, common_scale=True), tensors)
-    assert round_trip(StateDictEncoder(common_scale=True), tensors)[1]["a"].equal(tensors["a"])  # nothing to scale
+    assert round_trip(StateDictEncoder(common_scale=True), tensors)[1]["a"].equal(tensors["a"])  # no tensor is scaled
 
 
 def test_a_common_scale_joint_and_partly() -> None:
@@ -410,7 +410,7 @@ def test_one_step_for_all_is_shorter_than_a_step_for_each_at_the_same_error() ->
 
     size, error = measured(COMMON)
     low, high = 0.01, 4.0
-    for _ in range(25):  # the largest relative step that makes no more error
+    for _ in range(25):  # search the largest relative step with no larger error
         middle = math.sqrt(low * high)
         low, high = (middle, high) if measured(own(middle))[1] <= error else (low, middle)
     assert measured(own(low))[1] == pytest.approx(error, rel=0.02)
@@ -471,7 +471,7 @@ def test_a_sum_with_the_reference_stays_within_the_dtype() -> None:
     reference = {"x": torch.full((1000,), 6e4, dtype=torch.float16)}
     x = {"x": torch.cat([torch.full((500,), -2e3), torch.full((500,), 6.2e4)]).half()}
     encoder = StateDictEncoder(Encoder([ScaledSign()], FixedWidth()), 0, reference="initial")
-    # the difference is −62,000 or 2,000: about ±32,000 is told
+    # the differences are −62,000 and 2,000, and their decoded values are about ±32,000
     back = decoded(encoder, sent(encoder, x, reference=reference), x, reference=reference)
     assert float(back["x"].max()) == torch.finfo(torch.float16).max
 
@@ -508,8 +508,8 @@ def test_a_conjugate_view_is_sent_as_what_it_shows() -> None:
     "encoder", [Encoder(), Encoder([UniformQuantization(16)], FixedWidth())], ids=["exact", "16 bits"]
 )
 def test_a_negated_view_is_sent_as_what_it_shows(encoder: Encoder) -> None:
-    """As torch makes them: the imaginary part of a conjugate."""
-    x = {"x": torch.randn(1, dtype=torch.complex64).conj().imag}  # several would be copied on the way
+    """The imaginary part of a conjugate is such a view."""
+    x = {"x": torch.randn(1, dtype=torch.complex64).conj().imag}  # one element: several would be copied on the way
     assert x["x"].is_neg()
     one = StateDictEncoder(encoder, 0)
     back = decoded(one, sent(one, x), x)
@@ -517,7 +517,7 @@ def test_a_negated_view_is_sent_as_what_it_shows(encoder: Encoder) -> None:
 
 
 def test_a_common_scale_of_two_precisions() -> None:
-    """The scale is float64, beyond float32, where a float64 tensor is; a float32 beside it is 0 then."""
+    """With a float64 tensor the scale is float64 and may exceed float32. A float32 tensor is then decoded as 0."""
     chain = StateDictEncoder(Encoder([StepQuantization(0.5, relative=False)], CABAC()), 0, common_scale=True)
     huge = {"a": torch.ones(4), "b": torch.tensor([1e60, -1e60, 1e60, 0], dtype=torch.float64)}
     back = decoded(chain, sent(chain, huge), huge)

@@ -1,4 +1,4 @@
-"""Few levels: errors against the papers' formulas, rounding against numpy."""
+"""Compares the errors of stages with few levels with the papers' formulas, and the rounding with numpy."""
 
 import math
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def of_largest(factor: float) -> Bound:
-    """That part of the largest magnitude, and what the dtype cannot hold."""
+    """Returns the bound: `factor` times the largest magnitude, and rounding of the dtype."""
 
     def bound(x: Tensor) -> float:
         info = torch.finfo(x.dtype)
@@ -25,7 +25,7 @@ def of_largest(factor: float) -> Bound:
 
 
 def natural_gap(x: Tensor) -> float:
-    """The gap between the powers of two about the largest element."""
+    """Returns the gap between the powers of two around the largest element."""
     power = math.ldexp(0.5, math.frexp(float(x.double().abs().max()))[1])
     return max(power, torch.finfo(x.dtype).smallest_normal)
 
@@ -57,7 +57,7 @@ def normal() -> Tensor:
 
 
 def check_mean(stage: EncodingStage, x: Tensor, draws: int = 20_000) -> None:
-    """Each of the few values of `x` is right on average, within 4.5 standard errors: one draw an element."""
+    """Checks that each value of `x` is right on average, within 4.5 standard errors. Each element has its own draw."""
     copies = x[:, None].expand(len(x), draws)
     back = sent(stage, copies)[2].double()
     error = (back.mean(1) - x.double()).abs()
@@ -131,7 +131,7 @@ def test_qsgd_mean_of_rare_and_of_extreme_values() -> None:
         error = (back.mean(0) - values).abs()
         assert bool((error <= 4.5 * back.std(0) / math.sqrt(30_000) + 1e-7).all()), error
         assert not back[:, 3].any()
-    for dtype in DTYPES:  # a norm beyond the dtype is cut to its largest value, and all stays finite
+    for dtype in DTYPES:  # a norm that overflows becomes the dtype's largest value
         x = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
         assert torch.equal(sent(QSGD(4, 50), x)[2], x)
 

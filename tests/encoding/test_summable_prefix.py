@@ -1,4 +1,4 @@
-"""Sums before decoding: what commutes with the sum is decoded once for all clients."""
+"""Stages that commute with the sum are decoded once for all clients."""
 
 import math
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ from fedq.encoding import (
 )
 from fedq.encoding.testing import raw_bytes, reframe, wave
 
-SUMMED = ("cosine", "hadamard", "kashin", "low_rank")  # what is configured so that a sum is decoded once
+SUMMED = ("cosine", "hadamard", "kashin", "low_rank")  # encoders of conf/encoder whose sum is decoded once
 ROUND = Key(1, 2)
-COHORT = {3: 1, 7: 20, 2**40: 300}  # weights, by the client's number
+COHORT = {3: 1, 7: 20, 2**40: 300}  # client number → weight
 UNIFORM = UniformQuantization(4)
 SHARED = RandomMask(0.3, shared=True)
 ROTATED = Encoder([HadamardRotation(), UNIFORM], FixedWidth())
@@ -42,7 +42,7 @@ ROTATED = Encoder([HadamardRotation(), UNIFORM], FixedWidth())
 
 @dataclass(frozen=True)
 class Narrow(EncodingStage):
-    """Claims to commute, which to rounding it does; gives float32."""
+    """Claims to commute, which is true except for rounding. Gives float32."""
 
     commutes_with_sum = True
 
@@ -58,7 +58,10 @@ class Narrow(EncodingStage):
 
 @dataclass(frozen=True)
 class Doubles(AdaptiveEncodingStage):
-    """x times what the server says, which doubles every round. `fault`: claims to commute, but is off by it."""
+    """Multiplies x by a factor of the server that doubles every round.
+
+    With a `fault`, the stage claims to commute, but its result is off by the fault.
+    """
 
     fault: float = 0.0
 
@@ -89,7 +92,7 @@ def first_params(codec: Codec) -> dict[str, Tensor]:
 
 
 def cohort_of(tensors: dict[str, Tensor], codec: Codec) -> dict[int, tuple[dict, dict]]:
-    """What is decoded of each client's message, whole and partly, in the first round."""
+    """Returns for each client the decoded tensors and the summable tensors, in the first round."""
     params, cohort = first_params(codec), {}
     for client in COHORT:
         own = {name: tensor.roll(client % 10) for name, tensor in tensors.items()}
@@ -107,7 +110,7 @@ def cohort_of(tensors: dict[str, Tensor], codec: Codec) -> dict[int, tuple[dict,
 
 
 def weighted_sum(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """As a server adds up: floating tensors in their own dtype, all others in int64."""
+    """Adds up as a server does: floating tensors in their own dtype, all others in int64."""
     total = {}
     for name, first in tensors[0].items():
         dtype = first.dtype if first.is_floating_point() else torch.int64
@@ -124,14 +127,14 @@ def weighted_sum(tensors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         ([], torch.float32, 0),
         ([HadamardRotation(), UNIFORM], torch.float32, 1),
         ([HadamardRotation(), UNIFORM], torch.float64, 1),
-        ([HadamardRotation(), UNIFORM], torch.float16, 0),  # a weighted sum would be cut off at 65504
+        ([HadamardRotation(), UNIFORM], torch.float16, 0),  # a weighted sum would be clamped to 65504
         ([HadamardRotation(), UNIFORM], torch.bfloat16, 0),
         ([HadamardRotation(shared=False), UNIFORM], torch.float32, 0),
         ([HadamardRotation(), KashinRepresentation(), UNIFORM], torch.float32, 2),
         ([SHARED, HadamardRotation(shared=False), SHARED], torch.float32, 1),
         ([RandomMask(0.3), HadamardRotation()], torch.float32, 0),
         ([RandomSubspace(2), SHARED], torch.float32, 2),
-        ([StepQuantization(0.1, relative=False)], torch.float32, 0),  # integers, though they commute
+        ([StepQuantization(0.1, relative=False)], torch.float32, 0),  # the stages commute, but give integers
         ([Negate(), StepQuantization(0.1, relative=False), Negate()], torch.float32, 1),
         ([Negate()], torch.int64, 0),
         ([Narrow(), Negate()], torch.float32, 2),
@@ -147,7 +150,7 @@ def test_how_far_a_sum_can_be_taken(stages: list[EncodingStage], dtype: torch.dt
     specs = encoder.bind(TensorSpec.of(x)).summable_prefix
     assert len(specs) == expected
     assert encoder.bind(TensorSpec.of(x), summable=False).summable_prefix == []
-    # the specs are those of what enters the stages
+    # the specs are of the inputs of the stages
     for (y, _, _), spec in zip(testing.chain.steps(encoder, x), specs[1:], strict=False):
         assert TensorSpec.of(y) == spec
     assert specs[:1] in ([], [TensorSpec.of(x)])
@@ -189,16 +192,16 @@ def test_configured_uploads(name: str, joint: bool) -> None:
         assert torch.equal(once[tensor], whole[tensor])
     for tensor, chain in codec.chains.items():
         if not chain.summable_prefix and tensor != "*":
-            assert once[tensor] is part[tensor]  # there is nothing to do
+            assert once[tensor] is part[tensor]  # no stage commutes
 
 
 def test_a_sum_against_matrices() -> None:
-    # the linear map is found from unit vectors; the sum of what travels, through it, is what is decoded
+    # unit vectors give the linear map; applied to the sum of the messages, it must give the decoded sum
     encoder, n = StateDictEncoder(Encoder([SHARED, HadamardRotation(block=16), Reverse()]), 0), 50
     codec = encoder.bind({"x": TensorSpec((n,), torch.float64)})
     updates = {client: wave(n, dtype=torch.float64).roll(client % 10) for client in COHORT}
     unit = [codec.encode({"x": row}, ROUND).message for row in torch.eye(n, dtype=torch.float64)]
-    columns = np.stack([np.frombuffer(message[44:-4]) for message in unit], 1)  # what travels of each unit vector
+    columns = np.stack([np.frombuffer(message[44:-4]) for message in unit], 1)  # the payload of each unit vector
     sent = columns @ sum((weight * updates[client] for client, weight in COHORT.items())).numpy()
     parts = []
     for client in COHORT:
@@ -207,7 +210,7 @@ def test_a_sum_against_matrices() -> None:
         parts.append(codec.decode(message, key, stop_at_sum=True).tensors)
     total = weighted_sum(parts)
     np.testing.assert_allclose(total["x"].numpy(), sent, rtol=1e-12, atol=1e-12)
-    # k kept of n come back n / k times as large, on average over the cells of 3 or 4: here exactly, by cell
+    # kept elements are decoded as s times as large, where s, 3 or 4, is the size of the cell
     kept = (columns**2).sum(0) > 0.5
     once = codec.decode_sum(total, ROUND, {})["x"].numpy()
     summed = sum((weight * updates[client] for client, weight in COHORT.items())).numpy()
@@ -252,7 +255,7 @@ def test_stages_behind_the_sum_are_decoded_once(monkeypatch: pytest.MonkeyPatch)
     before = part["x"].clone()
     codec.decode_sum(part, ROUND, {})
     assert len(calls) == 1
-    assert torch.equal(part["x"], before)  # the sum is not written to
+    assert torch.equal(part["x"], before)  # decoding does not change the sum
     codec.decode(message, ROUND)
     assert len(calls) == 2
 
@@ -268,7 +271,7 @@ def test_an_adaptive_stage_takes_its_params_after_the_sum() -> None:
         assert float(part["x"].norm()) == pytest.approx(factor * float(tensors["x"].norm()), rel=1e-5)
         torch.testing.assert_close(codec.decode_sum(part, ROUND, params)["x"], tensors["x"])
         state = codec.adaptation.update_state(state, {})
-    # where the message brings them, they are attached as ever
+    # params in the message are attached as in other messages
     params = {"x/0/factor": torch.tensor(8.0)}
     attaching = encoder.bind(schema_of(tensors), attached=schema_of(params))
     whole, _ = attaching.decode(attaching.encode(tensors, ROUND, params, attached=params).message, ROUND)
@@ -299,7 +302,7 @@ def test_a_sum_that_is_not_finite_is_named(chain: Encoder, joint: bool, value: f
 
 
 def test_what_is_not_finite_is_refused_before_the_sum() -> None:
-    # the mask would make 3e38 of infinity, its dtype's largest value
+    # the mask would turn infinity into 3e38, the dtype's largest value
     tensors = {"x": wave(300)}
     codec = StateDictEncoder(Encoder([SHARED]), 100).bind(schema_of(tensors))
     message = codec.encode(tensors, ROUND).message
@@ -316,7 +319,7 @@ def test_what_is_not_finite_is_refused_before_the_sum() -> None:
 
 @dataclass(frozen=True)
 class Halves(EncodingStage):
-    """Commutes in float64, in which the battery asks a stage; but in a chain with float32 it is off at the ends."""
+    """Commutes in float64, the dtype in which the battery tests a stage, but not in a chain with float32."""
 
     commutes_with_sum = True
 

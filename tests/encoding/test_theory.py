@@ -1,7 +1,7 @@
-"""Rates and distortions in real bytes, against mathematics and the papers' numbers.
+"""Compares rates and distortions in real bytes with theory and with the papers' numbers.
 
-Each value is of a normal source of variance 1, a quarter of a million elements, unless said otherwise; the rate is that
-of the whole payload, side values and tables included.
+Unless a test says otherwise, the source is a quarter of a million normal numbers of variance 1. The rate counts the
+whole payload, with side values and tables.
 """
 
 import math
@@ -45,7 +45,7 @@ def test_signs_with_the_best_scale():
     result = of("normal", 1, ScaledSign())
     assert result.nmse == pytest.approx(1 - 2 / math.pi, rel=0.004)
     assert 1 < result.bits < 1 + 1e-3
-    # E|x| = 1/√2 of a Laplace source of variance 1
+    # a Laplace source of variance 1 has E|x| = 1/√2
     assert of("laplace", 1, ScaledSign()).nmse == pytest.approx(0.5, rel=0.006)
 
 
@@ -62,7 +62,7 @@ def test_eden_is_unbiased_behind_a_rotation_whatever_the_source(bits, error, sou
 
 def test_half_a_bit():
     result = of("normal", 10, HadamardRotation(shared=False), RandomMask(0.5), Eden(1))
-    # what the mask keeps of the energy has the error of one bit, and all is scaled by two
+    # the kept half of the energy has the error of one bit, and the mask multiplies by two
     error = 2 * math.pi / 2 - 1
     assert result.nmse == pytest.approx(error, rel=0.02)
     assert result.nmse_of_mean == pytest.approx(error / 10, rel=0.03)
@@ -81,7 +81,7 @@ def test_a_step_squared_by_six_or_twelve(rounding, share, source):
 
 
 def test_what_the_zeros_of_a_sparse_source_cost():
-    # one in twenty is not zero: the entropy of the mask, and the entropy of a normal source at high rate
+    # one element in twenty is not zero, so the rate is the entropy of the mask plus a normal source at high rate
     step = 0.05
     result = of("sparse", 1, StepQuantization(step, relative=False), coder=ANS())
     mask = -(0.05 * math.log2(0.05) + 0.95 * math.log2(0.95))

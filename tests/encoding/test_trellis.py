@@ -1,4 +1,4 @@
-"""TrellisQuantization against rate-distortion theory in real bytes, and against all sequences there are."""
+"""Compares TrellisQuantization with rate-distortion theory in real bytes, and with a search of all sequences."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ STATES = (4, 8, 16, 32)
 
 
 def bound_of(stage: TrellisQuantization) -> Bound:
-    """Without rates: a step, as values that can follow are ½ apart in 4 subsets; and centroids that are a step off."""
+    """Returns the bound without rates: a step for values ½ apart in 4 subsets, and a step for the centroids."""
 
     def bound(x: Tensor) -> float:
         scale = float(x.double().square().mean().sqrt()) if stage.relative and x.numel() else 1.0
@@ -50,7 +50,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def measured(stage: EncodingStage, coder: Coder, x: Tensor) -> tuple[float, float]:
-    """Bits an element and NMSE of what was really sent and decoded."""
+    """Returns the bits an element of a real message, and the NMSE of the decoded tensor."""
     codec = StateDictEncoder(Encoder([stage], coder), threshold=0).bind(schema_of({"x": x}))
     message = codec.encode({"x": x}, KEY).message
     back, _ = codec.decode(message, KEY)
@@ -64,13 +64,13 @@ GOALS = [(1, 1.96, 0.281, 0.274), (2, 1.0, 0.0706, 0.0687), (3, 0.512, 0.0177, 0
 @pytest.mark.parametrize("coder", [ANS(), CABAC(signed=False)], ids=str)
 @pytest.mark.parametrize(("bits", "step", "of_8", "of_32"), GOALS)
 def test_errors_of_a_normal_source(bits: int, step: float, of_8: float, of_32: float, coder: Coder) -> None:
-    # the standard's own software has 0.333, 0.081 and 0.0197, the best scalar quantiser 0.348, 0.0889 and 0.0222
+    # NNCodec has 0.333, 0.081 and 0.0197, and the best scalar quantiser has 0.348, 0.0889 and 0.0222
     x = normal(300, 1000)
     for states, goal in ((8, of_8), (32, of_32)):
         found, error = measured(TrellisQuantization(step, states), coder, x)
         assert bits - 0.04 < found <= bits
         assert error < {1: 0.30, 2: 0.075, 3: 0.0187}[bits]
-        assert 4.0**-bits < error * 4 ** (found - bits) < goal  # along the curve, 6 dB a bit
+        assert 4.0**-bits < error * 4 ** (found - bits) < goal  # the curve falls by 6 dB a bit
 
 
 def test_more_states_are_better() -> None:
@@ -106,7 +106,7 @@ def test_the_search_finds_the_best_of_all_sequences(states: int) -> None:
         trellis_loops.trellis_search(x.numpy(), classes, costs, centroids, _subsets(states), found)
         total = (decoded - x).square().sum(1) + paid
         own = total[(sequences == torch.from_numpy(found)).all(1)]
-        # with costs, values near 0 are looked for where they almost always are
+        # with costs, the search tries only the likeliest values near 0
         assert float(own) <= float(total.min()) * (1.05 if weighted else 1) + 1e-5
 
 
@@ -118,14 +118,14 @@ def test_classes_are_of_the_others() -> None:
     assert counts.sum(0).tolist() == [2000, 89, 4 * 89]
     assert classes[3, 7] == classes.max() > classes[3, 9] == classes[3, 8]
     assert classes[9, 9] == classes.min() < classes[9, 7] == classes[8, 7]
-    rows[9, 9] = 1000  # its own magnitude does not tell its class
+    rows[9, 9] = 1000  # the class does not depend on the element itself
     again = np.empty(rows.shape, np.uint8)
     trellis_loops.trellis_classes(rows, again)
     assert again[9, 9] <= classes[9, 9]
 
 
 def test_costs_are_those_of_the_counts() -> None:
-    # 0 in half of a million, and if not, geometric from 1 on with ratio ¾
+    # half of a million symbols are 0; the others are geometric from 1 on with ratio ¾
     (start, slope) = _bits(np.array([[1e6, 5e5, 4 * 5e5]]))[:, 0]
     assert slope == pytest.approx(math.log2(4 / 3), abs=1e-4)
     assert start + slope == pytest.approx(-math.log2(0.5 * 0.25) + math.log2(0.5), abs=1e-4)
@@ -146,7 +146,7 @@ def test_segments_are_apart() -> None:
 
 
 def test_large_values_keep_the_state() -> None:
-    # far beyond what float32 holds of the subsets
+    # so large that float32 cannot separate the subsets
     for dtype, most in ((torch.float32, 2**28), (torch.float64, 2**28)):
         x = (normal(500) * most / 8).to(dtype)
         stage = TrellisQuantization(1.0, relative=False, rate_weight=0)

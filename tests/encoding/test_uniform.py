@@ -1,4 +1,4 @@
-"""UniformQuantization and StepQuantization against numpy, statistics and rate-distortion theory."""
+"""Compares UniformQuantization and StepQuantization with numpy, statistics and rate-distortion theory."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ Uniform = UniformQuantization
 
 
 def groups_of(stage: Uniform, x: Tensor) -> list[np.ndarray]:
-    """The places, in row-major order, of the elements that share a range."""
+    """Returns for each range the places of its elements, in row-major order."""
     places = np.arange(x.numel())
     if stage.block is not None:
         return [places[start : start + stage.block] for start in range(0, len(places), stage.block)]
@@ -42,7 +42,7 @@ def groups_of(stage: Uniform, x: Tensor) -> list[np.ndarray]:
 
 
 def range_of(stage: Uniform, values: np.ndarray) -> tuple[float, float]:
-    """Lower and upper end, from the documentation."""
+    """Returns the lower and upper end of a range, from the documentation."""
     if stage.limit is not None:
         return -stage.limit, stage.limit
     if stage.quantile is None:
@@ -53,7 +53,7 @@ def range_of(stage: Uniform, values: np.ndarray) -> tuple[float, float]:
 
 
 def bound_of(stage: Uniform) -> Bound:
-    """A step, or half of one, what is clipped, and what the dtypes cannot hold."""
+    """Returns the bound: a step or half a step, the clipped part, and rounding of the dtypes."""
 
     def bound(x: Tensor) -> float:
         flat, info, largest = x.double().reshape(-1).numpy(), torch.finfo(x.dtype), 0.0
@@ -66,7 +66,7 @@ def bound_of(stage: Uniform) -> Bound:
                 clipped = max(0.0, peak - high) if stage.quantile or stage.limit else 0.0
                 noise = 6 * max(own, info.eps) * max(peak, abs(low), high) + info.smallest_normal * info.eps
                 rounding = 1 if stage.rounding == "stochastic" else 0.5
-                # 0 is exact where step · 2^bits is a denormal: the step is one too
+                # if step · 2^bits is a denormal, the step is a denormal too
                 largest = max(largest, step * rounding + clipped + noise + 2**stage.bits * 5e-324)
         return largest
 
@@ -163,7 +163,7 @@ def test_draws_are_16_bits_of_the_key() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_dithered_error_is_uniform_and_independent(bits: int) -> None:
-    # with many elements at both ends of the range, where an overload would show
+    # many elements at both ends of the range would show clipping
     x = torch.cat([normal(60_000).clamp(-2, 2), torch.full((20_000,), 0.123), torch.full((20_000,), 2.0)])
     step = (x.max() - x.min()).item() / (2**bits - 1)
     error = ((send(Uniform(bits, "dithered"), x) - x).double() / step).numpy()
@@ -172,7 +172,7 @@ def test_dithered_error_is_uniform_and_independent(bits: int) -> None:
         assert stats.kstest(part, stats.uniform(-0.5, 1).cdf).pvalue > 1e-3
     for of_x in (x, x.abs(), x.square()):
         assert abs(np.corrcoef(error, of_x)[0, 1]) < 4 / math.sqrt(len(x))
-    # stochastic rounding has f (1 − f) for a value at the fraction f, none at the ends
+    # stochastic rounding has the error f (1 − f) at the fraction f, and no error at the ends
     at = x[60_000:80_000]
     fraction = float((at[0] - x.min()) / step % 1)
     own = ((send(Uniform(bits), x) - x).double() / step).numpy()
@@ -201,7 +201,7 @@ def test_quantile_of_sparse_tensors_and_blocks() -> None:
     x[::100] = torch.arange(10.0) + 1
     for quantile, expected in ((0.99, 0.0), (0.995, 5.0), (1.0, 10.0)):
         _, side = Uniform(8, quantile=quantile).encode(x, KEY)
-        assert float(side["maximum"]) == (expected or 10.0)  # a range of 0 would lose all there is
+        assert float(side["maximum"]) == (expected or 10.0)  # with a range of 0, all elements would be lost
     _, side = Uniform(8, quantile=0.5, block=4).encode(torch.tensor([1.0, -2, 3, -4, 0, 0, 0, 7, 5]), KEY)
     assert side["maximum"].tolist() == [2, 7, 5]
 
@@ -213,19 +213,19 @@ def test_limit() -> None:
     assert float((back - x)[3:5].abs().max()) <= step / 2
     payload, _ = Encoder([stage], FixedWidth()).bind(TensorSpec.of(x)).encode(x, KEY, {})
     assert len(b"".join(payload)) == 4
-    for rounding in ROUNDINGS:  # a limit beyond the dtype's largest value: never infinity
+    for rounding in ROUNDINGS:  # a limit above the dtype's largest value never gives infinity
         x = torch.tensor([65504.0, -65504.0], dtype=torch.float16)
         assert bool(send(Uniform(2, rounding, limit=1e5), x).isfinite().all())
 
 
 def test_channels() -> None:
     x = normal(50)
-    for axis in (0, 1, 5, -1):  # a bias has no channels
+    for axis in (0, 1, 5, -1):  # a bias has one axis, so it has one range
         assert torch.equal(send(Uniform(4, "nearest", axis=axis), x), send(Uniform(4, "nearest"), x))
     for axis in (2, -3):
         with pytest.raises(ValueError, match=f"no axis {axis} in a tensor of 2 axes"):
             Uniform(8, axis=axis).encode(normal(3, 4), KEY)
-    assert float((send(Uniform(1, axis=0), wave(20, 2)) - wave(20, 2)).abs().max()) < 1e-6  # both values of each row
+    assert float((send(Uniform(1, axis=0), wave(20, 2)) - wave(20, 2)).abs().max()) < 1e-6  # each row has two values
 
 
 def test_flags() -> None:
@@ -288,7 +288,7 @@ GOALS = {0.3: 0.753, 0.5: 0.617, 1.0: 0.348, 1.5: 0.178, 2.0: 0.0889, 3.0: 0.022
 
 
 def theory(step: float, dead_zone: float) -> tuple[float, float]:
-    """Entropy and squared error on the standard normal with a centroid for each cell, by integrals over the cells."""
+    """Returns entropy and squared error for normal numbers, with a centroid for each cell, by integration."""
     edges = (dead_zone + np.arange(math.ceil(9 / step) + 1)) * step
     share = np.diff(special.ndtr(edges))
     moment = -np.diff(np.exp(-(edges**2) / 2)) / math.sqrt(2 * math.pi)
@@ -299,7 +299,7 @@ def theory(step: float, dead_zone: float) -> tuple[float, float]:
 
 
 def best(rate: float) -> tuple[float, float, float]:
-    """The least squared error at an entropy of `rate`, with its step and dead zone."""
+    """Returns the least squared error at an entropy of `rate`, and its step and dead zone."""
 
     def step_of(dead_zone: float) -> float:
         return float(optimize.brentq(lambda step: theory(step, dead_zone)[0] - rate, 0.1, 7))
@@ -349,7 +349,7 @@ def test_errors_of_steps() -> None:
         (0.1, "nearest", 1 / 12, 0.01),
         (0.1, "stochastic", 1 / 6, 0.01),
         (0.1, "dithered", 1 / 12, 0.01),
-        (7.0, "dithered", 1 / 12, 0.01),  # at any rate
+        (7.0, "dithered", 1 / 12, 0.01),  # the error of dither does not depend on the rate
     ):
         stage = StepQuantization(step, False, rounding)
         error = (send(stage, x) - x).double() / step
@@ -388,7 +388,7 @@ def test_too_many_steps() -> None:
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_absolute_steps(rounding: str) -> None:
-    # what of the battery does not go beyond 2^30 steps
+    # the arrays of the battery within 2^30 steps
     encoder = Encoder([StepQuantization(0.01, False, rounding)])
     for check in (
         testing.checks.check_round_trip,
@@ -402,7 +402,7 @@ def test_absolute_steps(rounding: str) -> None:
 
 
 def lagrangian(magnitudes: np.ndarray, sizes: np.ndarray, means: np.ndarray, weight: float) -> np.ndarray:
-    """(error in steps)² + weight · bits of each element, of geometric magnitudes with these means."""
+    """Returns (error in steps)² + weight · bits of each element, for geometric magnitudes with these means."""
     bits = np.log2(1 + means) + magnitudes * np.log2(1 + 1 / means) + (magnitudes > 0)
     return np.asarray((sizes - magnitudes) ** 2 + weight * bits)
 
@@ -447,7 +447,8 @@ def test_rates_only_pull_towards_zero_and_lower_the_lagrangian(weight: float) ->
 def test_rates_by_hand() -> None:
     x = torch.tensor([[3.9, 0.6, 0.0], [-4.1, 0.0, 0.0]])
     symbols, kept, excess = rate_distortion(x, 1.0, 0.2)
-    # row 4 of a total of 9 · column 1: 1 costs 0.2 · (log₂(1 + 9/5) + 1) = 0.5, and 0.36 − 0.16 of an error
+    # a mean of 5/9 (row 5, column 1, total 9): 1 costs 0.2 · (log₂(1 + 9/5) + 1) = 0.5, and saves 0.36 − 0.16 of the
+    # error
     assert symbols.tolist() == [[4, 0, 0], [-4, 0, 0]]
     assert kept == 2 and excess == pytest.approx(-0.1 + 0.1, abs=1e-6)
     assert rate_distortion(torch.tensor([0.6]), 1.0, 0.001)[0].tolist() == [1]
@@ -470,7 +471,7 @@ def test_weight_0_is_plain_rounding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("coder", [CABAC(), ANS()], ids=str)
 @pytest.mark.parametrize(("scaled", "most"), [(False, 0.05), (True, -0.02)])
 def test_rates_against_dead_zones(coder: Coder, scaled: bool, most: float) -> None:
-    """At equal bytes: a little worse than the best dead zone on one normal law, better where scales differ."""
+    """At equal bytes, a rate weight beats dead zones if scales differ, and is a little worse for one normal law."""
     draw = np.random.default_rng(10)
     scales = np.exp(draw.normal(size=(500, 1))) * np.exp(draw.normal(size=(1, 800))) if scaled else 1.0
     values = scales * draw.normal(size=(500, 800))
@@ -487,6 +488,6 @@ def test_rates_against_dead_zones(coder: Coder, scaled: bool, most: float) -> No
         sizes, errors = np.log([size for size, _ in curve]), np.log([error for _, error in curve])
         for step in (1.2, 1.8):
             size, error = sent(step=step, rate_weight=0.1155)
-            # an ANS does not see the scales
+            # ANS does not use the scales
             allowed = 0.05 if isinstance(coder, ANS) else most
             assert math.log(error) <= np.interp(math.log(size), sizes, errors) + allowed

@@ -1,4 +1,4 @@
-"""Stages and coders that only tests need: small, and each with one thing to show."""
+"""Small stages and coders for tests."""
 
 import zlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fedq.encoding import AdaptiveEncodingStage, Coder, EncodingStage, Key, Raw,
 
 @dataclass(frozen=True)
 class Zlib(Coder):
-    """A coder whose length depends on the values. Never makes more than the spec tells it to."""
+    """A coder whose length depends on the values. Decoding never makes more bytes than the spec has."""
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
         return zlib.compress(Raw().encode(symbols, spec))
@@ -23,7 +23,7 @@ class Zlib(Coder):
         except zlib.error as error:
             raise ValueError(str(error)) from error
         if len(raw) != size or not inflate.eof or inflate.unused_data:
-            raise ValueError("not one whole stream of the right length")
+            raise ValueError("the bytes are not one stream of the right length")
         values = torch.zeros(size, dtype=torch.uint8)
         values.numpy()[:] = memoryview(raw)
         symbols = values.view(spec.dtype).reshape(spec.shape)
@@ -38,7 +38,10 @@ class Zlib(Coder):
 
 @dataclass(frozen=True)
 class Negate(EncodingStage):
-    """−x: lossless, hence unbiased, and commutes with the sum. Passes the levels on, as any stage that keeps spec."""
+    """Sends −x.
+
+    Lossless and therefore unbiased; commutes with the sum. Keeps the spec, and so the levels.
+    """
 
     lossless = True
     unbiased = True
@@ -53,7 +56,7 @@ class Negate(EncodingStage):
 
 @dataclass(frozen=True)
 class Reverse(EncodingStage):
-    """The elements in reverse order, as a vector: another shape, the same dtype and levels."""
+    """Sends the elements in reverse order, as a vector. Keeps dtype and levels."""
 
     lossless = True
     unbiased = True
@@ -71,7 +74,7 @@ class Reverse(EncodingStage):
 
 @dataclass(frozen=True)
 class PlusOneOverN(AdaptiveEncodingStage):
-    """x + 1/n in round n: the server counts, the clients are told."""
+    """Sends x + 1/n in round n. The server counts rounds, and the params hold n."""
 
     def initial_state(self, spec: TensorSpec) -> dict[str, Tensor]:
         return {"n": torch.tensor(1)}
@@ -95,12 +98,12 @@ class PlusOneOverN(AdaptiveEncodingStage):
 
 @dataclass(frozen=True)
 class Statistics(AdaptiveEncodingStage):
-    """Sends x exact and reports one thing of each kind; its state is what was last combined.
+    """Sends x exact and reports one tensor of each kind. The state holds the last combined reports.
 
     `count` (sum, int64), `low` (min), `high` (max), `row` (stack): the first two elements of x, flat.
     """
 
-    scrambled: bool = False  # give the updates in another order than declared
+    scrambled: bool = False  # report in another order than declared
 
     def initial_state(self, spec: TensorSpec) -> dict[str, Tensor]:
         return {"high": torch.tensor(1.0), "rows": torch.zeros(0, 2)}

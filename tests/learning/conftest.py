@@ -10,7 +10,7 @@ from fedq.learning import FederatedAveraging, LocalTraining
 
 
 class Tiny(nn.Module):
-    """A dense layer above the threshold, a small one, and nothing else."""
+    """A dense layer above the threshold, and a small dense layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Tiny(nn.Module):
 
 
 class Normalised(nn.Module):
-    """Has float buffers and an integer one."""
+    """A model with float buffers and an integer buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SCAFFOLD and FedNova against numpy implementations of their papers' algorithms that share nothing with fedq."""
+"""Compares SCAFFOLD and FedNova with numpy implementations of their papers that share no code with fedq."""
 
 from dataclasses import replace
 from functools import partial
@@ -38,7 +38,7 @@ class Softmax(nn.Linear):
 
 
 def examples(client: int) -> tuple[np.ndarray, np.ndarray]:
-    """Skewed clients: each has another number of examples, other inputs, and two classes only."""
+    """Returns a skewed client's examples: two classes only, with another number and other inputs for each client."""
     draw = np.random.default_rng(client)
     n = 12 + 7 * client
     return draw.normal(client / 3, 1, (n, FEATURES)), (client + draw.integers(2, size=n)) % CLASSES
@@ -67,7 +67,7 @@ def process(
 
 
 def gradient(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of the mean cross entropy; `weights` are (CLASSES, FEATURES + 1), the bias last."""
+    """Returns the gradient of the mean cross entropy; `weights` are (CLASSES, FEATURES + 1), the bias last."""
     inputs = np.c_[x, np.ones(len(x))]
     logits = inputs @ weights.T
     p = np.exp(logits - logits.max(1, keepdims=True))
@@ -106,11 +106,11 @@ def test_scaffold_is_the_papers() -> None:
         assert metrics["clients_failed"] == 0
     np.testing.assert_allclose(as_array(state.weights), x, atol=1e-6)
     np.testing.assert_allclose(as_array(state.groups, "*control/"), c, atol=1e-6)
-    assert min(np.abs(one).max() for one in own.values()) > 0.05  # without them the check would be of FedAvg
+    assert min(np.abs(one).max() for one in own.values()) > 0.05  # with variates of 0 this would be FedAvg
 
 
 def test_control_variates_follow_what_the_server_decoded() -> None:
-    """Behind four bits both ways, c is the mean of all c_i: clients add what was decoded, not what they computed."""
+    """With four bits both ways, c is the mean of all c_i: clients add the decoded values, not the computed ones."""
     run = process(Scaffold(), LocalTraining(lr=0.3, epochs=5, batch_size=1000), broadcast=UINT4, upload=UINT4)
     state = run.initialize()
     for cohort in COHORTS[:6]:
@@ -126,7 +126,7 @@ def test_control_variates_are_sent_encoded_and_counted_both_ways() -> None:
     )
     clients = [make(0), make(1)]
     (_, one), (_, two) = (run.next(run.initialize(), clients) for run in (alone, both))
-    # two messages of the same tensors instead of one
+    # SCAFFOLD sends two messages of the same tensors instead of one
     assert two["broadcast_bits"] == 2 * one["broadcast_bits"]
     assert two["aggregated_bits"] == 2 * one["aggregated_bits"]
     assert two["report_bits"] == one["report_bits"] > 0
@@ -244,7 +244,7 @@ def test_scaffold_refuses_sub_models() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"momentum": 0.8}, {"proximal": 0.2}])
 def test_fednova_is_the_papers(more: dict[str, float]) -> None:
-    """Wang 2020, equations 6 to 9: each gradient's coefficient is followed through the local steps."""
+    """Wang 2020, equations 6 to 9: the test follows the coefficient of each gradient through the local steps."""
     rate, batch = 0.2, 8
     run = process(FedNova(), LocalTraining(lr=rate, batch_size=batch, **more), seed=3)
     state = run.initialize()
@@ -257,7 +257,7 @@ def test_fednova_is_the_papers(more: dict[str, float]) -> None:
             inputs, labels = examples(client)
             order = Key(3, round_, client).fold("train").fold("shuffle").fold("0").permutation(len(labels))
             y, velocity, steps = x.copy(), np.zeros_like(x), 0
-            coefficients: list[float] = []  # of each gradient in (x − y) / rate
+            coefficients: list[float] = []  # the coefficient of each gradient in (x − y) / rate
             speeds: list[float] = []
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]

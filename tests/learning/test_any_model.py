@@ -1,4 +1,4 @@
-"""Models of others: tied, frozen and integer parameters, hidden buffers, five axes, layers that refuse a batch."""
+"""Unusual models: tied, frozen and integer parameters, hidden buffers, five axes, layers that refuse a batch."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from fedq.train import CONF
 
 
 class Dense(nn.Module):
-    """Two layers, of which `change` may change something."""
+    """Two layers; `change` may change the model."""
 
     def __init__(self, change=lambda model: None):
         super().__init__()
@@ -47,7 +47,7 @@ def test_tied_weights_are_refused_by_their_names(process):
 
 @pytest.mark.parametrize("dropout", [None, FederatedDropout(0.5)])
 def test_what_is_frozen_does_not_move(process, client, dropout):
-    """Neither by clients' steps, whole or in parts, nor by weight decay on the server."""
+    """No client's step and no weight decay on the server moves a frozen weight."""
 
     def frozen(model):
         model.first.requires_grad_(False)
@@ -64,7 +64,7 @@ def test_what_is_frozen_does_not_move(process, client, dropout):
 
 @pytest.mark.parametrize("reference", ["none", "initial"])
 def test_dither_does_not_move_what_is_frozen(process, client, reference):
-    """What is decoded of an update that is 0 is noise then."""
+    """With dither, an update of 0 is decoded as noise."""
     dithered = StateDictEncoder(Encoder([StepQuantization(0.1, rounding="dithered", relative=False)], ANS()), 0)
     averaging = process(
         model=partial(Dense, lambda model: model.first.requires_grad_(False)),
@@ -89,7 +89,7 @@ def test_what_has_no_mean_is_refused_unless_it_is_never_sent(process, client, dt
 
 
 class Counting(Dense):
-    """Its output depends on how often it was called, in a buffer that no state_dict holds."""
+    """A model whose output depends on its number of calls, in a buffer that no state_dict holds."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ class Voxels(nn.Module):
 
 
 def test_convolutions_have_their_channels_last():
-    """As torch arranges a whole model; without it a round of the CNN takes a third longer."""
+    """The layout equals torch's layout of a whole model. Without the layout a round of the CNN takes a third longer."""
     ours, theirs = channels_last(FedAvgCNN(10)), FedAvgCNN(10).to(memory_format=torch.channels_last)
     for tensor, expected in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         assert tensor.stride() == expected.stride()
@@ -171,7 +171,7 @@ class Normalised(Dense):
 
 
 def test_a_client_whose_training_fails_is_left_out(process, client, caplog):
-    """A batch norm takes no batch of one example, which is what 21 in batches of 20 end with."""
+    """A batch norm refuses a batch of one example: 21 examples in batches of 20 end with one."""
 
     def unreadable():
         raise RuntimeError("the disk is gone")
@@ -189,7 +189,7 @@ def test_a_client_whose_training_fails_is_left_out(process, client, caplog):
         "client 2 is left out: RuntimeError: the",
     ):
         assert reason in caplog.text
-    assert "in unreadable" in caplog.text  # the traceback, for whoever asks for it
+    assert "in unreadable" in caplog.text  # the log has the traceback
 
 
 def test_a_file_that_cannot_be_read_ends_the_round(process, client):
@@ -222,7 +222,7 @@ def test_no_examples_to_evaluate_on_is_an_error():
 
 
 class Letters(nn.Module):
-    """Takes symbols, not pictures: int64, as an embedding does."""
+    """A model that takes int64 symbols, not pictures, as an embedding does."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ class Letters(nn.Module):
 
 
 class Bytes(Dense):
-    """Scales its pixels itself."""
+    """A model that takes bytes and scales the pixels."""
 
     def forward(self, x):
         return super().forward(x.float() / 255)
@@ -261,7 +261,7 @@ def test_what_a_model_takes_need_not_be_floating(process, model, shape, dtype, l
 @pytest.mark.parametrize("name", ["frontier", "bit_budget", "follow_loss"])
 @pytest.mark.parametrize("dropout", [None, FederatedDropout(0.5)], ids=["whole", "parts"])
 def test_batch_norms_variances_are_not_rounded(process, client, name, dropout):
-    """As weights they would be, to below 0 where they are small, and the loss would be no number."""
+    """Rounding could make a small variance negative, and then the loss would be NaN."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [f"encoder={name}"])
     chains = {direction: build_encoder(cfg, direction) for direction in ("broadcast", "upload")}
@@ -356,7 +356,7 @@ def test_dense_tensors_of_any_strides_are_taken(process, client):
 
 
 class Keeps(Dense):
-    """Keeps a counter, a tensor, a generator and a list with a module outside its state_dict, and adds an attribute."""
+    """A model that keeps a counter, a tensor, a generator and a list outside its state_dict, and adds an attribute."""
 
     def __init__(self):
         super().__init__()
@@ -372,7 +372,7 @@ class Keeps(Dense):
 
 
 def test_nothing_passes_from_one_client_to_the_next(process, client):
-    """Whichever client a worker trains first: the sum is the same, as its order follows the cohort."""
+    """The sum follows the order of the cohort, not the order in which workers train clients."""
 
     def backwards(function, items):
         yield from reversed([function(item) for item in reversed(list(items))])
@@ -385,7 +385,7 @@ def test_nothing_passes_from_one_client_to_the_next(process, client):
 
 
 class Writes(Dense):
-    """Writes to its input."""
+    """A model that writes to its input."""
 
     def forward(self, x):
         return super().forward(x.sub_(0.5).mul_(3))
@@ -403,7 +403,7 @@ def test_evaluation_and_training_leave_the_examples_alone(process, client):
 
 @pytest.mark.parametrize("value", [5, 2**40 + 1, 1_700_000_000_000_000_000, -(2**61), 2**61 + 12_345])
 def test_integers_have_an_exact_mean(process, client, value):
-    """Weights of 30 and 20: their products with such values are beyond int64."""
+    """Products of such values with the weights 30 and 20 overflow int64."""
 
     class Clock(Dense):
         def __init__(self):

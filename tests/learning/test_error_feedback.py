@@ -47,7 +47,7 @@ CHAINS = {name: ErrorFeedback(encoder) for name, encoder in ENCODERS.items()}
 
 
 class Seen(InMemory):
-    """Remembers what is kept."""
+    """A store that records the saved states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Seen(InMemory):
 
 @pytest.fixture
 def updates(monkeypatch):
-    """The true updates, in order."""
+    """Returns a list of the exact updates, in order."""
     made, update_of = [], client_half.update_of
 
     def recording(trained, received):
@@ -94,7 +94,7 @@ def test_what_was_sent_and_the_last_residual_are_all_updates(process, client, up
         state, _ = averaging.next(state, [client(1)])
     times = len(decoded) // rounds
     assert len(decoded) == rounds * times
-    # the client decodes its own message, the server what arrives, and both find the same
+    # the client decodes its own message and the server decodes the received message, with the same result
     assert times == (1 if chain == "nothing" else 2)
     assert all(map(same, decoded[::times], decoded[times - 1 :: times]))
     sent, kept = decoded[::times], seen.saved.get((1, rounds - 1), {})
@@ -121,7 +121,7 @@ def test_a_client_gets_its_own_and_of_its_last_round(process, client, updates):
         compensated = trained[number, serial]["big.weight"] + seen.saved[before]["big.weight"]
         left = seen.saved[number, serial]["big.weight"]
         sent = left != compensated
-        assert int(sent.sum()) == round(0.01 * sent.numel())  # the largest elements, exact
+        assert int(sent.sum()) == round(0.01 * sent.numel())  # the largest elements are sent exact
         assert float(left[sent].abs().max()) == 0
         assert float(compensated[sent].abs().min()) >= float(left.abs().max())
 
@@ -137,7 +137,7 @@ class Linear(nn.Module):
 
 
 def opposed(number: int) -> Client:
-    """Two clients of whom a loud feature tells the opposite, and eight quiet ones the same."""
+    """Returns one of two clients. Eight small features agree in both; one large feature has opposite signs."""
     y = torch.arange(20) % 2
     signs = 2.0 * y[:, None] - 1
     loud = signs * (3.0 if number else -3.0)
@@ -146,7 +146,7 @@ def opposed(number: int) -> Client:
 
 @pytest.mark.parametrize("feedback", [False, True])
 def test_a_strongly_biased_chain_learns_with_it_and_not_without(feedback):
-    # two of eighteen elements: the loud feature's, whose updates cancel each other
+    # only the two elements of the large feature are sent, and the clients' updates of them cancel
     upload = StateDictEncoder(Encoder([TopK(2 / 18)]), 0)
     averaging = FederatedAveraging(
         Linear,
@@ -170,7 +170,7 @@ def test_a_strongly_biased_chain_learns_with_it_and_not_without(feedback):
 
 
 class Wrong:
-    """A network with which each message of client 1 comes to harm from round 1 on."""
+    """A network that harms each message of client 1 from round 1 on."""
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -208,7 +208,10 @@ EMPTY = Examples(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
     ],
 )
 def test_what_a_client_that_fails_keeps(process, client, updates, monkeypatch, how, keeps):
-    """Of three rounds it fails in the second; what it sends in the third tells what it had kept."""
+    """The client fails in the second of three rounds.
+
+    Its message in the third round shows the residual that it kept.
+    """
     second = {"dropout": gone, "empty": lambda: EMPTY, "nan": lambda: NAN}.get(how)
     guard = NormGuard("drop", initial=1e-6) if how == "outlier" else None
     seen = Seen()
@@ -223,7 +226,7 @@ def test_what_a_client_that_fails_keeps(process, client, updates, monkeypatch, h
             try:
                 state, metrics = averaging.next(state, [one, client(2)])
                 failed.append(metrics["clients_failed"])
-            except TooFewClients as error:  # all of a round's are out of line
+            except TooFewClients as error:  # the guard drops all updates of a round
                 state = error.state
                 failed.append(2)
         if how == "undecodable" and number == 1:
@@ -235,16 +238,19 @@ def test_what_a_client_that_fails_keeps(process, client, updates, monkeypatch, h
 
 
 def test_what_it_kept_is_what_it_adds(process, client, updates):
-    """A client whose message was lost on the way goes on as if it had come; one that crashed as if not there."""
+    """After a lost message, the client continues as if the message had arrived.
+
+    After a crash, its state is unchanged.
+    """
     sent: dict[str, bytes] = {}
     for how in ("late", "crash", "nothing"):
 
         def network(message, key, how=how, wrong=None):
             if (key.client, key.round) == (1, 2):
-                sent.setdefault(how, message)  # the update; the report follows
+                sent.setdefault(how, message)  # the first message is the update, the second the report
             return Wrong(how)(message, key)
 
-        # the server stands still, so that only what is kept differs
+        # the server's weights do not move, so messages differ only by the residual
         averaging = process(
             upload=CHAINS["sign"],
             network=network,
@@ -258,7 +264,7 @@ def test_what_it_kept_is_what_it_adds(process, client, updates):
 
 
 def test_nothing_that_is_not_finite_is_kept(process, client):
-    """A residual can be beyond its dtype where the tensor and what is decoded of it are not."""
+    """A residual can overflow its dtype even if the tensor and the decoded tensor do not."""
 
     @dataclass(frozen=True)
     class HugeNegated(EncodingStage):
@@ -277,7 +283,7 @@ def test_nothing_that_is_not_finite_is_kept(process, client):
     huge = {1: {"big.weight": torch.full((16, 784), 1e38)}}
     seen.load = lambda number, attempt, schema: huge.get(number, {})
     _, metrics = averaging.next(averaging.initialize(), [client(1, 1), client(2, 1)])
-    assert (1, 0) in seen.saved  # twice 1e38 is not too much
+    assert (1, 0) in seen.saved  # 2e38 does not overflow
     huge[1]["big.weight"] *= 2
     _, metrics = averaging.next(averaging.initialize(), [client(3, 1), client(1, 1)])
     assert metrics["clients_failed/unable"] == 1
@@ -287,7 +293,7 @@ def test_nothing_that_is_not_finite_is_kept(process, client):
 
 @pytest.mark.parametrize("chain", ["sign", "joint", "summed first", "adaptive", "common scale"])
 def test_a_network_that_does_nothing_changes_nothing(process, client, chain):
-    """The server's own decoding of a copy is what the client decoded."""
+    """The server decodes a copy of the message to the same tensors as the client."""
 
     def outcome(**more):
         averaging = process(upload=CHAINS[chain], guard=NormGuard("clip", multiple=0.9), **more)
@@ -329,7 +335,7 @@ def test_without_a_run_folder_a_step_can_be_taken_again_and_another_training_beg
 
 
 def test_without_a_run_folder_a_step_can_be_taken_again_with_other_clients(process, client):
-    """Those of the first attempt then have what they had before it."""
+    """The clients of the first attempt then keep their earlier state."""
 
     def trained(*abandoned: int) -> dict[str, torch.Tensor]:
         averaging = process(upload=CHAINS["top_k"])
@@ -357,7 +363,7 @@ def test_structured_clients_have_nothing_to_feed_back(process):
 
 @pytest.mark.parametrize("way", ["broadcast", "upload"])
 def test_a_chain_that_leaves_more_than_it_is_given_is_refused(process, way):
-    """What keeps a share p and scales it by 1 / p leaves 1 / p − 1 of the squares; unscaled, 1 − p."""
+    """A mask of share p that scales by 1 / p leaves 1 / p − 1 of the squares. Without scaling it leaves 1 − p."""
 
     def one(scale):
         masked = ErrorFeedback(StateDictEncoder(Encoder([RandomMask(0.25, scale=scale)]), 100))

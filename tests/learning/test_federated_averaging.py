@@ -44,7 +44,7 @@ def same(a, b):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Records (key, message) of all weights and updates that are encoded, not of reports."""
+    """Returns a list of (key, message) of all encoded weights and updates, without reports."""
     messages = []
     encode = Codec.encode
 
@@ -59,7 +59,7 @@ def sent(monkeypatch):
 
 
 def test_a_float32_round_is_federated_averaging(process, client, tiny):
-    """McMahan 2016, algorithm 1, written out again without any of fedq's learning."""
+    """McMahan 2016, algorithm 1, implemented again without code of fedq.learning."""
     averaging = process(seed=5)
     start = averaging.initialize()
     sizes = {4: 50, 7: 20, 1: 33}
@@ -100,7 +100,7 @@ def test_bits_are_those_of_the_messages(process, client, sent):
     assert metrics["cumulative_aggregated_bits"] == state.aggregated_bits == 8 * sum(map(len, up)) // 3 * 5
 
 
-REPORT = 48 + 4 * 8  # the frame, a loss and three counts
+REPORT = 48 + 4 * 8  # a frame, a loss and three counts
 
 
 def test_bits_of_reports_are_counted_apart(process, client):
@@ -124,7 +124,7 @@ def test_bits_of_reports_are_counted_apart(process, client):
         (2, message),
         *[(n, m) for n in (3, 4) for m in (message, REPORT)],
     ]
-    # the late client's answer was sent
+    # the late client sent its answer
     assert (metrics["aggregated_bits"], metrics["report_bits"]) == (4 * 8 * message, 4 * 8 * REPORT)
     assert metrics["cumulative_reported_bits"] == state.reported_bits == 4 * 8 * REPORT
     with pytest.raises(TooFewClients) as caught:
@@ -141,7 +141,7 @@ def reporting(forge):
 
 
 def claiming(loss=1.0, correct=3, seen=30, steps=2):
-    """Replaces a report by one of these numbers, right in form."""
+    """Replaces a report by a valid report of these numbers."""
     return lambda message, key: pack([struct.pack("<dqqq", loss, correct, seen, steps)], peek(message)[0], key)
 
 
@@ -202,12 +202,12 @@ def test_a_clients_weight_does_not_follow_its_report(process, client):
     state, metrics = honest.next(honest.initialize(), clients)
     other, claimed = boasting.next(boasting.initialize(), clients)
     assert metrics["clients"] == claimed["clients"] == 2
-    assert claimed["train/accuracy"] >= 0.5 > metrics["train/accuracy"]  # the report was read
+    assert claimed["train/accuracy"] >= 0.5 > metrics["train/accuracy"]  # the server used the report
     assert same(state.weights, other.weights)
 
 
 def test_what_was_decoded_from_the_messages_is_what_trained_the_model(process, client, sent, monkeypatch):
-    """Fails if either side used the original tensors: they differ from what the bytes hold."""
+    """Fails if either side used the original tensors, because the decoded tensors differ."""
     started_from = []
     train = LocalTraining.train
     monkeypatch.setattr(
@@ -243,7 +243,7 @@ def test_one_changed_symbol_changes_the_model(process, client, monkeypatch, dire
         message, reports = encode(self, tensors, key, *args, **kwargs)
         if tensors.keys() == start.weights.keys() and (key.client == 1) == (direction == "upload"):
             body = bytearray(message[:-4])
-            body[44 + 8 + 1000] ^= 0x80  # a symbol of the first tensor, behind its minimum and maximum
+            body[44 + 8 + 1000] ^= 0x80  # a symbol of the first tensor, after its minimum and maximum
             message = bytes(body) + struct.pack("<I", zlib.crc32(body))
         return Encoded(message, reports)
 
@@ -298,7 +298,7 @@ def test_batch_norm_statistics_are_averaged_and_its_counter_stays_an_integer(pro
     start = averaging.initialize()
     state, _ = averaging.next(start, [client(0, 60), client(1, 20)])
     assert state.weights["norm.num_batches_tracked"].dtype == torch.int64
-    assert int(state.weights["norm.num_batches_tracked"]) == 3  # 3 and 1 batches: (3·60 + 1·20) / 80 = 2.5, up
+    assert int(state.weights["norm.num_batches_tracked"]) == 3  # 3 and 1 batches: (3·60 + 1·20) / 80 = 2.5, rounded up
     alone = [
         averaging.next(start, [client(number, n)])[0].weights["norm.running_mean"] for number, n in ((0, 60), (1, 20))
     ]
@@ -324,7 +324,7 @@ def test_a_client_that_fails_is_left_out_with_its_weight(process, client, caplog
     assert (metrics["clients"], metrics["clients_failed"], metrics["uploads"]) == (2, 1, 2)
     assert "client 9 is left out" in caplog.text
     assert reason in caplog.text
-    # it was sent the broadcast all the same
+    # the failed client received the broadcast
     assert with_it.broadcasted_bits == without.broadcasted_bits // 2 * 3
 
 
@@ -352,7 +352,7 @@ def test_a_damaged_message_is_counted_and_left_out(process, client, monkeypatch)
 
 
 def test_an_update_beyond_float32_is_its_clients_and_not_the_runs(process, client, monkeypatch, caplog):
-    """3e38 is a number, but times the client's 30 examples it is none."""
+    """3e38 is finite, but times the client's 30 examples it overflows."""
     averaging = process()
     encode = Codec.encode
 
@@ -411,7 +411,7 @@ def test_evaluation_is_the_mean_over_all_examples(process, client, tiny):
 
 @dataclass(frozen=True)
 class PlusOneOverN(AdaptiveEncodingStage):
-    """Adds 1/n, where n is the number of the round, and reports every client's largest value."""
+    """Adds 1/n in round n, and reports every client's largest value."""
 
     def initial_state(self, spec):
         return {"n": torch.tensor(1.0), "largest": torch.tensor(0.0)}
@@ -489,7 +489,7 @@ def test_clients_train_on_the_initial_weights_and_the_decoded_difference(process
         assert metrics["broadcast_bits"] == 8 * len(message) * 2
         received, _ = from_initial.decode(message, key, reference=start)
         assert all(same(weights, received) for weights in started_from) and len(started_from) == 2
-        # the same bytes by hand: the difference, alone
+        # the same bytes by hand, of the difference alone
         difference = {k: before[k] - start[k] if v.numel() > 100 else before[k] for k, v in before.items()}
         own, _ = alone.encode(difference, key)
         assert own[44:-4] == message[44:-4]
@@ -497,7 +497,7 @@ def test_clients_train_on_the_initial_weights_and_the_decoded_difference(process
         for name, value in received.items():
             expected = start[name] + decoded[name] if value.numel() > 100 else before[name]
             assert torch.equal(value, expected)
-        if number == 0:  # nothing but zeros, and the small tensors exact
+        if number == 0:  # only zeros, and the small tensors exact
             assert same(received, start) and len(message) < 48 + 4 + 8 * 4 + 4 * 40
         else:
             assert not same(received, start) and not same(received, before)
@@ -530,7 +530,7 @@ def test_references_that_there_are_not_are_refused_at_once(process):
 
 @pytest.mark.parametrize("rules", [{"dnse*": Encoder()}, {"*": Encoder(), "dense2.bias": Encoder()}], ids=str)
 def test_a_rule_that_no_tensor_follows_is_refused(process, rules):
-    """Else what is measured is not what was meant."""
+    """A misspelt rule would otherwise measure another chain."""
     with pytest.raises(
         FedqError, match=rf"encoder\.upload\.rules: no tensor follows '{re.escape([*rules][-1])}': no name fits it"
     ):
@@ -538,7 +538,7 @@ def test_a_rule_that_no_tensor_follows_is_refused(process, rules):
 
 
 def test_a_clients_weight_is_what_it_trains_on(process, client):
-    """With `max_examples` that is less than it has."""
+    """With `max_examples`, a client's weight may be smaller than its number of examples."""
     averaging = process(client=LocalTraining(lr=0.1, max_examples=10))
     state = averaging.initialize()
     few, many = client(0, 10), client(1, 50)

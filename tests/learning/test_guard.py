@@ -13,14 +13,14 @@ def test_the_norm_is_that_of_all_floating_tensors_together():
     update = {"a": torch.tensor([[3.0, 0.0]]), "n": torch.tensor(100), "b": torch.tensor([4.0, 12.0]).half()}
     assert norm(update) == pytest.approx(13.0)
     assert norm({}) == 0.0
-    assert norm({"a": torch.full((10,), 3e38)}) == math.inf  # beyond float32: no update that anyone should take
+    assert norm({"a": torch.full((10,), 3e38)}) == math.inf  # the norm overflows: the update must be refused
 
 
 def test_what_is_out_of_line_is_clipped_to_the_limit_or_dropped():
     clip, drop = (NormGuard(action, multiple=3.0) for action in ("clip", "drop"))
     for guard in (clip, drop):
         assert guard.scale(5.0, 2.0) == guard.scale(6.0, 2.0) == 1.0
-        assert guard.scale(1e9, 0.0) == 1.0  # nothing is known before the first round
+        assert guard.scale(1e9, 0.0) == 1.0  # the first round has no limit
     assert clip.scale(60.0, 2.0) == pytest.approx(0.1)
     with pytest.raises(ClientFailure, match=r"norm 60, the limit is 6") as failure:
         drop.scale(60.0, 2.0)
@@ -64,7 +64,7 @@ def test_wrong_arguments_are_refused(wrong):
 
 
 def blown_up(client: Client) -> Client:
-    """The same client, with pixels a thousand times as bright: its update is far out of line."""
+    """Returns the client with pixels a thousand times as bright, so that its update has a far too large norm."""
 
     def load() -> Examples:
         x, y = client.load()
@@ -87,13 +87,13 @@ def test_a_run_is_guarded_from_its_second_round_on(process, client, action):
     unguarded, _ = plain.next(after_one, [*honest[:3], blown_up(client(9))])
     assert metrics["clients_failed/outlier"] == (action == "drop")
     assert distance(attacked, after_one) < 4 * after_one.norm < distance(unguarded, after_one) / 4
-    if action == "drop":  # with its weight: as if it had not been there
+    if action == "drop":  # the weight is dropped too: the result is as without the client
         without, _ = guarded.next(after_one, honest[:3])
         assert distance(attacked, without) < 1e-6
 
 
 def test_cohorts_in_vain_move_the_estimate(process, client):
-    """Where all are out of line the limit follows, until they are not: else a round would be repeated for ever."""
+    """If the guard drops all updates, the limit rises. Otherwise the round would repeat without end."""
     averaging, repeats = process(guard=NormGuard("drop", initial=1e-3)), 0
     state = averaging.initialize()
     while state.round == 0:

@@ -1,4 +1,4 @@
-"""Broadcasts as differences from what clients received last, against clients that keep it: reference=last."""
+"""reference=last: broadcasts are differences from the weights that clients received last, and clients keep these."""
 
 import random
 from dataclasses import replace
@@ -18,7 +18,7 @@ EXACT = StateDictEncoder()
 
 
 def cohorts(rounds):
-    """Clients that come often, seldom, and late."""
+    """Returns cohorts in which clients take part often, seldom, or late."""
     draw = random.Random(0)
     return [draw.sample(range(4), 2) + [10] * (r % 7 == 6) + [20 + r] * (r % 4 == 3) for r in range(rounds)]
 
@@ -28,13 +28,13 @@ def same(a, b):
 
 
 class Follower:
-    """A client as it would run elsewhere: it has only what it was sent, and the run's initial weights."""
+    """A client as it would run elsewhere: it has only received messages, and the run's initial weights."""
 
     def __init__(self):
         self.serial, self.bytes, self.held = 0, 0, ()
 
     def receive(self, process, broadcast, number):
-        """Decodes what the server sends to this client; returns the weights."""
+        """Decodes the server's messages to this client; returns the weights."""
         messages = process.downlink.messages(broadcast, number)
         received = process.protocol.receive(messages, self.held)
         self.held = (received.weights, received.reference)
@@ -44,7 +44,7 @@ class Follower:
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The broadcast of each round, and what the cohort decoded."""
+    """Returns a list of each round's broadcast and the weights that the cohort decoded."""
     rounds = []
     contribute = Cohort.contribute
 
@@ -69,7 +69,8 @@ def test_each_client_gets_what_it_needs_and_it_is_counted(process, client, seen)
         before = sum(follower.bytes for follower in followers.values())
         for number in numbers:
             follower = followers.setdefault(number, Follower())
-            # the shorter of all messages that it missed, and all weights before the last round's and its message
+            # the client receives the missed messages, or (if shorter) all weights before the last round and the last
+            # message
             missed = messages[follower.serial : -1]
             full = sum(map(len, missed)) >= len(broadcast.all_at_once)
             full_was_cheaper += full
@@ -81,13 +82,13 @@ def test_each_client_gets_what_it_needs_and_it_is_counted(process, client, seen)
         sent = sum(follower.bytes for follower in followers.values()) - before
         assert metrics["broadcast_bits"] == 8 * sent
         assert sum(map(len, state.kept)) < len(broadcast.all_at_once)
-    # both ways of catching up occurred, and nobody who would be sent everything is remembered
+    # both ways to catch up occurred, and the server forgets clients that would receive all weights
     assert full_was_cheaper and messages_were_cheaper
     assert state.last_received.keys() < followers.keys()
 
 
 def test_what_clients_train_on_follows_the_servers_weights(process, client, seen):
-    """The differences hold all errors before: the last error does not grow with the rounds, as it would without."""
+    """A difference includes all earlier errors, so the error does not grow with the rounds."""
     averaging, errors = process(broadcast=LAST), []
     state = averaging.initialize()
     for _ in range(10):
@@ -131,7 +132,7 @@ def test_who_did_not_answer_is_not_taken_to_have_received(process, client):
     first = len(state.kept[0])
     state, metrics = averaging.next(state, [client(0), client(1)])
     assert metrics["broadcast_bits"] == 8 * (2 * len(state.kept[1]) + first)
-    # a cohort that did not answer leaves what everybody holds as it was
+    # a cohort that does not answer changes no client's weights
     with pytest.raises(TooFewClients) as caught:
         averaging.next(state, [Client(2, broken)])
     after = caught.value.state
@@ -140,7 +141,7 @@ def test_who_did_not_answer_is_not_taken_to_have_received(process, client):
 
 
 def test_error_feedback_of_the_broadcast_tells_all_in_the_end(process, client, seen):
-    """What was decoded over the rounds adds up to what was to be told, but for the last residual (Seide 2014)."""
+    """The decoded differences add up to the exact difference, except for the last residual (Seide 2014)."""
     coarse = StateDictEncoder(Encoder([UniformQuantization(2, "nearest")], FixedWidth()))
     averaging = process(broadcast=ErrorFeedback(coarse))
     state, told, decoded = averaging.initialize(), 0, 0
@@ -190,8 +191,8 @@ def test_who_answers_a_cohort_in_vain_has_caught_up(process, client):
     assert again.last_received == state.last_received | {0: 2}
     after, metrics = averaging.next(again, [client(0), client(1)])
     message = len(after.kept[2])
-    assert metrics["broadcast_bits"] == 8 * (2 * message + missed)  # client 1 alone is still behind
-    assert in_vain == pytest.approx(8 * (2 * message + 2 * missed), abs=800)  # another key, nearly as many bytes
+    assert metrics["broadcast_bits"] == 8 * (2 * message + missed)  # only client 1 still misses a message
+    assert in_vain == pytest.approx(8 * (2 * message + 2 * missed), abs=800)  # another key gives nearly as many bytes
 
 
 def silent():
@@ -199,7 +200,7 @@ def silent():
 
 
 def test_clients_decode_what_they_are_sent_whatever_became_of_their_answers(process, client, seen):
-    """Clients are absent, answer late, and answer cohorts that are repeated; each has no more than it was sent."""
+    """Clients are absent, answer late, and answer repeated cohorts. Each has only its received messages."""
     draw, late = random.Random(2), set()
 
     def network(message, key):
@@ -228,7 +229,7 @@ def test_clients_decode_what_they_are_sent_whatever_became_of_their_answers(proc
 
 
 def apart(averaging, followers, broadcast, clients):
-    """Has each client receive by itself; records those that cannot, and has the others answer."""
+    """Lets each client receive alone. Records clients that cannot, and lets the others answer."""
     result = averaging.contribute(broadcast, [])
     for place, one in enumerate(clients):
         try:
@@ -272,7 +273,7 @@ def test_a_client_that_lost_its_store_says_so_and_is_sent_all_it_needs(process, 
     broadcast, received = seen[-1]
     assert metrics["clients_failed/lost"] == 0 and state.last_received == {0: state.round, 1: state.round}
     assert same(followers[0].held[0], received) and same(followers[1].held[0], received)
-    # all broadcasts since the initial weights where they are shorter, else all weights at once
+    # all broadcasts since the initial weights if they are shorter, else all weights at once
     in_front = kept if rounds == 2 else [broadcast.all_at_once]
     assert averaging.downlink.messages(broadcast, 0) == [*in_front, *broadcast.messages]
 

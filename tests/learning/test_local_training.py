@@ -17,7 +17,7 @@ from fedq.learning.local_training import LocalTraining, update_of
 
 
 def by_hand(model, examples, order, lr, momentum=0.0, proximal=0.0):
-    """Local SGD written out: v ← m v + g + μ (w − w0), w ← w − lr v, batches of 20."""
+    """Implements local SGD again: v ← m v + g + μ (w − w0), w ← w − lr v, in batches of 20."""
     start = [p.detach().clone() for p in model.parameters()]
     velocity = [torch.zeros_like(p) for p in start]
     losses, correct = [], 0
@@ -79,7 +79,7 @@ def test_steps_are_torchs_to_the_last_bit(tiny, client, momentum):
 
 
 def test_training_does_not_load_the_compiler():
-    """Loading torch._dynamo takes seconds, and torch.optim does so at its first use."""
+    """torch.optim loads torch._dynamo at its first use, which takes seconds."""
     code = """
 import sys, torch
 from fedq.data import Examples
@@ -100,7 +100,7 @@ def test_bf16_rounds_products_and_keeps_weights(tiny, client):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     examples, updates = client(3, 50).load(), {}
     for precision in ("float32", "bf16"):
-        # so small a step that a bfloat16 weight would not change
+        # a step too small to change a bfloat16 weight
         LocalTraining(lr=1e-4).train(model, weights, examples, Key(1, 2, 3), precision=precision)
         assert all(value.dtype == torch.float32 for value in model.state_dict().values())
         updates[precision] = torch.cat([value.flatten() for value in update_of(model.state_dict(), weights).values()])
@@ -157,7 +157,7 @@ def test_a_model_that_draws_from_a_generator_of_all_threads_is_refused(client, l
     with pytest.raises(FedqError, match=r"the model draws random numbers .* nn\.Dropout"):
         LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))
     layer.eval()
-    model.train = lambda mode=True: model  # as a model does whose layer draws nothing
+    model.train = lambda mode=True: model  # so the layer draws no numbers
     LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))
 
 

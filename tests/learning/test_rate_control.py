@@ -43,7 +43,7 @@ def test_messages_reach_the_budget(bits):
     encoder = StateDictEncoder(STEP, 0, common_scale=True, rate_control=BitBudget(bits))
     state = initial_state(encoder, tensors)
     for serial in range(12):
-        # the tensors grow, like weights that move away from their initial values
+        # the tensors grow, as weights that move away from their initial values
         lengths, state = round_of(encoder, {n: t * 1.1**serial for n, t in tensors.items()}, state, serial)
     assert all(8 * length / 50_000 == pytest.approx(bits, rel=0.05) for length in lengths)
 
@@ -98,10 +98,10 @@ def test_a_stalling_loss_halves_the_steps():
         state = rate_control.update_state(state, {"loss": torch.tensor([loss, loss, 50.0])})  # an outlier
         factors.append(float(state["factor"]))
         averages.append(loss if not averages else 0.5 * averages[-1] + 0.5 * loss)
-    # by hand: average 6 is the lowest, and average 8 is the first above the average three before
+    # by hand: average 6 is the lowest, and average 8 is the first above the average three rounds earlier
     first = next(i for i in range(3, len(losses)) if averages[i] >= averages[i - 3])
     assert factors[: first + 1] == [8.0] * first + [4.0]
-    # the average continues through a halving; three rounds later it is compared with the one at the halving
+    # the average continues through a halving; three rounds later the test compares it with the average at the halving
     assert averages[first + 3] >= averages[first]
     assert factors[first + 1 :][:3] == [4.0] * 2 + [2.0]
     stalled = rate_control.initial_state(None)

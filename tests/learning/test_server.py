@@ -37,13 +37,13 @@ def test_any_optimizer_steps_as_it_would_on_its_own(build):
         old_weights, old_state = weights, state
         weights, state = server_step(build, state, weights, frozenset({"w"}), {"w": mean * 7}, 7)
         again, _ = server_step(build, old_state, old_weights, frozenset({"w"}), {"w": mean * 7}, 7)
-        assert torch.equal(again["w"], weights["w"])  # a pure step: the old state is as it was
+        assert torch.equal(again["w"], weights["w"])  # a pure step: the old state is unchanged
         assert torch.equal(old_weights["w"], before["w"])
     torch.testing.assert_close(weights["w"], reference.detach())
 
 
 def test_integer_buffers_take_the_exact_mean_to_the_nearest_integer():
-    big = 2**53 + 1  # not a float64
+    big = 2**53 + 1  # float64 cannot hold this number
     weights = {"w": torch.zeros(1), "n": torch.tensor(big), "b": torch.tensor([True, False]), "s": torch.tensor(1.5)}
     zero = {"w": torch.zeros(1)}
     updates = [
@@ -61,7 +61,7 @@ def test_integer_buffers_take_the_exact_mean_to_the_nearest_integer():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_narrow_tensors_do_not_overflow(dtype):
-    """400 examples times 200 are beyond float16, and a bfloat16 sum would lose its small terms."""
+    """400 examples times 200 overflow float16, and a bfloat16 sum would lose small terms."""
     weights = {"w": torch.full((3,), 1.0, dtype=dtype), "b": torch.full((2,), 1.0, dtype=dtype)}
     total: dict = {}
     for value, examples in ((200.0, 400), (201.0, 400), (1.0, 1)):

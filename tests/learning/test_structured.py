@@ -1,4 +1,4 @@
-"""Structured updates: clients that train within what their upload can send (Konečný 2016, §2)."""
+"""Structured updates: clients take only steps that their upload can send (Konečný 2016, §2)."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ UPLOADS = {
 
 
 def losses(process, client, upload, structured, rounds=1, parts=None, **settings):
-    """Trains three clients; returns each round's loss and, for each client's update, what the upload loses of it."""
+    """Trains three clients; returns each round's loss, and the part of each client's update that the upload loses."""
     lost = []
     local = LocalTraining(lr=0.1, epochs=2, structured=structured, **settings)
     averaging = process(client=local, upload=upload, **(parts or {}))
@@ -53,7 +53,7 @@ def losses(process, client, upload, structured, rounds=1, parts=None, **settings
                 decoded, _ = codec.decode(codec.encode(update, key, params).message, key, params)
                 lost[-3 + i] = max(
                     float((decoded[n] - update[n]).norm() / update[n].norm().clamp(min=1e-30))
-                    for n in averaging.protocol.parameters  # of a small one the mask may leave nothing
+                    for n in averaging.protocol.parameters  # the mask may keep no element of a small tensor
                 )
             state = after
     return found, lost
@@ -62,7 +62,7 @@ def losses(process, client, upload, structured, rounds=1, parts=None, **settings
 @pytest.mark.parametrize("upload", UPLOADS)
 def test_nothing_of_the_update_is_lost(process, client, upload):
     _, lost = losses(process, client, UPLOADS[upload], True, momentum=0.5, proximal=0.1)
-    assert max(lost) < 3e-5  # what float32 loses in (w + update) − w
+    assert max(lost) < 3e-5  # rounding of float32 in (w + update) − w
     if upload != "exact":
         _, lost = losses(process, client, UPLOADS[upload], False)
         assert min(lost) > 0.5
@@ -85,7 +85,7 @@ def test_it_is_the_same_as_sgd_where_all_is_sent(process, client):
 
 
 def test_steps_are_the_projected_gradients(tiny, client):
-    # halving the gradient is no projection, but shows that each is projected once, and only the gradient
+    # halving is no projection, but shows that each gradient is projected once, and only the gradient
     examples, key = client(3, 20).load(), Key(0)
     torch.manual_seed(0)
     model = tiny()
@@ -99,7 +99,7 @@ def test_steps_are_the_projected_gradients(tiny, client):
 
 
 def test_buffers_of_the_joint_vector_do_not_move_the_mask(process, client, normalised):
-    # the steps of a batch norm's statistics are no gradient's: small ones travel exact, beside the vector
+    # a batch norm's statistics have no gradient: the small tensors are sent exact, outside the joint vector
     upload = StateDictEncoder(Encoder([RandomMask(0.3, scale=False)]), 0, joint=True)
     _, lost = losses(process, client, upload, True, parts={"model": normalised})
     assert max(lost) < 3e-5

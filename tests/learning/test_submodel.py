@@ -43,7 +43,10 @@ POWERSGD = StateDictEncoder(Encoder([PowerSGD(2)]), 100)
 
 
 class Parts(nn.Module):
-    """Two groups of units; a filter of the convolution has four columns of the dense layer, and a batch norm."""
+    """A model with two groups of units.
+
+    A filter of the convolution feeds a batch norm and four columns of the dense layer.
+    """
 
     units: ClassVar = {
         "conv": (
@@ -66,7 +69,7 @@ class Parts(nn.Module):
 
 
 def places(key: Key, keep: float) -> dict[str, tuple[np.ndarray, ...]]:
-    """For each tensor of Parts, the rows and columns that the client of `key` has, written out."""
+    """Returns for each tensor of Parts the rows and columns of the client of `key`, without code of fedq.learning."""
     conv, hidden = (
         np.sort(key.fold("dropout").fold(group).permutation(n)[: max(1, round(keep * n))])
         for group, n in (("conv", 6), ("hidden", 9))
@@ -99,7 +102,7 @@ def parts(process):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Records of what clients receive and send: (client, whether it is an upload) → message, key, and what it holds."""
+    """Returns a record of all messages: (client, whether it is an upload) → message, key, and the tensors in it."""
     messages = {}
     encode = Codec.encode
 
@@ -115,7 +118,7 @@ def sent(monkeypatch):
 
 
 def test_each_coordinate_is_the_average_over_those_who_had_it(parts, client, sent):
-    """Written out again in numpy, from the messages; the counter of batches included, and a client that fails."""
+    """Implements the mean again in numpy, from the messages, with the counter of batches and a client that fails."""
     averaging = parts(0.5, seed=5)
     start = averaging.initialize()
     sizes = {4: 50, 7: 20, 1: 33, 2: 61}
@@ -145,7 +148,7 @@ def test_each_coordinate_is_the_average_over_those_who_had_it(parts, client, sen
 
 
 def test_what_was_decoded_from_the_messages_is_what_trained_the_model(parts, client, sent, monkeypatch):
-    """Fails if either side used the original tensors: they differ from what the bytes hold."""
+    """Fails if either side used the original tensors, because the decoded tensors differ."""
     started_from = []
     train = LocalTraining.train
     monkeypatch.setattr(
@@ -177,7 +180,7 @@ def test_a_message_to_another_client_is_refused(parts, process):
         receive([message], client=4)
     with pytest.raises(MessageError, match="the message has schema"):
         receive([message])
-    # nor is one client's message a broadcast, where all train the whole model
+    # if all clients train the whole model, one client's message is not a broadcast
     averaging = process()
     broadcast, _ = averaging.downlink.open(averaging.initialize(), [3])
     with pytest.raises(MessageError, match="round 0, client 3; expected seed 0, round 0, client 18446744073709551615"):
@@ -193,8 +196,8 @@ def test_what_nobody_had_does_not_move_and_the_rest_does(parts, client):
         had[np.ix_(*own)] = True
         moved = (state.weights[name] != start.weights[name]).numpy()
         assert not moved[~had].any(), name
-        if name != "conv.bias":  # which the batch norm takes away again
-            assert moved[had].mean() > 0.4, name  # a ReLU may not let it
+        if name != "conv.bias":  # the batch norm removes this bias
+            assert moved[had].mean() > 0.4, name  # a ReLU may block a unit's gradient
 
 
 def test_units_are_drawn_for_each_client_and_round_and_all_alike_often():
@@ -205,7 +208,7 @@ def test_units_are_drawn_for_each_client_and_round_and_all_alike_often():
         assert len(units) == 3
         assert (np.diff(units) > 0).all()
         counts[units] += 1
-    assert ((counts - 200) ** 2 / 200).sum() < 26  # 8 degrees of freedom, one in a thousand
+    assert ((counts - 200) ** 2 / 200).sum() < 26  # chi-square with 8 degrees of freedom, exceeded once in a thousand
     one, other = (sub_models.drawn(Key(1, 0, number)) for number in (0, 1))
     assert not all(torch.equal(one[group], other[group]) for group in one)
     assert [len(units) for units in SubModels(Parts(), FederatedDropout(0.01)).drawn(Key(0)).values()] == [1, 1]
@@ -217,17 +220,17 @@ def test_a_sub_model_computes_what_the_whole_does_with_the_other_units_at_0(mode
     whole, x = model(10).double(), torch.rand(3, 1, 28, 28, dtype=torch.float64)
     with torch.no_grad():
         for parameter in whole.parameters():
-            parameter.add_(torch.randn_like(parameter) / 30)  # biases too
+            parameter.add_(torch.randn_like(parameter) / 30)  # also biases
     sub_models = SubModels(whole, FederatedDropout(0.4))
     units = sub_models.drawn(Key(0, 0, 1))
     part = sub_models.model(whole)
     part.load_state_dict(sub_models.cut(whole.state_dict(), units))
-    kept = sub_models.whole(sub_models.cut(whole.state_dict(), units), units)  # the others' inputs and outputs are 0
+    kept = sub_models.whole(sub_models.cut(whole.state_dict(), units), units)  # weights of all other units are 0
     assert not same(kept, whole.state_dict())
     silent = model(10).double()
     silent.load_state_dict(kept)
     torch.testing.assert_close(part(x), silent(x), rtol=1e-12, atol=1e-12)
-    # the declaration is whole: a unit's outgoing weights alone do the same
+    # the declared groups are complete: zero outgoing weights alone have the same effect
     for group, own in units.items():
         name, axis = model.units[group][-1]
         columns = whole.state_dict()[name].unflatten(axis, (len(whole.get_parameter(f"{group}.bias")), -1))
@@ -333,7 +336,7 @@ def test_it_composes_with_every_encoder(process, client, name):
 
 @dataclass(frozen=True)
 class Largest(AdaptiveEncodingStage):
-    """Reports the sum of what it encodes, each message's own and the largest."""
+    """Reports the sum of its input: one for each message, and the largest."""
 
     def initial_state(self, spec):
         return {"stack": torch.zeros(1, dtype=torch.float64), "max": torch.tensor(0.0, dtype=torch.float64)}
@@ -363,7 +366,8 @@ def test_reports_of_broadcasts_are_a_cohorts(parts, client, sent):
         sums = [float(sent[i, upload][2]["conv.weight"].double().sum()) for i in (3, 1, 4)]
         assert direction["conv.weight/0/stack"].tolist() == pytest.approx(sums, rel=1e-12)
         assert float(direction["conv.weight/0/max"]) == pytest.approx(max(sums), rel=1e-12)
-    # down a double of params for each direction, up two doubles that are reported; nobody sends the broadcast's reports
+    # params are one double down for each direction, and reports are two doubles up; nobody sends reports of the
+    # broadcast
     assert metrics["broadcast_bits"] == metrics["aggregated_bits"] == 8 * sum(len(sent[i, True][0]) for i in (3, 1, 4))
     exact = parts(0.5)
     plain, plain_metrics = exact.next(exact.initialize(), [client(i) for i in (3, 1, 4)])
@@ -378,7 +382,7 @@ def test_differences_from_the_initial_weights_are_the_parts_own(parts, client, s
     state, _ = averaging.next(start, [client(0), client(1)])
     again, _ = averaging.next(start, [client(0), client(1)])
     assert same(state.weights, again.weights)
-    # in the first round there is no difference: all arrives exact
+    # the first round sends no difference: all tensors are exact
     exact, _ = parts(0.5).next(start, [client(0), client(1)])
     assert same(state.weights, exact.weights)
     averaging.next(state, [client(0)])
@@ -389,7 +393,7 @@ def test_differences_from_the_initial_weights_are_the_parts_own(parts, client, s
     }
     received, _ = reference.bind(schema_of(part)).decode(message, key, reference=initial)
     for name, value in part.items():
-        bound = float((value - initial[name]).float().abs().max()) / 100  # two steps of 256, from minimum to maximum
+        bound = float((value - initial[name]).float().abs().max()) / 100  # two of 256 steps from minimum to maximum
         torch.testing.assert_close(received[name], value, rtol=0, atol=bound + 1e-7)
 
 

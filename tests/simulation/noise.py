@@ -1,4 +1,4 @@
-"""A run as small as can be, on a dataset of noise."""
+"""A tiny run on a dataset of noise."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ RUN = RunConfig(
 
 
 class Noise:
-    """A dataset of noise, which remembers who was read."""
+    """A dataset of noise that records the clients that were read."""
 
     num_classes = 10
     num_clients = 6

@@ -38,7 +38,7 @@ def test_a_checkpoint_holds_all_there_is(tmp_path):
     loaded, config = checkpoint.load(path)
     assert config == CONFIG
     assert states_equal(loaded, states[2])
-    # going on from it gives the same as never having stopped
+    # a resumed run gives the same weights as a run without a stop
     *_, (last, _) = rounds(make_process(), loaded, dataset, RUN)
     assert states_equal(last, states[4])
 
@@ -140,12 +140,12 @@ def test_what_is_of_another_type_is_not_a_checkpoint(change, tmp_path):
     torch.save(whole, tmp_path / "round_000001.pt")
     assert checkpoint.load(tmp_path / "round_000001.pt")[1] == CONFIG
     torch.save(whole | change, tmp_path / "round_000001.pt")
-    with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: (it is not one of|Validating sparse)"):
+    with pytest.raises(CheckpointError, match=r"round_000001.pt cannot be used: (it is not a|Validating sparse)"):
         checkpoint.load(tmp_path / "round_000001.pt")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed_or_refused_in_a_sentence(tmp_path):
-    """Of commit 1c20104: adaptive state by tensor and place, and of the broadcasts only their lengths."""
+    """Checkpoints of commit 1c20104 hold adaptive state by tensor and place, and only the lengths of broadcasts."""
     after = some_states()[0]
     plain = {name: getattr(after, name) for name in ("round", "weights", "optimizer", "broadcasted_bits", "norm")}
     nested = {"broadcast": {"w": {0: {"a": torch.ones(2)}}, "v.w": {}}, "upload": {"w": {1: {"b": torch.zeros(1)}}}}
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_or_refused_in_a_sentence(
 
 
 def some_states() -> list[ServerState]:
-    """Those after each of five rounds, of a model so small that a file is soon read and written."""
+    """Returns the states after each of five rounds of a tiny model, whose files are quick to read and write."""
     w, n = torch.arange(30.0), range(1, 6)
     return [ServerState(i, {"w": i * w}, {"state": {0: {"momentum_buffer": w - i}}}, {}, {}, 10 * i, i) for i in n]
 
@@ -201,11 +201,11 @@ def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
         else:
             assert states_equal(loaded, state)
             assert config == CONFIG
-    assert refused > 180  # much of so small a file are its dates and the like
+    assert refused > 180  # many bytes of so small a file are dates and other bytes without effect
     entry = 0
     while (entry := whole.find(b"PK\x01\x02", entry + 1)) > 0:
         damaged = bytearray(whole)
-        damaged[entry + 38] ^= 16  # a folder: torch would leave the tensor's memory as it was
+        damaged[entry + 38] ^= 16  # the entry becomes a folder, and torch would not fill the tensor's memory
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match="is marked as a folder"):
             checkpoint.load(path)
@@ -225,7 +225,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     assert (state.round, its_folder) == (2, tmp_path)
     assert str(newest) in caplog.text
     assert checkpoint.attempts(folder) == [2, 1]
-    # the run that goes on does away with the damaged one, and not with what it stands on
+    # the resumed run deletes the damaged checkpoint, but not the one that it resumed from
     (folder / f"round_000099.pt.{'0a' * 16}.tmp").write_bytes(b"half a checkpoint")
     checkpoint.save(states[1], CONFIG, folder, 2)
     assert sorted(path.name for path in folder.iterdir()) == ["round_000001.pt", "round_000002.pt"]
@@ -262,7 +262,7 @@ def test_another_runs_checkpoint_is_refused_and_a_longer_run_is_not_another(tmp_
 @pytest.mark.parametrize("content", [torch.zeros(3), {"weight": torch.zeros(3)}, [1, 2]])
 def test_a_file_of_other_things_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match="weights.pt cannot be used: it is not one of this program's"):
+    with pytest.raises(CheckpointError, match="weights.pt cannot be used: it is not a checkpoint of fedq"):
         checkpoint.load(tmp_path / "weights.pt")
 
 
@@ -278,13 +278,13 @@ def test_the_same_command_again_goes_on_in_its_own_folder_and_one_may_go_back(tm
 
 
 def test_an_archive_whose_directory_is_damaged_is_named(tmp_path):
-    """zipfile and torch raise nearly anything then: EOFError and zlib.error among them."""
+    """For such a file zipfile and torch raise many classes of errors, also EOFError and zlib.error."""
     path = checkpoint.save(some_states()[0], CONFIG, tmp_path, 2)
     whole, found = path.read_bytes(), set()
     with zipfile.ZipFile(path) as archive:
         entries = [archive.start_dir, *(info.header_offset for info in archive.infolist())]
     for start in entries:
-        for place in range(start, min(start + 46, len(whole))):  # a directory's entry; headers of files are shorter
+        for place in range(start, min(start + 46, len(whole))):  # a directory entry; file headers are shorter
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << 3]) + whole[place + 1 :])
             try:
                 checkpoint.load(path)

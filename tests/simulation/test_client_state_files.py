@@ -39,7 +39,7 @@ def store(folder: Path, memory: int = 2**30, shared: bool = False, serial: int =
 
 
 def version(store: ClientStateFiles, client: int, serial: int) -> int | None:
-    """Which round left what the store gives."""
+    """Returns the round that wrote the state in the store."""
     found = store.load(client, serial, SCHEMA)
     (which,) = [s for s in range(serial) if found and torch.equal(found["w"], drawn(client, s))] or [None]
     return which
@@ -68,7 +68,7 @@ def test_a_round_that_is_run_again_starts_from_what_was_before_it(tmp_path, memo
             kept.commit(client, serial, residual(client, serial))
     kept.begin(2)
     assert [version(kept, client, 9) for client in (1, 2)] == [1, 1]
-    kept.commit(2, 2, residual(2, 2))  # now without the other
+    kept.commit(2, 2, residual(2, 2))  # without the other client
     kept.begin(3)
     assert [version(kept, client, 3) for client in (1, 2)] == [1, 2]
     kept.begin(0)
@@ -108,7 +108,7 @@ def test_memory_is_bounded_and_nothing_is_lost(tmp_path, memory):
                 assert version(kept, client, serial + 1) == serial
     gc.collect()
     assert most <= memory
-    assert most >= memory // SIZE * SIZE  # and is used
+    assert most >= memory // SIZE * SIZE  # the memory is used
     assert [version(kept, client, 6) for client in range(20)] == [5] * 20
 
 
@@ -130,7 +130,7 @@ def test_what_no_checkpoint_can_ask_for_is_never_written(tmp_path):
     for serial in range(10):
         kept.commit(1, serial, residual(1, serial))
         kept.settle()
-    kept.commit(1, 10, residual(1, 10))  # of a round that is not over: a run that stops here goes on from before it
+    kept.commit(1, 10, residual(1, 10))  # this round is not over: a run that stops here resumes before this round
     kept.flush()
     assert files(tmp_path) == ["1_10.residual", "1_9.residual"]
     again = store(tmp_path, serial=10)
@@ -152,14 +152,14 @@ def test_only_what_a_checkpoint_can_ask_for_stays(tmp_path):
 
 
 def test_the_same_run_killed_and_resumed_at_random_gets_the_same(tmp_path):
-    """Against a dict that keeps all: random cohorts, memories, checkpoints and ends, from any checkpoint kept."""
+    """Compares with a dict of all states, for random cohorts, memories, checkpoints and stops."""
     for seed in range(40):
         draw, folder = random.Random(seed), tmp_path / str(seed)
         memory = draw.choice([0, 2 * SIZE, 7 * SIZE, 2**30])
         truth: dict[int, list[int]] = {}
         kept, serial, checkpoints = store(folder, memory), 0, [0]
         for _ in range(60):
-            if draw.random() < 0.15:  # killed, and gone on from a checkpoint
+            if draw.random() < 0.15:  # the run is killed and resumes from a checkpoint
                 serial = draw.choice(checkpoints)
                 kept = store(folder, draw.choice([0, memory]), serial=serial)
                 checkpoints = [c for c in checkpoints if c <= serial]
@@ -167,13 +167,13 @@ def test_the_same_run_killed_and_resumed_at_random_gets_the_same(tmp_path):
                 truth = {client: [v for v in versions if v < serial] for client, versions in truth.items()}
             kept.begin(serial)
             cohort = draw.sample(range(12), 4)
-            for client in cohort[: draw.choice([2, 4])]:  # a round may be broken off
+            for client in cohort[: draw.choice([2, 4])]:  # a round may stop early
                 expected = max(truth.get(client, []), default=None)
                 assert version(kept, client, serial) == expected, (seed, serial)
                 kept.commit(client, serial, residual(client, serial))
                 truth.setdefault(client, []).append(serial)
             serial += 1
-            if draw.random() < 0.8:  # else the round is repeated: no checkpoint can be of this moment
+            if draw.random() < 0.8:  # otherwise the round is repeated, and no checkpoint is written here
                 kept.settle()
                 if draw.random() < 0.3:
                     kept.flush()
@@ -286,7 +286,7 @@ def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path):
     mark = first.mark()
     with pytest.raises(ClientStateError, match=r"this rank cannot see .*elsewhere: .*share rank 0's folder"):
         ClientStateFiles.joined(str(tmp_path / "elsewhere"), mark, 7)
-    store(tmp_path / "own", shared=True).mark()  # one of the same name on another machine
+    store(tmp_path / "own", shared=True).mark()  # a folder of the same name on another machine
     with pytest.raises(ClientStateError, match="this rank cannot see"):
         ClientStateFiles.joined(str(tmp_path / "own"), mark, 7)
     assert first.mark() != mark

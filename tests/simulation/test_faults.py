@@ -127,13 +127,13 @@ def test_a_run_goes_on_without_the_faulty_and_counts_them():
         }
         assert {kind: metrics[f"clients_failed/{kind}"] for kind in kinds} == kinds
         assert metrics["clients"] == drawn[None] == 8 - metrics["clients_failed"]
-        # what was sent is counted, whatever became of it
+        # every sent message is counted, also if it fails
         assert metrics["uploads"] == 8 - drawn["absent"] - drawn["crash"]
         assert metrics["aggregated_bits"] == metrics["uploads"] * metrics["broadcast_bits"] // 8  # all float32
         assert metrics["report_bits"] == metrics["uploads"] * 8 * REPORT
-    assert len(seen) >= 5  # the seed makes most of them happen
+    assert len(seen) >= 5  # with this seed most faults occur
 
-    # the very same model as that of a run in which those clients were never drawn
+    # the model equals the model of a run that never draws the failed clients
     def good(serial, numbers):
         return [Many().client(n) for n in numbers if not faults.drawn(Key(3, serial, n))]
 
@@ -146,7 +146,7 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
     faults = Faults(absent=0.4)
     good = [sum(faults.drawn(Key(3, s, int(n))) is None for n in cohort(3, s, 40, 8)) for s in range(40)]
     outcome = run(faults, min_clients=5, repeats=10)
-    serials = [s for s in range(40) if good[s] >= 5][: FAULTY.rounds]  # the cohorts of which enough answered
+    serials = [s for s in range(40) if good[s] >= 5][: FAULTY.rounds]  # the cohorts with enough answers
     assert serials != list(range(FAULTY.rounds))
     assert [metrics["clients"] for _, metrics in outcome] == [good[s] for s in serials]
     assert [metrics["round"] for _, metrics in outcome] == list(range(FAULTY.rounds))
@@ -154,12 +154,12 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
         sum(metrics["repeats"] for _, metrics in outcome) == outcome[-1][0].repeats == serials[-1] + 1 - FAULTY.rounds
     )
     message = outcome[0][1]["broadcast_bits"] // (8 * (outcome[0][1]["repeats"] + 1))
-    for _, metrics in outcome:  # the bits of a cohort in vain are the round's too
+    for _, metrics in outcome:  # a round counts the bits of its failed cohorts
         assert metrics["broadcast_bits"] == message * 8 * (metrics["repeats"] + 1)
     assert sum(metrics["aggregated_bits"] for _, metrics in outcome) == outcome[-1][0].aggregated_bits
     assert sum(metrics["report_bits"] for _, metrics in outcome) == outcome[-1][0].reported_bits
     assert all(metrics["report_bits"] == metrics["uploads"] * 8 * REPORT for _, metrics in outcome)
-    # and so are those who failed in it, and its time
+    # a round also counts their failures and their time
     drops = [sum(faults.drawn(Key(3, s, int(n))) == "absent" for n in cohort(3, s, 40, 8)) for s in range(40)]
     ends = [-1, *serials]
     expected = [sum(drops[before + 1 : last + 1]) for before, last in itertools.pairwise(ends)]
@@ -169,7 +169,7 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
         parts = sum(metrics[f"seconds/{phase}"] for phase in ("train", "encode", "decode", "aggregate", "evaluate"))
         assert 0.7 * metrics["seconds"] < parts <= metrics["seconds"]
     assert "repeated with another cohort" in caplog.text
-    # the same clients without an encoder would have been sent as much, and sent as much
+    # without an encoder the same clients would receive and send as many bits
     summary = Summary(tmp_path)
     summary.start({"run": {"seed": 3, "clients_per_round": 8}}, message)
     for _, metrics in outcome:

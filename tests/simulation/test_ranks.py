@@ -1,4 +1,4 @@
-"""Several processes, as torchrun would start them, against one."""
+"""Several processes, started like torchrun's, give the same results as one process."""
 
 import itertools
 import os
@@ -34,8 +34,8 @@ from fedq.simulation.ranks import RankLost, Ranks, split
 from fedq.simulation.stopping import Stopping
 from fedq.simulation.workers import Workers
 
-SIZES = [7, 60, 3, 21, 40, 5, 1, 33, 12, 18, 9]  # uneven clients; not a power of two
-BAD = 4  # the place of a client whose update is not a number
+SIZES = [7, 60, 3, 21, 40, 5, 1, 33, 12, 18, 9]  # uneven clients; their number is no power of two
+BAD = 4  # the place of a client whose update is NaN
 ROTATED = StateDictEncoder(Encoder([HadamardRotation(), UniformQuantization(4)], FixedWidth()), 1000)
 
 
@@ -52,8 +52,8 @@ def make_process(
     upload: Direction, workers: Workers, store: ClientStateFiles, dropout: FederatedDropout | None = None
 ) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
-    broadcast = learning() if dropout else ROTATED  # with dropout clients' ranks encode broadcasts, and report
-    if isinstance(upload, ErrorFeedback):  # clients that keep what they did not tell keep what they were told, too
+    broadcast = learning() if dropout else ROTATED  # with dropout, ranks encode broadcasts and report
+    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights
         broadcast = replace(ROTATED, reference="last")
     return FederatedAveraging(
         partial(MLP, 10),
@@ -65,12 +65,12 @@ def make_process(
         map=workers.map,
         store=store,
         submodel=dropout,
-        guard=NormGuard("clip", multiple=1.0),  # about half of all, from the second round on
+        guard=NormGuard("clip", multiple=1.0),  # clips about half of the updates from the second round on
     )
 
 
 def learning() -> StateDictEncoder:
-    return StateDictEncoder(Encoder([PowerSGD(2)]), 1000)  # reports of its clients are added up
+    return StateDictEncoder(Encoder([PowerSGD(2)]), 1000)  # ranks add up its reports
 
 
 def feeding_back() -> ErrorFeedback:
@@ -101,7 +101,7 @@ def run(
         state = process.initialize()
         clients = [make_client(number) for number in range(len(SIZES))]
         for _ in range(rounds):
-            clients = clients[1:] + clients[:1]  # the next round's ranks have others
+            clients = clients[1:] + clients[:1]  # the ranks have other clients in the next round
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
@@ -109,7 +109,7 @@ def run(
 
 
 def free_port() -> int:
-    """A port whose successor is free too."""
+    """Returns a free port whose successor is free too."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("localhost", 0))
@@ -120,7 +120,7 @@ def free_port() -> int:
             return first.getsockname()[1]
 
 
-SOME = ((2, 2), (3, 1))  # ranks, and workers of each
+SOME = ((2, 2), (3, 1))  # (ranks, workers of each rank)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, nu
 
 
 def test_what_crosses_is_a_few_partial_sums():
-    """Whatever stretch of the cohort a rank has, no more than two sums a level of the tree are left of it."""
+    """Every part of the cohort adds up to at most two sums for each level of the tree."""
 
     for first, last in itertools.combinations(range(65), 2):
         tree: PairwiseTree[int] = PairwiseTree(lambda a, b: a + b)
@@ -171,7 +171,7 @@ def test_cohorts_are_cut_into_neighbourhoods_of_equal_cost():
     assert split([1] * 12, 4) == [0, 3, 6, 9, 12]
     assert split([9, 1, 1, 1, 1, 1, 1, 1, 1, 1], 2) == [0, 1, 10]
     assert split([5, 0, 0], 1) == [0, 3]
-    bounds = split([3], 4)  # more ranks than clients: some have none
+    bounds = split([3], 4)  # more ranks than clients: some ranks have no client
     assert (bounds[0], bounds[-1]) == (0, 1)
     assert bounds == sorted(bounds)
     costs = [(37 * i) % 101 + 1 for i in range(1000)]
@@ -181,7 +181,7 @@ def test_cohorts_are_cut_into_neighbourhoods_of_equal_cost():
 
 
 def lose(rank: int, port: int, folder: Path, queue) -> None:
-    """Rank 1 dies in the middle of a round; what becomes of rank 0 goes to the queue."""
+    """Rank 1 dies in the middle of a round; the queue receives how rank 0 ends."""
     started = time.monotonic()
     if rank:
         threading_kill(queue)
@@ -192,7 +192,7 @@ def lose(rank: int, port: int, folder: Path, queue) -> None:
 
 
 def fail(rank: int, port: int, folder: Path, queue) -> None:
-    """Rank 0 alone fails in a round, where rank 1 waits for it; how long each then lives goes to the queue."""
+    """Only rank 0 fails in a round, and rank 1 waits for rank 0. The queue receives how long each rank lives."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
     def contribute(broadcast, clients):
@@ -224,7 +224,7 @@ def threading_kill(queue) -> None:
 
 
 def start_two(target, folder: Path):
-    """Starts `target` as ranks 0 and 1; returns what they put into their queue, and the PROCESSES."""
+    """Starts `target` as ranks 0 and 1; returns their queue and the processes."""
     queue, port = PROCESSES.Queue(), free_port()
     started = [PROCESSES.Process(target=target, args=(rank, port, folder, queue)) for rank in range(2)]
     for process in started:
@@ -243,7 +243,7 @@ def test_a_rank_that_dies_takes_the_others_down_with_a_clear_message(tmp_path):
 
 
 def test_a_round_that_fails_on_rank_0_alone_ends_all_at_once(tmp_path):
-    """The others wait in the round and would take no order for what it is: a sweep cannot go on with them."""
+    """The other ranks wait in the round and would misread any order, so the sweep ends."""
     queue, started = start_two(fail, tmp_path)
     apart, since = queue.get(timeout=60)
     assert apart is True

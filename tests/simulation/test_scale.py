@@ -25,7 +25,7 @@ def make_process(**options) -> FederatedAveraging:
 
 
 class Alive:
-    """How many of the tensors it was shown are still in memory, and how many were at most."""
+    """Counts the tensors still in memory, of all that it was shown, and their largest number."""
 
     def __init__(self) -> None:
         self.now = self.most = self.seen = 0
@@ -62,7 +62,7 @@ def test_a_round_over_a_hundred_million_clients_holds_no_more_than_one_over_ten(
             overrides = ["dataset=writers", f"dataset.clients={population}", "dataset.test_examples=10"]
             cfg = compose("config", [*overrides, "run.clients_per_round=3", "run.rounds=1"])
         process = make_process()
-        tracemalloc.start()  # sees what Python and numpy take; a byte a client would be 100 MB
+        tracemalloc.start()  # measures the memory of Python and numpy; one byte a client would be 100 MB
         try:
             dataset = build(cfg, "dataset")
             [(state, metrics)] = rounds(process, process.initialize(), dataset, build_run(cfg))
@@ -72,7 +72,7 @@ def test_a_round_over_a_hundred_million_clients_holds_no_more_than_one_over_ten(
         finally:
             tracemalloc.stop()
 
-    peak(10)  # modules are loaded
+    peak(10)  # loads all modules
     assert peak(10**8) < peak(10) + 2e6
 
 
@@ -82,19 +82,19 @@ def test_updates_and_examples_held_do_not_grow_with_the_cohort(monkeypatch):
 
     def watched(*args):
         update = weighted(*args)
-        if update:  # the algorithm has no other groups
+        if update:  # FedAvg has no other groups
             updates.watch(next(iter(update.values())))
         return update
 
     def load(place: int, count: int) -> Examples:
-        if place == 0:  # all others wait for the first: the second worker could run far ahead
+        if place == 0:  # the first client takes long, so the second worker could run far ahead
             time.sleep(0.5)
         x = torch.zeros(count, 1, 28, 28)
         examples.watch(x)
         return Examples(x, torch.zeros(count, dtype=torch.int64))
 
     monkeypatch.setattr(server, "weighted", watched)
-    # neighbours differ in size: were all put in order of size, half of the cohort would wait for the other half
+    # neighbours differ in size: if the whole cohort were sorted by size, one half would wait for the other
     sizes = [4 - 3 * (place % 2) for place in range(COHORT)]
     clients = [Client(place, partial(load, place, size), size) for place, size in enumerate(sizes)]
     with Workers(WORKERS) as workers:
@@ -104,6 +104,6 @@ def test_updates_and_examples_held_do_not_grow_with_the_cohort(monkeypatch):
         result = process.contribute(broadcast, enumerate(clients))
     assert len(result.records) == updates.seen == examples.seen == COHORT
     assert not any(record.failure for record in result.records.values())
-    # of 16 clients in order of size half may wait; then the tree's 8 levels, results not taken yet, those at work
+    # half of 16 sorted clients, 8 levels of the tree, waiting results, and clients in training
     assert updates.most <= 8 + 8 + (2 * WORKERS + 1) + WORKERS + 2
     assert examples.most <= WORKERS

@@ -25,7 +25,7 @@ def test_every_client_is_drawn_equally_often():
     counts = np.bincount(np.concatenate([cohort(7, r, 20, 5) for r in range(4000)]), minlength=20)
     expected = 4000 * 5 / 20
     chi_square = ((counts - expected) ** 2 / (expected * (1 - 5 / 20))).sum()
-    assert chi_square < 43.8  # 19 degrees of freedom, one in a thousand
+    assert chi_square < 43.8  # chi-square with 19 degrees of freedom, exceeded once in a thousand
 
 
 def test_the_loop_reads_only_the_cohort_and_evaluates_when_told():
@@ -37,7 +37,7 @@ def test_the_loop_reads_only_the_cohort_and_evaluates_when_told():
     phases = ("train", "encode", "decode", "aggregate", "evaluate")
     splits = [sum(m[f"seconds/{phase}"] for phase in phases) / m["seconds"] for m in metrics]
     assert all(m[f"seconds/{phase}"] > 0 for m in metrics for phase in phases[:-1])
-    # a busy machine may take the processor away anywhere, but not in every round
+    # a busy machine may disturb some rounds, but not every round
     assert 0.5 < max(splits) <= 1.001
 
 
@@ -48,7 +48,7 @@ def test_workers_keep_the_order_and_run_side_by_side():
         meet.wait()
         return item * item, torch.get_num_threads()
 
-    torch.set_num_threads(2)  # what a process has where no test asked for one
+    torch.set_num_threads(2)  # a process outside the tests has several threads
     try:
         with Workers(3) as workers:
             assert list(workers.map(task, range(9))) == [(i * i, 1) for i in range(9)]

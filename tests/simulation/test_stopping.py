@@ -13,13 +13,13 @@ def test_a_signal_is_a_wish_looked_for_after_each_client(number):
     def work(item: int) -> int:
         if item == 2:
             os.kill(os.getpid(), number)
-        done.append(item)  # the client at hand is finished
+        done.append(item)  # the current client is finished
         return item
 
     with Stopping() as stopping:
         with pytest.raises(Interrupted, match=signal.Signals(number).name) as stopped:
             list(stopping.map(map)(work, range(10)))
-        assert signal.getsignal(number) is before  # a second one is obeyed at once
+        assert signal.getsignal(number) is before  # a second signal acts at once
     assert done == [0, 1, 2]
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before

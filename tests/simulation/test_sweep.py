@@ -1,4 +1,4 @@
-"""Sweeps as people give them: Optuna's search, jobs on Slurm (played by four small scripts), folders given again."""
+"""Sweeps from the command line: Optuna's search, jobs on Slurm (four small scripts replace Slurm), used folders."""
 
 import importlib.util
 import inspect
@@ -36,7 +36,7 @@ def test_the_fewest_bits_come_first_then_what_misses_the_floor_by_least():
     values = [objective(run, 0.9) for run in runs]
     assert values == sorted(values)
     assert len(set(values)) == len(values)
-    assert max(values) < math.inf  # which is what a job that fails returns
+    assert max(values) < math.inf  # a failed job returns infinity
     assert objective(runs[4], None) == 1
 
 
@@ -49,17 +49,17 @@ def test_a_search_finds_the_fewest_bits_and_given_again_goes_on(tmp_path):
     first = fedq(tmp_path, *command, "run.accuracy_floor=0", "hydra.sweeper.n_trials=3")
     runs = folders_and_summaries(tmp_path / "sweep")
     bits = {name: run["config"]["encoder"]["bits"] for name, run in runs.items()}
-    least = min(bits, key=lambda name: bits[name])  # without a floor to speak of, the smallest of what was drawn
+    least = min(bits, key=lambda name: bits[name])  # every job reaches this floor, so the best has the fewest bits
     found = f"fewest bits at a test accuracy of 0.00% or more: encoder.bits={bits[least]} in {tmp_path}/sweep/{least}, "
     assert found in first.stdout
     lines = metrics_of(tmp_path / "sweep" / least)
     total = sum(line["broadcast_bits"] + line["aggregated_bits"] for line in lines)
     assert f"with {human_bytes(total)} both ways" in first.stdout
-    exact = runs[least]["uncompressed_broadcasted_bits"] / 32  # six messages' parameters, as is the number of uploads
+    exact = runs[least]["uncompressed_broadcasted_bits"] / 32  # parameters of six messages, for six uploads
     assert f"{total / exact:.2f} bits a parameter down and up together" in first.stdout
     assert OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml").best_value == total
 
-    # with another floor the same jobs answer; what was drawn before is drawn again and not trained again
+    # with another floor the search draws the same jobs and trains none of them again
     kept = {path: path.read_bytes() for path in (tmp_path / "sweep").glob("*/summary.json")}
     again = fedq(tmp_path, *command, "run.accuracy_floor=1", "hydra.sweeper.n_trials=8")
     more = folders_and_summaries(tmp_path / "sweep")
@@ -74,7 +74,7 @@ def test_a_search_finds_the_fewest_bits_and_given_again_goes_on(tmp_path):
 
 
 def test_jobs_that_fail_do_not_end_a_search(tmp_path):
-    rates = ("client.lr=1e30,0.1", "hydra.sweeper.n_trials=4")  # the first diverges
+    rates = ("client.lr=1e30,0.1", "hydra.sweeper.n_trials=4")  # the first job diverges
     done = fedq(tmp_path, *SEARCH, *rates, "run.accuracy_floor=0", f"hydra.sweep.dir={tmp_path}/sweep", code=1)
     runs = folders_and_summaries(tmp_path / "sweep")
     assert {(run["status"], run["config"]["client"]["lr"]) for run in runs.values()} == {
@@ -85,7 +85,7 @@ def test_jobs_that_fail_do_not_end_a_search(tmp_path):
     assert "fewest bits at a test accuracy of 0.00% or more: client.lr=0.1 in" in done.stdout
     assert "these jobs of the sweep failed" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "Failed experiment" not in done.stdout  # Optuna learns from them, and would end without any other
+    assert "Failed experiment" not in done.stdout  # Optuna learns from failed jobs
     results = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
     assert results.best_params == {"client.lr": 0.1}
 
@@ -137,7 +137,7 @@ def test_foreign_files_below_a_sweep_hide_no_failed_job(tmp_path, foreign):
     (tmp_path / "sweep" / "other").mkdir(parents=True)
     (tmp_path / "sweep" / "other" / "summary.json").write_text(foreign)
     (tmp_path / "sweep" / ".jobs").mkdir()
-    (tmp_path / "sweep" / ".jobs" / "7").write_text(f"{tmp_path}/sweep/other")  # of an earlier sweep in this folder
+    (tmp_path / "sweep" / ".jobs" / "7").write_text(f"{tmp_path}/sweep/other")  # from an earlier sweep
     command = ("-m", *SHORT, "run.rounds=1", "run.clients_per_round=50", f"hydra.sweep.dir={tmp_path}/sweep")
     done = fedq(tmp_path, *command, code=1)
     listed = done.stderr[done.stderr.index("these jobs of the sweep failed") :].splitlines()[1:]
@@ -156,7 +156,7 @@ def test_a_sweep_in_a_folder_with_older_runs_speaks_of_its_own_jobs(tmp_path):
 
 def test_a_run_that_its_launcher_ends_is_interrupted(tmp_path):
     with pytest.raises(SystemExit), Summary(tmp_path):
-        sys.exit(-1)  # as submitit does once a job is back in the queue
+        sys.exit(-1)  # submitit exits like this after a job is back in the queue
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
 
 
@@ -186,7 +186,7 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": path}
-    # two jobs that should end alike: one is disturbed
+    # two jobs with the same result; one is interrupted
     command = [sys.executable, "-m", "fedq.train", "-m", *SMALL, "hydra/launcher=slurm", "run.workers=1,2"]
     command += ["run.rounds=40", "run.evaluate_every=20", "run.checkpoint_every=1000", "hydra.sweep.dir=sweep"]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
@@ -194,7 +194,7 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
         while not (log.exists() and "round 5: " in log.read_text()):
             assert running.poll() is None, running.stdout.read()
             time.sleep(0.01)
-        os.kill(int((tmp_path / "pid_0").read_text()), signal.SIGUSR2)  # as Slurm does before it stops a job
+        os.kill(int((tmp_path / "pid_0").read_text()), signal.SIGUSR2)  # Slurm sends this signal before it stops a job
         output = running.stdout.read().decode()
     assert running.returncode == 0, output
     assert int(log.read_text().split("resumed after ")[1].split()[0]) >= 5
@@ -207,7 +207,7 @@ def test_on_slurm_a_job_that_is_stopped_goes_back_into_the_queue_and_on(tmp_path
 
 
 def test_a_summary_of_what_never_started_is_nobodys(tmp_path):
-    """So a sweep that is given again reports the refused job again, and continues."""
+    """A repeated sweep reports the refused job again, and continues."""
     for _ in range(2):
         with pytest.raises(ValueError, match="refused"), Summary(tmp_path) as own:
             raise ValueError("refused")
@@ -237,7 +237,7 @@ def test_the_commit_is_that_of_the_code_and_tells_of_changes(tmp_path):
     assert copied._git_commit() is None  # no checkout
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "another project's")
-    assert copied._git_commit() is None  # installed below one
+    assert copied._git_commit() is None  # installed below a checkout
     git("add", ".")
     git("commit", "-q", "-m", "fedq")
     head = git("rev-parse", "HEAD").strip()

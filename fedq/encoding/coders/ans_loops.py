@@ -1,6 +1,6 @@
 """The loops of ANS (see ans.py): integers only.
 
-numba checks no bounds: a loop checks what comes from the wire before it is an index.
+numba checks no bounds, so a loop checks received values before it uses them as an index.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ LOW = 1 << 16
 def _push(x, token, table, reciprocals, bits, out, at):
     entry = table[token]
     frequency = entry >> U64(32)
-    over = x >= frequency << (U64(32) - bits)  # without a branch, which the processor would mispredict
+    over = x >= frequency << (U64(32) - bits)  # no branch here: the processor would mispredict it
     out[at - 1] = np.uint16(x & U64(0xFFFF))
     at -= over
     x >>= U64(over) << U64(4)
@@ -56,7 +56,10 @@ def _pop(x, table, slots, bits, words, at):
 
 @compiled
 def rans_decode(words, at, table, slots, bits, out, states):
-    """Reads len(out) tokens; returns the place behind them, or −1 if words run out. The last four words are padding."""
+    """Reads len(out) tokens; returns the place after them, or −1 if words are missing.
+
+    The last four words are padding.
+    """
     whole, bits, end = len(out) // 4 * 4, U64(bits), len(words) - 4
     a, b, c, d = states[0], states[1], states[2], states[3]
     for i in range(0, whole, 4):

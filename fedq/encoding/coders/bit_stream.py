@@ -30,8 +30,8 @@ def write(values: np.ndarray, code: Callable[[np.ndarray], list[np.ndarray]]) ->
 def read(data: Buffer, n: int, decode: Callable[["BitReader", int], np.ndarray]) -> np.ndarray:
     """Inverts `write`: returns n integers (uint32).
 
-    `decode` reads a block of a given number of integers. Raises ValueError if bits are missing, left over, or not zero
-    behind a block, or if an integer has more than 32 bits.
+    `decode` reads a block of a given number of integers. Raises ValueError if bits are missing or left over, or if the
+    padding of a block is not zero. Raises ValueError also if an integer has more than 32 bits.
     """
     reader, values = BitReader(data), np.empty(n, np.uint32)
     for start in range(0, n, _BLOCK):
@@ -45,7 +45,7 @@ def read(data: Buffer, n: int, decode: Callable[["BitReader", int], np.ndarray])
 
 
 def unary(counts: np.ndarray) -> np.ndarray:
-    """Returns the bits of each of `counts`, integers from 0: that many zeros, and a one."""
+    """Returns the bits of `counts`, integers from 0: for each, as many zeros, then a one."""
     ends = np.cumsum(counts, dtype=np.int64)
     ends += np.arange(len(ends))
     bits = np.zeros(int(ends[-1]) + 1, np.uint8)
@@ -65,7 +65,7 @@ def planes(values: np.ndarray, widths: np.ndarray | int) -> list[np.ndarray]:
 
 
 def gaps(places: np.ndarray) -> np.ndarray:
-    """Returns the number of places between each of rising `places` and the one before it, or the start."""
+    """Returns the number of places between each of rising `places` and the place before, or the start."""
     between = places.copy()
     between[1:] -= places[:-1]
     between[1:] -= 1
@@ -73,7 +73,7 @@ def gaps(places: np.ndarray) -> np.ndarray:
 
 
 class BitReader:
-    """Reads in order what `write` wrote. Raises ValueError if bits are missing."""
+    """Reads the bytes of `write` in order. Raises ValueError if bits are missing."""
 
     def __init__(self, data: Buffer) -> None:
         self._bytes, self._position = np.frombuffer(data, np.uint8), 0
@@ -110,14 +110,14 @@ class BitReader:
         return values
 
     def align(self) -> None:
-        """Skips to the next whole byte. Raises ValueError unless the bits between are zero."""
+        """Skips to the next whole byte. Raises ValueError unless the skipped bits are zero."""
         if self._take(-self._position % 8).any():
             raise ValueError("the unused bits of a block's last byte are not zero")
 
     def close(self) -> None:
         """Raises ValueError if bytes are left."""
         if self._position < len(self._bytes) * 8:
-            raise ValueError("there are bytes behind the last symbol")
+            raise ValueError("there are bytes after the last symbol")
 
     def _take(self, n: int) -> np.ndarray:
         first, skipped = divmod(self._position, 8)
@@ -131,7 +131,7 @@ class BitReader:
 def to_natural(symbols: Tensor, spec: TensorSpec) -> np.ndarray:
     """Returns integers 0 … 2³² − 1 (uint32, shape (n,)) for `symbols`.
 
-    With levels, or in an unsigned dtype, symbols stay as they are. Other symbols 0, −1, 1, −2, 2 … become 0, 1, 2, 3, 4
+    With levels, or in an unsigned dtype, symbols do not change. Other symbols 0, −1, 1, −2, 2 … become 0, 1, 2, 3, 4
     …. Raises ValueError for a symbol out of range.
     """
     low, high = limits(spec, _MOST)

@@ -1,10 +1,10 @@
 """Context-adaptive binary arithmetic coding (Marpe 2003), of networks as in DeepCABAC (Wiedemann 2019).
 
-A matrix is coded row by row. A symbol's magnitude is predicted from the symbols before: the mean magnitude of its
-column, times that of its row, over that of all. The prediction falls into one of 64 classes, two an octave. Each class
+A matrix is coded row by row. Earlier symbols predict the magnitude of a symbol: the mean magnitude of its column, times
+the mean of its row, divided by the mean of all. The prediction falls into one of 64 classes, two an octave. Each class
 has its own probabilities, which follow the symbols. No table and no scales are sent.
 
-Format: 16-bit words, little-endian, of one number in the interval that the symbols lead to, without zeros at its end. A
+Format: 16-bit words, little-endian, of one number in the final interval of the symbols, without zeros at its end. A
 row of 128 symbols or more begins with a flag: whether it holds a symbol other than 0. A row without such a symbol is
 skipped. A symbol is sent as binary decisions:
 - whether its magnitude is above 0, 1, 2, … in units of 2^k, up to 16;
@@ -12,8 +12,9 @@ skipped. A symbol is sent as binary decisions:
 - k low bits, where k grows with the class, and the sign; both count as random.
 A symbol of 0 … levels − 1 counts from the middle one. A tensor without elements, or of zeros only, has no bytes.
 
-Million symbols a second, to encode and to decode, in one thread of a shared core. They are 512 × 3136 symbols (int32)
-from a rounded normal law: one law for all, or scales of rows and columns drawn from exp(0.7 · normal).
+The table gives million symbols a second, to encode and to decode, in one thread of a shared core. The input is 512 ×
+3136 symbols (int32) from a rounded normal law. There is one law for all, or scales of rows and columns are drawn from
+exp(0.7 · normal).
 
     bits a symbol           one law     with scales
     0.1                    133   137      155   168
@@ -22,11 +23,11 @@ from a rounded normal law: one law for all, or scales of rows and columns drawn 
     a matrix of zeros     8000 and more
 
 For a million symbols of one geometric or normal law, the bytes are within 1 % of the entropy from 0.3 bits a symbol on.
-Below that, they are up to 0.002 bits a symbol longer: probabilities never stop moving. Above mean magnitudes of 2^17
-the bytes grow longer, for there are no classes above.
+Below 0.3 bits, they are up to 0.002 bits a symbol longer, because probabilities never stop moving. Above mean
+magnitudes of 2^17 the bytes grow longer, because no class is for larger means.
 
-Both sides compute classes and probabilities alike on every machine: in integers, and with additions, multiplications
-and divisions of float64 that no compiler may reorder.
+Both sides compute the same classes and probabilities on every machine: with integers, and with float64 operations (+,
+×, ÷) that no compiler may reorder.
 """
 
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ from fedq.encoding.schema import TensorSpec
 class CABAC(Coder):
     """Context-adaptive binary arithmetic coding (Marpe 2003) by the scales of rows and columns, for integers.
 
-    Takes symbols of any number of levels, or none, in any integer dtype, as the matrix of TensorSpec.matrix. Best for
+    Takes symbols with or without levels, in any integer dtype, as the matrix of TensorSpec.matrix. Best for
     few bits a symbol, and for matrices whose rows and columns differ in scale or are zero.
 
-    signed: False for symbols that are all 0 or more: no signs are sent. True also sends a sign behind each 1 of symbols
-        of two levels, one bit more than needed: pass False for masks.
+    signed: False sends no signs, for symbols that are all 0 or more. True sends a sign after each 1, also for symbols
+        of two levels. Pass False for masks, which need no signs.
     """
 
     signed: bool = True
@@ -76,7 +77,7 @@ class CABAC(Coder):
         centre = self._centre(spec)
         values = np.full(spec.matrix, centre, np.int32) if centre else np.zeros(spec.matrix, np.int32)
         if not cabac_decode(words, centre, self.signed, *limits(spec), values):
-            raise ValueError("the words do not end as the symbols do")
+            raise ValueError("the words do not end with the last symbol")
         return torch.from_numpy(values).to(spec.dtype).reshape(spec.shape)
 
     def _centre(self, spec: TensorSpec) -> int:

@@ -1,6 +1,6 @@
 """The loops of CABAC (see cabac.py): integers only, but for the classes.
 
-numba checks no bounds: a loop checks what comes from the wire before it is an index.
+numba checks no bounds, so a loop checks received values before it uses them as an index.
 """
 
 import numpy as np
@@ -31,7 +31,8 @@ def _shift(c):
 def cabac_model():
     """Returns, for each class and bin, the probability of a 1 (in units of 2^−32) and its rate's number.
 
-    In class c magnitudes start as geometric, with a mean of about 2^(c/2 − 16). The last class is that of rows' flags.
+    In class c magnitudes start as geometric, with a mean of about 2^(c/2 − 16). The last class is for the flags of
+    rows.
     """
     chances, rates = np.full((CLASSES + 1, BINS), _EVEN << 16), np.full((CLASSES + 1, BINS), _FIRST)
     for c in range(CLASSES):
@@ -46,7 +47,7 @@ def cabac_model():
 @compiled
 def class_of(mean, held, bits):
     """Returns the class of a number above 0: two an octave, from its exponent and its fraction's first bit."""
-    held[0] = mean  # `bits` is the same memory
+    held[0] = mean  # `bits` views the same memory as integers
     return min(max((bits[0] >> 51) - 2 * (1023 - 16), 0), CLASSES - 1)
 
 
@@ -70,9 +71,9 @@ def _carry(out, at):
 
 @compiled
 def _put(low, span, bit, chance, out, at):
-    """Narrows the interval from `low`, `span` wide, to the part of `bit`; writes the words that no longer change.
+    """Narrows the interval (start `low`, width `span`) to the part of `bit`, and writes the words that are now final.
 
-    The upper part is that of a 1: bits of zeros leave `low` at 0.
+    The upper part belongs to a 1, so that bits of zeros leave `low` at 0.
     """
     bound = (span >> U64(16)) * U64(chance)
     if bit:
@@ -178,7 +179,7 @@ def _get(code, span, chance, words, at):
 
 @compiled
 def cabac_decode(words, centre, signed, lowest, highest, rows):
-    """Inverts `cabac_encode`; returns whether it makes these words from integers within these limits.
+    """Inverts `cabac_encode`; returns whether the words are an encoding of integers within the limits.
 
     `rows` must hold `centre` everywhere.
     """
@@ -233,7 +234,7 @@ def cabac_decode(words, centre, signed, lowest, highest, rows):
                 columns[j] += size
                 row += size
         if width >= FLAGGED and not row:
-            return False  # the flag says that there is one
+            return False  # the flag promises a symbol other than 0
         total += row
         above += 1
     # `at` is three words ahead of the settled words; the encoder wrote one more, less zeros at the end

@@ -16,7 +16,7 @@ class Coder(ABC):
     """Turns the last stage's tensor into bytes, without loss. Make a coder a frozen dataclass."""
 
     needs_levels: ClassVar[bool] = False
-    """Whether the coder refuses symbols without levels: it must then stand behind a stage."""
+    """Whether the coder refuses symbols without levels. Such a coder needs a stage before it."""
 
     def size(self, spec: TensorSpec) -> int | None:
         """Returns the bytes of a tensor of `spec`, or None (the default) if they depend on the values."""

@@ -17,11 +17,11 @@ Code = Literal["gamma", "delta"]
 
 @dataclass(frozen=True)
 class Elias(Coder):
-    """Elias's gamma or delta code (1975): good for falling probabilities; no table is sent.
+    """Elias's gamma or delta code (1975), for falling probabilities. No table is sent.
 
-    An integer x from 1 takes 2⌊log₂ x⌋ + 1 bits in gamma, and ⌊log₂ x⌋ + 2⌊log₂(⌊log₂ x⌋ + 1)⌋ + 1 in delta: fewer from
-    x = 32 on. A symbol s is coded as x = s + 1. Takes symbols of any number of levels, or any integers of 32 bits; a
-    negative integer v counts as s = 2·|v| − 1, another one as 2·v.
+    An integer x from 1 takes 2⌊log₂ x⌋ + 1 bits in gamma, and ⌊log₂ x⌋ + 2⌊log₂(⌊log₂ x⌋ + 1)⌋ + 1 in delta. Delta is
+    shorter from x = 32 on. A symbol s is coded as x = s + 1. Takes symbols of any number of levels, or any integers of
+    32 bits. A negative integer v counts as s = 2·|v| − 1, any other as 2·v.
 
     code: "gamma" or "delta".
     """

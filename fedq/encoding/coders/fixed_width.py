@@ -90,7 +90,7 @@ def _width(spec: TensorSpec) -> int:
 def _folds(width: int) -> list[tuple[int, int]]:
     """Lists the right shifts that pack a word of 8 / width symbols, one a byte, into its lowest byte.
 
-    Each shift doubles the number of symbols side by side, from k to 2k. With it comes the mask of groups of k.
+    Each shift doubles the number of symbols side by side, from k to 2k. Each shift has the mask of groups of k.
     """
     word = 64 // width
     return [
@@ -101,13 +101,13 @@ def _folds(width: int) -> list[tuple[int, int]]:
 
 
 def _group(width: int) -> tuple[int, int]:
-    """Returns the smallest number of symbols that fills whole bytes, and those bytes."""
+    """Returns the smallest number of symbols that fills whole bytes, and the number of bytes."""
     bits = math.lcm(width, 8)
     return bits // width, bits // 8
 
 
 def _overlaps(width: int) -> list[tuple[int, int, int]]:
-    """Lists symbol, byte, and left shift from the symbol's bits to the byte's, for all that share a bit in a group."""
+    """Lists symbol, byte, and left shift from symbol to byte, for all pairs that share a bit in a group."""
     group, stride = _group(width)
     return [
         (symbol, byte, symbol * width - byte * 8)

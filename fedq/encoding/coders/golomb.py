@@ -21,10 +21,10 @@ class Golomb(Coder):
     """Golomb's code (1966), the best prefix code of integers whose probabilities fall geometrically.
 
     An integer v from 0 is written as ⌊v / m⌋ in unary and v mod m in truncated binary (see bit_stream.py for the
-    order). The divisor m follows from the symbols' mean (Gallager and van Voorhis 1975) and is sent in the first byte:
-    at most 9 % above the best divisor. Takes symbols of any number of levels, or any integers of 32 bits; a negative
-    integer v counts as 2·|v| − 1, another one as 2·v. Geometric symbols take at most 0.05 bits more than their entropy
-    if their mean is 2 or more, and 0.11 if it is 1 or more. Below, a symbol takes one bit at least.
+    order). The divisor m follows from the symbols' mean (Gallager and van Voorhis 1975). The first byte holds m, at
+    most 9 % above the best divisor. Takes symbols of any number of levels, or any integers of 32 bits. A negative
+    integer v counts as 2·|v| − 1, any other as 2·v. Geometric symbols take at most 0.05 bits more than their entropy
+    from a mean of 2 on, and 0.11 from a mean of 1 on. A symbol takes at least one bit.
     """
 
     def encode(self, symbols: Tensor, spec: TensorSpec) -> bytes:
@@ -44,11 +44,11 @@ class Golomb(Coder):
 class SparseMask(Coder):
     """The gaps between the ones of a mask (two levels) in Golomb's code, or a bitmap, whichever is shorter.
 
-    The first byte holds m, or 255 for a bitmap; the number of ones (uint32) follows it in front of gaps. Where more
-    than half are ones, the gaps are those between zeros. Random masks of n elements with k ones take at most 3 % and 7
-    bytes more than their entropy, log₂(n over k) bits: up to 24 bytes for 10 ones of 100,000 elements, instead of 18.
-    Where 36 to 40 % are ones (or zeros) they take up to 4.4 % and 7 bytes more: the best divisor is 1, which makes a
-    bitmap.
+    The first byte holds m, or 255 for a bitmap; the number of ones (uint32) follows it in front of gaps. If more than
+    half are ones, the gaps are between zeros. Random masks of n elements with k ones take at most 3 % and 7 bytes more
+    than their entropy, log₂(n over k) bits. For example, 10 ones of 100,000 elements take up to 24 bytes instead of 18.
+    With 36 to 40 % ones (or zeros) they take up to 4.4 % and 7 bytes more. The best divisor is then 1, and the code
+    equals a bitmap.
     """
 
     needs_levels = True
@@ -76,7 +76,7 @@ class SparseMask(Coder):
         if data[0] == _BITMAP:
             mask = np.unpackbits(np.frombuffer(data[1:], np.uint8), bitorder="little")
             if len(mask) < n or mask[n:].any():
-                raise ValueError(f"a bitmap of {n} elements is cut, or has more ones behind them")
+                raise ValueError(f"a bitmap of {n} elements is cut, or has ones after the last element")
             mask = mask[:n]
         else:
             index, ones = struct.unpack_from("<BI", data.tobytes().ljust(5, b"\xff"))
@@ -98,7 +98,7 @@ def _divisor(index: int) -> int:
 
 
 def _divisor_index(total: int, n: int) -> int:
-    """Returns the byte of the smallest divisor from the best one up, for n geometric integers of sum `total`."""
+    """Returns the byte of the smallest divisor not below the best one, for n geometric integers of sum `total`."""
     if not total or not n:
         return 0
     mean = total / n  # with θ = mean / (1 + mean): the smallest m with θᵐ + θᵐ⁺¹ ≤ 1
@@ -109,7 +109,7 @@ def _divisor_index(total: int, n: int) -> int:
 def _encode(values: np.ndarray, divisor: int) -> bytes:
     """Returns the code of `values` (uint32 or int64)."""
     width = (divisor - 1).bit_length()
-    short = (1 << width) - divisor  # so many remainders take one bit less
+    short = (1 << width) - divisor  # the number of remainders that take one bit less
 
     def code(block: np.ndarray) -> list[np.ndarray]:
         if not width:

@@ -31,11 +31,11 @@ def _window(words, bit):
 
 @compiled
 def huffman_decode(words, bits, ends, table, width, out):
-    """Reads four streams side by side: a quarter of the tokens each, and the remaining tokens from the last one.
+    """Reads four streams side by side. Each has a quarter of the tokens; the last also has the rest.
 
-    `words` (uint32) hold the streams, each with at least 8 bytes of padding behind it. `bits` hold the first bit of
-    each stream; the loop writes the bit behind its last token. `ends` hold the bit behind each stream. `table` holds
-    token · 16 + length for all values of the next `width` bits. Returns whether the streams are long enough.
+    `words` (uint32) hold the streams, each with at least 8 bytes of padding after it. `bits` hold the first bit of each
+    stream; the loop replaces them by the bit after its last token. `ends` hold the bit after each stream. `table`
+    holds token · 16 + length for all values of the next `width` bits. Returns whether the streams are long enough.
     """
     quarter, shift = len(out) // 4, U64(64 - width)
     a, b, c, d = bits[0], bits[1], bits[2], bits[3]

@@ -1,8 +1,8 @@
-"""Distributions that both sides compute alike from two or three small integers.
+"""Distributions that both sides compute from two or three small integers, with the same bits.
 
-Machines differ in the last bit of exp, log and erf; one side could then have another frequency. IEEE 754 defines every
-bit of +, −, ×, ÷ and the square root. So frequencies use only these: e⁻ᵗ is (1 / (1 + u + u²/2))^(2²⁰) with
-u = t / 2²⁰, with an error of 10⁻⁹, and a power is a product. Only the search for the best law uses others.
+Machines differ in the last bit of exp, log and erf, so two sides could compute different frequencies. IEEE 754 defines
+every bit of +, −, ×, ÷ and the square root. So frequencies use only these: e⁻ᵗ is (1 / (1 + u + u²/2))^(2²⁰) with u = t
+/ 2²⁰, with an error of 10⁻⁹, and a power is a product. Only the search for the best law uses other functions.
 """
 
 import struct
@@ -18,7 +18,7 @@ _WIRE = struct.Struct("<HiB")  # the scale, the location in 256ths, Student's de
 SIZE = _WIRE.size
 _SCALES = 16 * 38  # 16 an octave, from 2⁻⁴
 _FREEDOMS = (1, 2, 3, 5, 10)
-_POINTS = 4  # of the density, averaged over a token's integers
+_POINTS = 4  # the density, averaged over a token's integers
 
 
 def take(family: str, data: memoryview, edges: np.ndarray) -> tuple[np.ndarray, memoryview]:
@@ -30,9 +30,10 @@ def take(family: str, data: memoryview, edges: np.ndarray) -> tuple[np.ndarray, 
 
 
 def fit(family: str, counts: np.ndarray, edges: np.ndarray) -> tuple[bytes, np.ndarray]:
-    """Returns the parameters that take the fewest bits found for the counted tokens, and the frequencies.
+    """Returns the best parameters found for the counted tokens, and the frequencies.
 
-    The location is the mean for "normal", else the median. The search of the scale starts at the mean distance from it.
+    The location of a "normal" distribution is the mean, otherwise the median. The search for the scale starts at the
+    mean distance from the location.
 
     edges: the limits between the tokens' integers (float64, one more than tokens).
     """
@@ -72,7 +73,7 @@ def _frequencies(family: str, scale: int, location: int, freedom: int, edges: np
         masses += _density(family, distance, freedom)
     masses *= widths
     peak = masses.max()
-    if peak < 2.0**-900:  # so far off that denormal numbers matter, which some threads treat as 0
+    if peak < 2.0**-900:  # so far away that the density is a denormal number, which some threads treat as 0
         return tokens.normalise(np.ones(len(masses), np.int64), BITS)
     return tokens.normalise(np.floor(masses / peak * 2.0**30).astype(np.int64), BITS)
 

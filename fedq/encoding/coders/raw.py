@@ -20,7 +20,7 @@ class Raw(Coder):
 
     @override
     def encode(self, symbols: Tensor, spec: TensorSpec) -> Buffer:
-        # as_strided: one element, or none, is contiguous with any stride, and view would refuse it
+        # as_strided: a tensor of at most one element is contiguous with any stride, but view may refuse the stride
         flat = symbols.cpu().contiguous().as_strided((symbols.numel(),), (1,))
         return flat.view(torch.uint8).numpy().data
 

@@ -14,9 +14,9 @@ from fedq.errors import check_range
 
 @dataclass(frozen=True)
 class Shortest(Coder):
-    """Encodes with each of several coders, and sends the shortest bytes behind the coder's number, one byte.
+    """Encodes with each of several coders, and sends the number of the best coder (one byte), then its bytes.
 
-    Of equally short coders it chooses the first. It encodes as slowly as all coders together, and decodes as fast as
+    Of equally short coders it chooses the first. Encoding takes the time of all coders together, decoding the time of
     the chosen one.
 
     coders: 1 to 256 coders, which all take the symbols.

@@ -23,8 +23,8 @@ def alphabet(spec: TensorSpec) -> int:
     """Returns the number of tokens for symbols of `spec`.
 
     Up to 4,096 levels, each symbol is a token. Other integers (32 bits, signed) are relative to a centre. Each integer
-    up to 1,023 below or above it has its own token. Beyond, a token stands for an eighth of a power of two, and the
-    lower bits are sent as they are: that costs little if the distribution is smooth over an eighth.
+    up to 1,023 below or above it has its own token. Larger integers share tokens: each token stands for an eighth of a
+    power of two, and the lower bits are sent uncoded. This costs little if the distribution is smooth over an eighth.
     """
     return _direct(spec) or _SPLIT
 
@@ -32,7 +32,7 @@ def alphabet(spec: TensorSpec) -> int:
 def edges(spec: TensorSpec) -> np.ndarray:
     """Returns the limits between the integers of neighbouring tokens, and both outer limits (float64).
 
-    They are relative to the centre, if there is one.
+    If there is a centre, the limits are relative to it.
     """
     if direct := _direct(spec):
         return np.arange(direct + 1) - 0.5
@@ -44,7 +44,7 @@ def edges(spec: TensorSpec) -> np.ndarray:
 def tokenise(symbols: Tensor, spec: TensorSpec) -> tuple[bytes, np.ndarray, bytes]:
     """Returns the centre, the tokens (a vector of uint8 up to 256 tokens, else uint16) and the low bits.
 
-    symbols: one element at least. Raises ValueError for a symbol out of range.
+    symbols: at least one element. Raises ValueError for a symbol out of range.
     """
     from fedq.encoding.coders.tokens_loops import split
 
@@ -97,7 +97,7 @@ def take_window(data: memoryview, spec: TensorSpec) -> tuple[int, int, memoryvie
 
 
 def empty(spec: TensorSpec) -> np.ndarray:
-    """Returns memory for the tokens of a tensor of `spec`."""
+    """Returns an empty array for the tokens of a tensor of `spec`."""
     return np.empty(spec.numel, np.uint8 if alphabet(spec) <= 256 else np.uint16)
 
 
@@ -158,8 +158,8 @@ def take_numbers(data: memoryview, count: int) -> tuple[np.ndarray, memoryview]:
 def normalise(counts: np.ndarray, bits: int) -> np.ndarray:
     """Returns frequencies (int64) in proportion to `counts`, at least 1 each, with the sum 2^bits.
 
-    All arithmetic is in integers: every machine finds the same. `counts` are 0 or more, fewer than 2^bits, not all 0,
-    and their sum is below 2⁴⁷.
+    All arithmetic is in integers, so the result is the same on every machine. `counts` are 0 or more, fewer than
+    2^bits, not all 0, and their sum is below 2⁴⁷.
     """
     low, room, mass = np.zeros(len(counts), bool), 1 << bits, int(counts.sum())
     while bool((few := ~low & (counts * room < mass)).any()):

@@ -5,12 +5,12 @@ import numpy as np
 from fedq.encoding.compiled import compiled
 
 DIRECT = 1 << 10
-"""Integers below this have their own token; beyond, a token stands for an eighth of a power of two."""
+"""Integers below this limit have their own token. Above, a token stands for an eighth of a power of two."""
 
 
 @compiled
 def count_tokens(tokens, size):
-    """Counts tokens (all below `size`) in four tables: one table would wait for itself at repeated tokens."""
+    """Counts tokens (all below `size`) in four tables: with one table, the processor would wait at repeated tokens."""
     counts = np.zeros((4, size), np.int64)
     whole = len(tokens) // 4 * 4
     for i in range(0, whole, 4):
@@ -76,7 +76,7 @@ def split(values, centre, tokens, out):
 def join(tokens, centre, data, lowest, highest, out):
     """Inverts `split`; returns the number of bytes read from `data`, whose last 8 are padding.
 
-    Returns −1 if bytes run out, if an integer is not from `lowest` to `highest`, or if bits are left over.
+    Returns −1 if bytes are missing, if an integer is not from `lowest` to `highest`, or if bits are left over.
     """
     bit, end = 0, 8 * (len(data) - 8)
     for i in range(len(tokens)):
@@ -109,7 +109,7 @@ def _write_golomb(out, at, held, pending, value, order):
 
 @compiled
 def _read_golomb(data, bit, end, order):
-    """Returns a value below 2²⁰, or −1, and the bit behind it."""
+    """Returns a value below 2²⁰ (−1 for an invalid one), and the place of the bit after it."""
     width = order
     while bit < end and width < 20 and not (data[bit // 8] >> (bit % 8)) & 1:
         width, bit = width + 1, bit + 1
@@ -120,7 +120,7 @@ def _read_golomb(data, bit, end, order):
 
 @compiled
 def golomb_encode(values, order, out):
-    """Writes values in the exponential Golomb code of `order`; the number of further zeros follows each 0.
+    """Writes values in the exponential Golomb code of `order`. After each 0 follows the number of further zeros.
 
     Returns the number of bytes written, at most 5 for each value and 5 more.
     """
@@ -141,7 +141,7 @@ def golomb_encode(values, order, out):
 
 @compiled
 def golomb_decode(data, order, out):
-    """Inverts `golomb_encode` for len(out) values; returns the bytes read, or −1 for bytes that it never makes.
+    """Inverts `golomb_encode` for len(out) values. Returns the bytes read, or −1 for invalid bytes.
 
     The last 8 bytes of `data` are padding.
     """

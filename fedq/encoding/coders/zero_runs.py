@@ -16,10 +16,9 @@ from fedq.errors import check_range
 class ZeroRuns(Coder):
     """3LC's base-3⁵ ("quartic") and zero-run encoding (Lim 2019), for up to 243 levels.
 
-    The symbols are digits of bytes below 243, as many a byte as fit, the first digit most significant: five symbols of
-    three levels, 1.6 bits each. A run of 2, 3, … bytes that hold only zeros is one byte, from levelsᵏ up to 255: with
-    three levels the bytes 243 to 255 are runs of 2 to 14. Longer runs are split, the longest part first. Zeros fill the
-    last byte up.
+    A byte below 243 holds as many symbols as fit, as digits, the first digit most significant: five symbols of three
+    levels, 1.6 bits each. A run of 2, 3, … bytes of zeros is one byte, from levelsᵏ up to 255. With three levels the
+    bytes 243 to 255 are runs of 2 to 14. Longer runs are split, the longest part first. Zeros fill up the last byte.
 
     zero: the most frequent symbol; None: the middle one (levels // 2), which is 0 in symmetric quantisers.
     """
@@ -43,7 +42,7 @@ class ZeroRuns(Coder):
             packed += groups[:, digit]
         empty = zero * (base - 1) // (levels - 1)
         places = np.flatnonzero(packed == empty)
-        first = np.diff(places, prepend=-2) > 1  # of a run
+        first = np.diff(places, prepend=-2) > 1  # symbols of a run
         starts = np.flatnonzero(first)
         lengths = np.diff(starts, append=len(places))
         offsets = np.arange(len(places)) - np.repeat(starts, lengths)

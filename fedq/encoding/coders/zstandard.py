@@ -1,9 +1,9 @@
 """Zstandard: a general compressor, for comparison.
 
-Its entropy coder is Huffman's over bytes. It also finds repetitions, such as rows of zeros in an update: it may then be
-shorter than ANS, which codes symbols one by one. Measured as in ans.py: 538 million symbols a second to encode and 469
-to decode, 0.84 % above an entropy of 6.69 bits, and far above the entropy below 1 bit a symbol. The bytes depend on the
-library's version; every version decodes them.
+Its entropy coder is Huffman's over bytes. Zstandard also finds repetitions, such as rows of zeros in an update. It may
+then be shorter than ANS, which codes symbols one by one. In the measurement of ans.py, encoding takes 538 million
+symbols a second, and decoding 469. The bytes are 0.84 % above an entropy of 6.69 bits. Below 1 bit a symbol, they are
+far above the entropy. The bytes depend on the library's version; every version decodes them.
 """
 
 import importlib
@@ -56,7 +56,7 @@ class Zstandard(Coder):
         size, zstandard = coder.size(plain), _zstandard()
         decompressor = zstandard.ZstdDecompressor(max_window_size=max(1 << 10, 1 << size.bit_length()))
         try:
-            if zstandard.frame_content_size(data) != -1:  # its memory would be reserved before the frame is read
+            if zstandard.frame_content_size(data) != -1:  # the decoder would reserve this memory at once
                 raise ValueError("a frame declares its size")
             raw = decompressor.decompress(data, max_output_size=max(1, size), allow_extra_data=False)
         except zstandard.ZstdError as error:
@@ -73,7 +73,7 @@ class Zstandard(Coder):
 
 
 def _plain(spec: TensorSpec) -> tuple[FixedWidth | Raw, TensorSpec, int]:
-    """Returns the coder that turns symbols into bytes, the spec for it, and the bytes of a symbol."""
+    """Returns the coder that turns symbols into bytes, the spec for this coder, and the bytes of a symbol."""
     if spec.levels is None:
         return Raw(), spec, spec.dtype.itemsize
     levels = next(levels for levels in (2, 4, 16, 256, 1 << 16, spec.levels) if spec.levels <= levels)
@@ -81,7 +81,7 @@ def _plain(spec: TensorSpec) -> tuple[FixedWidth | Raw, TensorSpec, int]:
 
 
 def _signed(spec: TensorSpec) -> bool:
-    """Returns whether symbols are mapped in the order 0, −1, 1, −2 …: else signs would fill all upper bits."""
+    """Returns whether symbols are mapped in the order 0, −1, 1, −2 …; otherwise signs would fill all upper bits."""
     return spec.levels is None and spec.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -25,13 +25,13 @@ class Cast(EncodingStage):
     Takes a floating tensor of any shape; gives a tensor of the same shape. float16 (IEEE 754-2008) and bfloat16 stay
     floating. float8_e4m3fn and float8_e5m2 (Micikevicius 2022) become symbols 0 … 255, their bits: every coder takes
     symbols. A value beyond the dtype's largest finite value becomes the largest, never infinity. Small values become
-    denormals of the dtype. Where the result is normal, the relative error is at most 2^-11, 2^-8, 2^-4 and 2^-3, in the
-    order of these dtypes. float64 is rounded by way of float32: a value within 2^-24 of a tie may go to the wrong side.
+    denormals of the dtype. If the result is a normal number, the relative error is at most 2^-11, 2^-8, 2^-4 and 2^-3,
+    in the order of these dtypes. float64 is first rounded to float32, so a value within 2^-24 of a tie may go to the
+    wrong side.
 
     dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2.
-    scale: Whether to multiply the tensor by a power of two first, so that its largest magnitude lies in the dtype's
-        highest octave. No element is then clipped, and float8 uses its whole range. The exponent is a side value of two
-        bytes.
+    scale: True first multiplies the tensor by a power of two that puts the largest magnitude into the dtype's highest
+        octave. No element is then clipped, and float8 uses its whole range. The exponent is a side value of two bytes.
     """
 
     dtype: ShortDtype = "float16"
@@ -58,8 +58,7 @@ class Cast(EncodingStage):
         largest = torch.finfo(dtype).max
         if self.scale:
             peak = largest_magnitude(x)
-            # x = m · 2^e with m in [½, 1): subtract exponents, and 1 more where the fraction is above the dtype's
-            # largest
+            # x = m · 2^e with m in [½, 1): subtract exponents, and 1 more if m is above the dtype's largest m
             (fraction, own), (top_fraction, top) = math.frexp(peak), math.frexp(largest)
             exponent = top - own - (fraction > top_fraction) if peak else 0
             side = {"exponent": torch.tensor(exponent, dtype=torch.int16)}
@@ -80,13 +79,13 @@ class Cast(EncodingStage):
         for part, out in chunks(y, decoded):
             value = part.to(work) if table is None else table.index_select(0, part.int())
             if not is_finite(value):
-                raise ValueError("a code is that of NaN or infinity")
+                raise ValueError("a code means NaN or infinity")
             out.copy_(_times_power(value, -exponent).clamp_(-largest, largest))
         return decoded
 
 
 def _times_power(x: Tensor, exponent: int) -> Tensor:
-    """Returns x · 2^exponent, in steps: the power itself may be too large or too small for the dtype."""
+    """Returns x · 2^exponent, in several steps, because the power may overflow or underflow the dtype."""
     while exponent:
         part = max(-120, min(120, exponent))
         x, exponent = x * 2.0**part, exponent - part

@@ -1,4 +1,4 @@
-"""Clipping: large tensors or elements are scaled down, clamped or zeroed, at a fixed or an adaptive limit."""
+"""Clipping scales down, clamps or zeroes large tensors or elements, at a fixed or an adaptive limit."""
 
 import math
 from abc import abstractmethod
@@ -22,7 +22,9 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(frozen=True)
 class Clip(EncodingStage):
-    """The base of stages with a fixed limit. Takes and gives a floating tensor of any shape; decoding changes nothing.
+    """The base class of stages with a fixed limit.
+
+    Takes and gives a floating tensor of any shape. Decoding changes nothing.
 
     limit: from 1.2e-38 to 3.4e38, float32's normal numbers.
     """
@@ -62,7 +64,7 @@ class ClipByNorm(Clip):
 
 @dataclass(frozen=True)
 class QuantileStage(AdaptiveEncodingStage):
-    """The base of adaptive limits: an estimate of a quantile of the clients' sizes (Andrew 2021, §2).
+    """The base class of adaptive limits, which estimate a quantile of the clients' sizes (Andrew 2021, §2).
 
     Each client reports one byte: whether its size is at most the estimate C. If the share of such clients in a cohort
     is b, the next estimate is C · exp(−rate · (b − quantile)). So C moves to the quantile. Each tensor has its own
@@ -103,7 +105,7 @@ class QuantileStage(AdaptiveEncodingStage):
     def update_state(self, state: Tensors, aggregated: Tensors) -> Tensors:
         share = float(aggregated["within"].double().mean())
         estimate = float(state["estimate"]) * math.exp(-self.rate * (share - self.quantile))
-        # an estimate of 0 or infinity would stay so
+        # an estimate of 0 or infinity would never change
         return {"estimate": torch.tensor(min(max(estimate, _FLOAT32.tiny), _FLOAT32.max), dtype=torch.float32)}
 
     @override
@@ -146,10 +148,10 @@ class AdaptiveQuantileClip(QuantileStage):
 
 @dataclass(frozen=True)
 class ZeroOutliers(QuantileStage):
-    """Sends zeros for a tensor whose largest magnitude is above multiplier · C + increment: it is likely corrupt.
+    """Sends zeros for a tensor, if its largest magnitude is above multiplier · C + increment.
 
-    C is the estimate of a quantile of the clients' largest magnitudes. The defaults are those of TensorFlow Federated's
-    zeroing_factory: C soon moves a little above the largest magnitude seen.
+    C is the estimate of a quantile of the clients' largest magnitudes. The defaults equal the defaults of TensorFlow
+    Federated's zeroing_factory. C soon moves a little above the largest magnitude.
 
     initial, quantile, rate: see QuantileStage.
     multiplier: from 1.2e-38 to 3.4e38.

@@ -28,7 +28,7 @@ _PIECE = 1 << 20  # elements that a histogram counts at a time
 
 
 class Codebook(EncodingStage):
-    """The base of codebooks whose levels, 2^bits or one less, follow from side values.
+    """The base class of codebooks with 2^bits or 2^bits − 1 levels, which follow from side values.
 
     Takes a floating tensor of any shape; gives symbols of the same shape.
     """
@@ -61,9 +61,9 @@ class Codebook(EncodingStage):
 class LloydMax(Codebook):
     """The 2^bits levels of least squared error for a normal distribution (Lloyd 1957, Max 1960).
 
-    The levels are scaled to the tensor's mean and standard deviation, two side values. The squared error of a
-    normal tensor is 0.3634, 0.1175, 0.03454 and 0.009497 of its variance at 1, 2, 3 and 4 bits; at more bits it is
-    about 2.72 · 4^−bits. Biased.
+    The levels are scaled to the tensor's mean and standard deviation, two side values. The squared error of a normal
+    tensor is 0.3634, 0.1175, 0.03454 and 0.009497 of its variance at 1, 2, 3 and 4 bits. At more bits it is about 2.72
+    · 4^−bits. Biased.
 
     bits: 1 to 8.
     """
@@ -96,14 +96,14 @@ class LloydMax(Codebook):
 
 @dataclass(frozen=True)
 class KMeans(Codebook):
-    """2^bits levels that are fitted to the tensor and sent with it, as a side value (Han 2016; Lloyd 1957).
+    """2^bits levels that are fitted to the tensor and sent as a side value (Han 2016; Lloyd 1957).
 
-    The first levels are quantiles of the density to the power of 1/3, the best for many levels (Panter and Dite 1951).
-    Lloyd's iterations follow; none increases the squared error. Levels are fitted to a histogram of all elements; a
-    cell's width is 1/512 of its distance from the mean. Biased.
+    The first levels are quantiles of the density to the power of 1/3, which are best for many levels (Panter and Dite
+    1951). Lloyd's iterations follow. No iteration increases the squared error. Levels are fitted to a histogram of all
+    elements; a cell's width is 1/512 of its distance from the mean. Biased.
 
     bits: 1 to 8.
-    iterations: of Lloyd's method, 0 or more.
+    iterations: number of Lloyd's iterations, 0 or more.
     """
 
     bits: int = 4
@@ -129,14 +129,15 @@ class KMeans(Codebook):
     def fit(self, x: Tensor, key: Key) -> Tensors:
         if x.numel() == 0:
             return {"levels": torch.zeros(1 << self.bits, dtype=x.dtype)}
-        # in units of the largest magnitude and relative to the mean, as the histogram's cells
+        # in units of the largest magnitude and relative to the mean, like the cells of the histogram
         unit = largest_magnitude(x) or 1.0
         mean = float(np.float32(sums(x, lambda part: exact_divide(part, unit))[0] / x.numel()))
         points, counts = _histogram(x, unit, mean)
         number, totals, squares = (
             np.concatenate(([0.0], values.cumsum())) for values in (counts, points * counts, points**2 * counts)
         )
-        # In a part of fixed mass and width w the density is proportional to 1/w, that of levels to w^(−1/3).
+        # In a part of fixed mass and width w, the density is proportional to 1/w, and the density of levels to
+        # w^(−1/3).
         edges = points[np.searchsorted(number[1:-1], np.linspace(0, number[-1], 1024))]
         levels_up_to = np.concatenate(([0.0], np.cumsum(np.diff(edges) ** (2 / 3))))
         levels = np.interp((np.arange(1 << self.bits) + 0.5) / (1 << self.bits) * levels_up_to[-1], levels_up_to, edges)

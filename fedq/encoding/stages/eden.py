@@ -1,4 +1,4 @@
-"""DRIVE and EDEN: a few bits an element behind a random rotation."""
+"""DRIVE and EDEN: a few bits an element, after a random rotation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,18 +21,18 @@ Scale = Literal["unbiased", "least_squares"]
 class Eden(EncodingStage):
     """Rounds a randomly rotated tensor to the best levels for a normal distribution (EDEN, Vargaftik 2022).
 
-    Takes a floating tensor of any shape; gives symbols 0 … 2^bits − 1 of the same shape, and a scale for each block as
-    a side value. A block z is divided by its root mean square and rounded to the nearest levels, Q. The decoder returns
-    S · Q; the scale that is sent is S times the largest level. The stage alone is biased. For less than one bit an
-    element, put RandomMask between the rotation and this stage.
+    Takes a floating tensor of any shape. Gives symbols 0 … 2^bits − 1 of the same shape. Side values are a scale for
+    each block. A block z is divided by its root mean square and rounded to the nearest levels, Q. The decoder returns S
+    · Q. The side value is S times the largest level. The stage alone is biased. For less than one bit an element, put
+    RandomMask between the rotation and this stage.
 
     bits: 1 to 8.
     block: consecutive elements with one scale, 1 to 16,384: the rotation's block or a divisor of it.
-    scale: "unbiased": S = ‖z‖² / ⟨z, Q⟩. Behind a uniformly random rotation of each client's own (shared: false),
-        the decoded tensor is x on average, and the mean over n clients has 1/n of one client's squared error. In high
-        dimensions that is 1/(1 − D) − 1 of ‖x‖², where D is the squared error of LloydMax: π/2 − 1 at 1 bit (DRIVE,
-        Vargaftik 2021), and 0.133, 0.0358 and 0.0096 at 2, 3 and 4 bits.
-        "least_squares": S = ⟨z, Q⟩ / ‖Q‖², with the smallest squared error, D: 1 − 2/π at 1 bit.
+    scale: "unbiased": S = ‖z‖² / ⟨z, Q⟩. After a uniformly random rotation for each client (shared: false), the decoded
+        tensor is x on average. The mean over n clients has 1/n of one client's squared error. In high dimensions one
+        client's error is 1/(1 − D) − 1 of ‖x‖², where D is the squared error of LloydMax. This is π/2 − 1 at 1 bit
+        (DRIVE, Vargaftik 2021), and 0.133, 0.0358 and 0.0096 at 2, 3 and 4 bits. "least_squares": S = ⟨z, Q⟩ / ‖Q‖²,
+        with the smallest squared error, D: 1 − 2/π at 1 bit.
     """
 
     bits: int = 1
@@ -59,7 +59,7 @@ class Eden(EncodingStage):
         scales = [torch.zeros(0, dtype=torch.float64, device=x.device)]
         symbols = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
         for rows, out in blocks(x, self.block, symbols):
-            # in units of each block's largest magnitude: no square overflows, and not all underflow
+            # in units of each block's largest magnitude, so that no square overflows, and not all squares underflow
             unit = rows.abs().amax(1, keepdim=True)
             z = rows.div(unit.masked_fill(unit == 0, 1))
             square = z.square().sum(1).double()
@@ -86,5 +86,5 @@ class Eden(EncodingStage):
 
 
 def _levels(bits: int) -> Tensor:
-    """Returns the levels divided by the largest level: no scale is then larger than the elements that it scales."""
+    """Returns the levels divided by the largest level, so that no scale exceeds its elements."""
     return normal_levels(bits) / normal_levels(bits)[-1]

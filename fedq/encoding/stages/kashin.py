@@ -1,4 +1,4 @@
-"""Kashin's representation: more numbers than the tensor has elements, none of them large."""
+"""Kashin's representation: more numbers than the tensor has elements, and no large number."""
 
 import math
 from dataclasses import dataclass
@@ -20,20 +20,21 @@ _CHUNK = 1 << 18  # coefficients at a time, which stay in the cache
 
 @dataclass(frozen=True)
 class KashinRepresentation(EncodingStage):
-    """Writes a tensor in a frame of more vectors than dimensions, with small coefficients (Lyubarskii, Vershynin 2010).
+    """Writes a tensor as a sum of more vectors than dimensions, with small coefficients (Lyubarskii, Vershynin 2010).
 
     Takes a floating tensor of n elements; gives N coefficients (N,) in float32, or float64 for float64. N is
     redundancy · n, rounded up to whole blocks. Elements are dealt out to the blocks in turn. A block's frame is a
     random choice of the Hadamard matrix's columns, with random signs. The coefficients are clipped at
-    ‖block‖ / √(delta · B). The rest is written in the frame again and clipped at `eta` times that limit, and so on. The
-    last iteration does not clip, so that the inverse is exact but for rounding errors (Caldas 2018). The defaults are
+    ‖block‖ / √(delta · B). The rest is written in the frame again and clipped at `eta` times the limit, and so on. The
+    last iteration does not clip, so the inverse is exact except for rounding errors (Caldas 2018). The defaults are
     TensorFlow Model Optimization's, whose delta counts the dimensions before the redundancy.
 
-    Of B coefficients none is beyond K · ‖block‖ / √B; in theory K ≤ 1 / ((1 − eta) · √delta) after many iterations. For
-    normal values in blocks of 1,024, K is 2.8 on average at redundancy 4/3 and 2.4 at 2; the rotation alone has 3.5.
-    15 iterations with eta 0.7 and delta 3 reach 2.0 and 1.8. The squared error of quantised coefficients is divided by
-    the redundancy. At equal bits the stage beats the rotation alone with the latter constants only, by a fifth at 3
-    bits an element. Nothing is spread beyond a block: for tensors with few large values put a HadamardRotation first.
+    No coefficient of B is beyond K · ‖block‖ / √B. In theory K ≤ 1 / ((1 − eta) · √delta) after many iterations. For
+    normal values in blocks of 1,024, K is 2.8 on average at redundancy 4/3 and 2.4 at 2. The rotation alone has 3.5.
+    With 15 iterations, eta 0.7 and delta 3, K is 2.0 and 1.8. The squared error of quantised coefficients is divided by
+    the redundancy. At equal bits, the stage beats the rotation alone only with 15 iterations, eta 0.7 and delta 3: by a
+    fifth at 3 bits an element. The stage spreads no value beyond its block. For tensors with few large values put a
+    HadamardRotation first.
 
     redundancy: coefficients an element, 1 to 64.
     iterations: 1 or more.
@@ -86,7 +87,7 @@ class KashinRepresentation(EncodingStage):
             for _ in range(self.iterations - 1):
                 clipped = left.clamp(-level, level)
                 part += clipped
-                # the rest, written in the frame: a projection
+                # project the rest on the frame
                 hadamard_(left.sub_(clipped))
                 hadamard_(left.masked_fill_(others, 0))
                 level *= self.eta

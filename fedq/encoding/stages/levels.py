@@ -13,10 +13,10 @@ from fedq.encoding.schema import TensorSpec
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Returns the index of the level nearest to each element (uint8), the lower of two.
+    """Returns the index of the level nearest to each element (uint8); of two equally near levels, the lower one.
 
-    The time hardly depends on the number of levels. For the upper 16 bits of a float32, a table holds how many
-    thresholds are surely below; few comparisons remain.
+    The time hardly depends on the number of levels. For the upper 16 bits of a float32, a table holds the number of
+    thresholds that are surely below. The function then compares each element with few thresholds.
 
     x: floating, of any shape.
     levels: up to 256, sorted (float64, on the CPU).
@@ -28,7 +28,7 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
     symbols = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     for given, out in chunks(x, symbols):
         part = given.to(work).contiguous()
-        if most > 12:  # float64, few elements, or levels that hardly differ
+        if most > 12:  # direct search for float64, for few elements, or for levels that hardly differ
             index = torch.bucketize(part, thresholds, out_int32=True)
         else:
             index = table.index_select(0, part.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF))
@@ -45,7 +45,7 @@ def look_up(y: Tensor, levels: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def look_up_scaled(y: Tensor, levels: Tensor, scales: Tensor, block: int, spec: TensorSpec) -> Tensor:
-    """Returns what `look_up` returns, with each `block` of consecutive elements multiplied by its own scale."""
+    """Returns the result of `look_up`, with each `block` of consecutive elements multiplied by its own scale."""
     work = torch.promote_types(spec.dtype, torch.float32)
     decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
     flat, out, step = y.reshape(-1), decoded.view(-1), max(1, CHUNK // block) * block
@@ -90,7 +90,7 @@ def normal_levels(bits: int) -> Tensor:
 
 @cache
 def quantile_levels(bits: int) -> Tensor:
-    """Returns the levels of NormalFloat (float64, sorted), from −1 to 1; NF4's published ones at 4 bits."""
+    """Returns the levels of NormalFloat (float64, sorted), from −1 to 1. At 4 bits they are NF4's published levels."""
     n, normal = 1 << bits, NormalDist()
     top = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2
     # one more positive level than negative ones
@@ -100,7 +100,7 @@ def quantile_levels(bits: int) -> Tensor:
 
 
 def _table(thresholds: Tensor) -> tuple[Tensor, int]:
-    """Returns how many thresholds are below all float32 numbers with given upper 16 bits, and the most among them."""
+    """Returns the number of thresholds surely below, for all upper 16 bits of a float32, and the most in between."""
     cells = ordered(thresholds.view(torch.int32) >> 16, 16)
     within = torch.bincount(cells, minlength=1 << 16)
     below = (within.cumsum(0) - within).int()

@@ -20,20 +20,21 @@ from fedq.keys import Key
 class PowerSGD(AdaptiveEncodingStage):
     """Sends a matrix as the product of two thin factors, found by one step of power iteration (Vogels 2019).
 
-    Takes a floating tensor of any shape and reshapes it to a matrix M: its first dimensions by the others, split where
-    the sum of both sides is smallest. Gives both factors as one vector of rank × (rows + columns) values, in float64
-    for a float64 tensor, else in float32. Both factors have the same largest magnitude: a quantiser may follow. Vectors
-    stay as they are, as do matrices that the factors would not make smaller. Put the stage first in a chain, or behind
-    stages that keep the shape.
+    Takes a floating tensor of any shape and reshapes it to a matrix M: its first dimensions by the others. The split
+    makes the sum of both sides smallest. Gives both factors as one vector of rank × (rows + columns) values, in float64
+    for a float64 tensor, else in float32. Both factors have the same largest magnitude: a quantiser may follow. The
+    stage does not change vectors, or matrices that the factors would not make smaller. Put the stage first in a chain,
+    or after stages that keep the shape.
 
-    Let M have no more rows than columns, and Q be a basis of `rank` rows, which the server sends. Then
-    P = orthonormalised Q·M and S = P·Mᵀ, and the decoder returns Sᵀ·P: M projected on the rows of P. That is M itself
-    if the rank of M is at most `rank`. Clients report S, scaled to magnitude 1; the next Q is the orthonormalised sum
-    of their reports. The error of a constant M falls every round, to that of the truncated singular value
-    decomposition. The first Q is random. Only the span of Q matters: both ways it is sent in float16, 2 × rank ×
-    shorter side bytes.
+    Let M have no more rows than columns, and Q be a basis of `rank` rows, which the server sends. Then P =
+    orthonormalised Q·M and S = P·Mᵀ. The decoder returns Sᵀ·P, the projection of M on the rows of P. The result is M
+    itself if the rank of M is at most `rank`. Clients report S, scaled to magnitude 1; the next Q is the
+    orthonormalised sum of their reports. The error of a constant M falls every round, to the error of the truncated
+    singular value decomposition. The first Q is random. Only the span of Q matters. Q and S are sent in float16: 2 ×
+    rank × shorter side bytes each way.
 
-    Biased. The paper adds each worker's error to its next gradient; a client is sampled too seldom for that.
+    Biased. The paper adds each worker's error to its next gradient. Here clients are sampled too seldom for such
+    feedback.
 
     rank: 1 or more.
     """
@@ -44,7 +45,7 @@ class PowerSGD(AdaptiveEncodingStage):
         check_range("rank", self.rank, 1, integer=True)
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """Both factors as one vector, or the tensor as it is."""
+        """Both factors as one vector, or the unchanged tensor."""
         rows, columns = _matrix(self, self.rank, spec, sum)
         return TensorSpec((self.rank * (rows + columns),), working_dtype(self, spec)) if rows else spec
 
@@ -94,7 +95,7 @@ class PowerSGD(AdaptiveEncodingStage):
         if not rows:
             return y.clone()
         left, right = y[: self.rank * rows], y[self.rank * rows :]
-        # products of the largest values may overflow, though their sum does not
+        # products of the largest values may overflow even if their sum does not
         peak = largest_magnitude(left) or 1.0
         product: Tensor = exact_divide(left.view(-1, rows), peak).t() @ right.view(-1, columns)
         return saturate(product.mul_(peak), spec.dtype).view(spec.shape)
@@ -105,15 +106,17 @@ class RandomSubspace(EncodingStage):
     """Sends a matrix's projection on a random subspace of `rank` dimensions (after Konečný 2016, §2).
 
     Takes a floating tensor of any shape and reshapes it to a matrix, as PowerSGD does. The key deals the longer side's
-    rows (or columns) evenly to `rank` groups, each with a random sign; the mean of each group is sent: rank × shorter
-    side values, in float64 for a float64 tensor, else in float32. The groups' signed indicators are orthogonal: this is
-    a projection on a random basis, in one pass whatever the rank. All clients of a round share the groups; in the paper
-    each client has its own. Vectors stay as they are, as do matrices that the means would not make smaller.
+    rows (or columns) evenly to `rank` groups, each row with a random sign. The mean of each group is sent: rank ×
+    shorter side values, in float64 for a float64 tensor, else in float32. The groups' signed indicators are orthogonal,
+    so this is a projection on a random basis, in one pass for any rank. All clients of a round share the groups. In the
+    paper each client has its own groups. The stage does not change vectors, or matrices that the means would not make
+    smaller.
 
     rank: the number of groups, 1 or more.
-    scale: True multiplies the decoded rows by the size of their group: unbiased, with a mean squared error of
+    scale: True multiplies the decoded rows by the size of their group. This is unbiased, with a mean squared error of
         (n / rank − 1)·|x|² for n rows. False is for clients that train within the subspace (LocalTraining's
-        `structured`): a tensor in the subspace is decoded exactly, and the squared error is (1 − rank / n)·|x|².
+        `structured`). A tensor in the subspace is then decoded exactly, and the squared error of others is (1 − rank /
+        n)·|x|².
     """
 
     rank: int = 32
@@ -130,7 +133,7 @@ class RandomSubspace(EncodingStage):
         return self.scale
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
-        """The groups' means as a matrix, or the tensor as it is."""
+        """The groups' means as a matrix, or the unchanged tensor."""
         rows, columns = _matrix(self, self.rank, spec, min)
         shape = (self.rank, columns) if rows >= columns else (rows, self.rank)
         return TensorSpec(shape, working_dtype(self, spec)) if rows else spec
@@ -169,9 +172,9 @@ class RandomSubspace(EncodingStage):
 
 
 def _matrix(stage: object, rank: int, spec: TensorSpec, sides: Callable[[tuple[int, int]], int]) -> tuple[int, int]:
-    """Returns the rows and columns of the matrix for a tensor of `spec`, or (0, 0) if the tensor stays as it is.
+    """Returns the rows and columns of the matrix for a tensor of `spec`, or (0, 0) for an unchanged tensor.
 
-    It stays if rank × `sides` of rows and columns, in the stage's working dtype, take no fewer bytes.
+    A tensor is unchanged if rank × `sides` of rows and columns, in the stage's working dtype, take no fewer bytes.
     """
     size = working_dtype(stage, spec).itemsize
     splits = [(math.prod(spec.shape[:i]), math.prod(spec.shape[i:])) for i in range(1, len(spec.shape))]

@@ -26,10 +26,10 @@ _FORMATS = {
 class NaturalCompression(EncodingStage):
     """Rounds to a power of two, up or down at random: only sign and exponent are sent (Horváth 2019).
 
-    Takes a floating tensor of any shape; gives symbols of sign and exponent, of the same shape: 9 bits for float32 and
-    bfloat16, 6 for float16, 12 for float64. Random bits are added to the mantissa; a carry raises the exponent.
-    Unbiased; the squared error is at most ‖x‖² / 8. Denormals become 0 or the smallest normal number. Elements beyond
-    the largest power of two become that power or the dtype's largest number.
+    Takes a floating tensor of any shape; gives symbols of sign and exponent, of the same shape. A symbol has 9 bits for
+    float32 and bfloat16, 6 for float16, 12 for float64. Random bits are added to the mantissa; a carry raises the
+    exponent. Unbiased; the squared error is at most ‖x‖² / 8. Denormals become 0 or the smallest normal number.
+    Elements beyond the largest power of two become that power or the dtype's largest number.
     """
 
     unbiased = True

@@ -1,4 +1,4 @@
-"""Product quantisation: short vectors of elements are sent as the index of their nearest centroid."""
+"""Product quantisation sends short vectors of elements as the index of their nearest centroid."""
 
 from dataclasses import dataclass
 
@@ -22,13 +22,13 @@ class ProductQuantization(EncodingStage):
     """Vectors of `dim` consecutive elements as one of 2^bits centroids (Jégou 2011; of networks Stock 2020).
 
     Takes a floating tensor of n elements; gives ⌊n / dim⌋ symbols: bits/dim bits an element. Side values are the
-    centroids, at most as many as vectors, and the last n mod dim elements. The first centroids are vectors that the key
-    chooses. k-means fits the centroids to all vectors, or to 16,384 that the key chooses if there are more. Every
-    vector is compared with every centroid: the stage is far slower than all others. Biased.
+    centroids, at most as many as vectors, and the last n mod dim elements. The key chooses vectors as the first
+    centroids. k-means then fits the centroids to all vectors, or to 16,384 random vectors if there are more. Every
+    vector is compared with every centroid, so the stage is far slower than all others. Biased.
 
-    dim: elements of a vector, 1 or more.
+    dim: number of elements of a vector, 1 or more.
     bits: 1 to 12.
-    iterations: of k-means, 0 or more.
+    iterations: number of iterations of k-means, 0 or more.
     """
 
     dim: int = 4
@@ -88,6 +88,6 @@ def _nearest(vectors: Tensor, centroids: Tensor, unit: float) -> Tensor:
     for part in torch.split(vectors, _CHUNK // len(centroids)):
         scaled = exact_divide(part.to(torch.promote_types(part.dtype, torch.float32)), unit).float()
         scores = torch.addmm(offsets, scaled, centroids.t())
-        # numpy's takes an eighth of the time of torch's
+        # numpy takes an eighth of torch's time
         found.append(scores.argmax(1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(1)))
     return torch.cat(found)

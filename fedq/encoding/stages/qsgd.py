@@ -1,4 +1,4 @@
-"""QSGD: elements are rounded to multiples of a fraction of a norm."""
+"""QSGD rounds elements to multiples of a fraction of a norm."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,11 +22,11 @@ Norm = Literal["l2", "max"]
 class QSGD(EncodingStage):
     """Rounds each element, up or down at random, to a multiple of 1/levels of its bucket's norm (Alistarh 2017).
 
-    Takes a floating tensor of any shape; gives symbols 0 … 2 · levels of the same shape (0 is the symbol `levels`), and
-    a norm for each bucket as a side value. Unbiased. The squared error of a bucket of d elements is at most
-    min(d / levels², √d / levels) ‖x‖² with the l2 norm, and d / (4 levels²) max² with "max".
+    Takes a floating tensor of any shape. Gives symbols 0 … 2 · levels of the same shape; the symbol `levels` means 0.
+    Side values are a norm for each bucket. Unbiased. The squared error of a bucket of d elements is at most min(d /
+    levels², √d / levels) ‖x‖² with the l2 norm, and d / (4 levels²) max² with "max".
 
-    levels: positive multiples, 1 to 32,767.
+    levels: number of positive multiples, 1 to 32,767.
     bucket: consecutive elements with one norm, 1 to 16,384.
     norm: "l2" or "max".
     """
@@ -59,8 +59,7 @@ class QSGD(EncodingStage):
         for rows, out in blocks(x, self.bucket, symbols):
             norm = rows.abs().amax(1, keepdim=True)
             if self.norm == "l2":
-                # The scheme is right for every number from the maximum up, hence for a norm cut down to the dtype's
-                # range.
+                # Any number from the maximum up is a valid norm, so a norm may be clamped to the dtype's range.
                 unit = norm.masked_fill(norm == 0, 1).double()
                 l2 = rows.div(unit).square_().sum(1, keepdim=True).sqrt_().mul_(unit)
                 norm = l2.clamp_(max=torch.finfo(x.dtype).max).to(norm.dtype).maximum(norm)

@@ -1,4 +1,4 @@
-"""Random rotations: they spread a tensor's energy evenly, so that a quantiser behind them wastes no range."""
+"""Random rotations spread a tensor's energy evenly, so that a quantiser after them wastes no range."""
 
 import math
 from abc import abstractmethod
@@ -23,17 +23,17 @@ _CHUNK = 1 << 18  # elements at a time, which stay in the cache
 
 @dataclass(frozen=True)
 class Rotation(EncodingStage):
-    """The base of rotations: random signs and an orthonormal transform in blocks, without padding.
+    """The base class of rotations: random signs and an orthonormal transform in blocks, without padding.
 
     Takes a floating tensor of n elements; gives n numbers (n,) in float32, or float64 for float64. If blocks do not
-    fill the tensor, one more block overlaps the last, with fresh signs. Each step is orthogonal, and so is the
-    rotation. The inverse has a rounding error of a few eps · ‖x‖₂. An Encoder refuses an x whose norm is beyond the
-    output's dtype.
+    fill the tensor, one more block overlaps the last, with fresh signs. Each step is orthogonal, so the rotation is
+    orthogonal too. The inverse has a rounding error of a few eps · ‖x‖₂. An Encoder refuses an x whose norm is beyond
+    the output's dtype.
 
-    block: the most elements in a block; a small tensor has smaller blocks.
+    block: the largest number of elements in a block. A small tensor has smaller blocks.
     repeats: rounds, 1 or more. Between two rounds each block is dealt out to all blocks: a value spreads over
         block^repeats elements.
-    shared: True: all clients of a round have the same rotation, and are summed before the inverse. False: each
+    shared: True: all clients of a round have the same rotation, and their sum is rotated back once. False: each
         client has its own; errors of a biased quantiser are then independent, and average out.
     """
 
@@ -92,7 +92,7 @@ class Rotation(EncodingStage):
         return decoded(inverse, y, spec)
 
     def _signs(self, n: int, i: int, key: Key, device: torch.device) -> Tensor:
-        """Returns the signs of all blocks of round i."""
+        """Returns the random signs of all blocks in round i of the rotation."""
         size = self._size(n)
         return random_signs(-(-n // size) * size, (key.shared() if self.shared else key).fold(str(i)), device)
 
@@ -113,9 +113,9 @@ class Rotation(EncodingStage):
 class HadamardRotation(Rotation):
     """The randomised Hadamard transform, in blocks of a power of two (Konečný 2016, §3; Suresh 2017, §3).
 
-    A value v alone in a block of B becomes ±v/√B in every element. Whatever the block, each element is nearly normal,
-    of variance ‖block‖²/B. If all blocks have the same energy, uniform quantisation to k levels has a squared error of
-    at most ‖x‖² · (2·ln n + 2) / (k − 1)²; without the rotation it is up to ‖x‖² · n / (2 · (k − 1)²).
+    A value v alone in a block of B becomes ±v/√B in every element. For any block, each rotated element is nearly
+    normal, of variance ‖block‖²/B. If all blocks have the same energy, uniform quantisation to k levels has a squared
+    error of at most ‖x‖² · (2·ln n + 2) / (k − 1)². Without the rotation the error is up to ‖x‖² · n / (2 · (k − 1)²).
 
     block: a power of two.
     repeats, shared: see Rotation.
@@ -141,9 +141,9 @@ class CosineRotation(Rotation):
     """Random signs, then the orthonormal discrete cosine transform DCT-II, in blocks of any length.
 
     A value v alone in a block of B becomes at most v·√(2/B) in every element. A Fourier transform of the same length
-    computes it (Makhoul 1980). That is numpy's: torch's gives other bits on other numbers of threads.
+    computes it (Makhoul 1980). The transform is numpy's, because the bits of torch's depend on the number of threads.
 
-    block: 1 or more; None: the whole tensor is one block, which takes several times as long.
+    block: 1 or more. None makes the whole tensor one block, which takes several times as long.
     repeats, shared: see Rotation.
     """
 
@@ -156,7 +156,7 @@ class CosineRotation(Rotation):
         n = rows.shape[1]
         # scaled first: all numbers stay within about the norm of the row
         v = torch.cat((rows[:, ::2], rows[:, 1::2].flip(1)), 1).mul_(math.sqrt(2 / n))
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for infinity
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for infinity
             f = torch.view_as_real(torch.from_numpy(np.fft.rfft(v.cpu().numpy()))).to(rows)
         cos, sin = _quarter_wave(rows)
         rows[:, : n // 2 + 1] = f[..., 0] * cos + f[..., 1] * sin
@@ -183,7 +183,7 @@ def check_power_of_two(name: str, value: int) -> None:
 
 
 def hadamard_(rows: Tensor) -> None:
-    """Multiplies each row, of a power of two, by the orthonormal Hadamard matrix, in place; it is its own inverse."""
+    """Multiplies each row by the orthonormal Hadamard matrix, in place. The length of a row is a power of two."""
     bits = rows.shape[1].bit_length() - 1
     # the matrix is a Kronecker product of two small ones
     left, right = (_hadamard_matrix(k).to(rows) for k in (bits // 2, bits - bits // 2))

@@ -17,9 +17,9 @@ from fedq.keys import Key
 class ScaledSign(EncodingStage):
     """Keeps the signs, and the mean magnitude of all elements (EF-signSGD, Karimireddy 2019).
 
-    Takes a floating tensor of any shape; gives symbols 0 (negative) and 1 (zero or positive) of the same shape, and
-    ‖x‖₁ / n as a side value. No other magnitude has a smaller squared error, which is ‖x‖² − ‖x‖₁² / n: 1 − 2/π of ‖x‖²
-    for a normal tensor. Biased.
+    Takes a floating tensor of any shape. Gives symbols 0 (negative) and 1 (zero or positive) of the same shape. The
+    side value is ‖x‖₁ / n. The squared error is ‖x‖² − ‖x‖₁² / n: 1 − 2/π of ‖x‖² for a normal tensor. No other
+    magnitude has a smaller error. Biased.
     """
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
@@ -48,9 +48,9 @@ class ScaledSign(EncodingStage):
 class OneBitTwoMeans(EncodingStage):
     """Keeps the signs, the mean of the negative elements and the mean of the others (1-bit SGD, Seide 2014).
 
-    Takes a floating tensor of any shape; gives symbols 0 (negative) and 1 (zero or positive) of the same shape, and
-    the two means as side values. They are means over the whole tensor; the paper has means of each column. The sum over
-    the tensor is kept. The squared error is at most ScaledSign's. Biased.
+    Takes a floating tensor of any shape. Gives symbols 0 (negative) and 1 (zero or positive) of the same shape. Side
+    values are the two means. The means are over the whole tensor. The paper has means for each column. The decoded
+    tensor has the same sum. The squared error is at most the error of ScaledSign. Biased.
     """
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:

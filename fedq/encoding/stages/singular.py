@@ -1,4 +1,4 @@
-"""Rounded singular vectors: what the rows of a matrix have in common is sent first, in few numbers."""
+"""Rounded singular vectors send the common part of a matrix's rows first, in few numbers."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fedq.encoding.stages.step import rate_distortion
 from fedq.errors import check_range
 from fedq.keys import Key
 
-_SPARE = 8  # extra directions in the search: the last ones found are the least exact (Halko 2011, §4.2)
+_SPARE = 8  # extra directions in the search, because the last directions are the least exact (Halko 2011, §4.2)
 _MOST = 1 << 30  # steps from 0
 _BOTH = ("left", "right")
 _EXACT = 128  # rows or columns, up to which all singular vectors are computed
@@ -31,17 +31,17 @@ class SingularVectors(EncodingStage):
     rounds have few directions too. k directions are k · (rows + columns) numbers instead of rows · columns.
 
     A power iteration from random signs finds the vectors (after Halko 2011, algorithm 4.3). The number of vectors
-    minimises an estimate of all bits, of the vectors and of the rest: log₂(1 + v / d) / 2 for a normal number of
-    variance v and the squared error d = step² / 12. So a smaller step sends more vectors. The longer vector of each
-    pair, times the singular value, is rounded to multiples of `step`. The shorter one is fitted to the rounded vector,
-    and rounded too. Each rounded number then adds step² / 12 to the squared error, as an element of the matrix would.
-    Side values are the rounded numbers, coded by CABAC.
+    minimises an estimate of the bits of vectors and rest. A normal number of variance v with the squared error d =
+    step² / 12 counts as log₂(1 + v / d) / 2 bits. So a smaller step sends more vectors. The longer vector of each pair,
+    times the singular value, is rounded to multiples of `step`. The shorter vector is fitted to the rounded vector, and
+    rounded too. Each rounded number then adds step² / 12 to the squared error, as an element of the matrix would. Side
+    values are the rounded numbers, coded by CABAC.
 
-    If the rest is decoded exactly, so is the tensor, but for floating-point rounding. With StepQuantization of the same
-    absolute step behind this stage, vectors and rest have the same error.
+    If the rest is decoded exactly, the tensor is decoded exactly, except for floating-point rounding. If
+    StepQuantization with the same absolute step follows this stage, vectors and rest have the same error.
 
     step: in the tensor's unit, from 1e-37.
-    rank: the most vectors, 1 to 256.
+    rank: the largest number of vectors, 1 to 256.
     rate_weight: see StepQuantization.
     """
 
@@ -55,10 +55,10 @@ class SingularVectors(EncodingStage):
         check_range("rate_weight", self.rate_weight, 0)
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """The singular values in steps, and the vectors as rows, in integers; 0 for those that are not sent."""
+        """The singular values in steps, and the vectors as rows, in integers. 0 means that a vector is not sent."""
         working_dtype(self, spec)
         rows, columns = spec.matrix
-        if min(rows, columns) < 2:  # a vector: it has nothing to share
+        if min(rows, columns) < 2:  # a vector has one row only
             return {}
         rank = min(self.rank, rows, columns)
         shapes = {"values": (rank,), "left": (rank, rows), "right": (rank, columns)}
@@ -150,7 +150,7 @@ def _leading(matrix: Tensor, rank: int, key: Key) -> tuple[Tensor, Tensor]:
     else:
         draws = random_signs(count * rows, key.fold("sketch"), matrix.device).view(count, rows).to(matrix) / rows
         # products with the matrix and its transpose amplify the larger directions; fitting the other vectors corrects
-        # the remaining error
+        # the rest
         small = torch.linalg.qr(matrix @ (draws @ matrix).t()).Q.t() @ matrix
     # in float64: some libraries' eigenvalues of a float32 matrix of lower rank do not converge
     wide = small.double()

@@ -19,19 +19,19 @@ from fedq.keys import Key
 
 @dataclass(frozen=True)
 class RandomMask(EncodingStage):
-    """Keeps elements that the key chooses: their places cost no bytes (Konečný 2016, §3).
+    """Keeps elements that the key chooses, so that their places cost no bytes (Konečný 2016, §3).
 
-    Takes a floating tensor of any shape; gives the k = fraction · n kept elements, rounded and at least one (shape
-    (k,), same dtype, in order). The n elements fall into k cells of neighbours, whose sizes differ by at most one. One
-    element of each cell is kept; all others are decoded as 0.
+    Takes a floating tensor of any shape. Gives the kept elements in order, in the same dtype, of shape (k,). k is
+    fraction · n, rounded, and at least 1. The n elements fall into k cells of neighbours, whose sizes differ by at most
+    one. One element of each cell is kept; all others are decoded as 0.
 
     fraction: above 0, at most 1.
-    shared: True: all clients of a round keep the same elements, and their sum is decoded once; the error of their
-        mean is that of one client. A broadcast with a mask at the same place of its chain keeps these elements too:
-        uploads then depend on the places, and their mean is biased.
-    scale: True multiplies a kept element by the size s of its cell, up to the dtype's largest value: unbiased, with
-        the squared error Σ (s − 1)·x², about (n/k − 1)·‖x‖², as of every unbiased random mask. False: kept elements are
-        decoded as they are.
+    shared: True: all clients of a round keep the same elements, and their sum is decoded once. The error of the mean is
+        the error of one client. A broadcast with a mask at the same place of its chain keeps the same elements. Uploads
+        then depend on the places, and their mean is biased.
+    scale: True multiplies a kept element by the size s of its cell, up to the dtype's largest value. This is unbiased.
+        The squared error is Σ (s − 1)·x², about (n/k − 1)·‖x‖², as for every unbiased random mask. False: kept elements
+        are decoded unchanged.
     """
 
     fraction: float = 0.1
@@ -82,7 +82,7 @@ class RandomMask(EncodingStage):
 
 
 class _Masked(EncodingStage):
-    """The base of stages that send the kept elements (in order, same dtype) and a mask."""
+    """The base class of stages that send the kept elements (in order, same dtype) and a mask."""
 
     @abstractmethod
     def _mask(self, x: Tensor) -> np.ndarray:
@@ -117,9 +117,10 @@ class _Masked(EncodingStage):
 class TopK(_Masked):
     """Keeps the elements of largest magnitude (Aji and Heafield 2017; Lin 2018); the others are decoded as 0.
 
-    Takes a floating tensor of any shape; gives the k = fraction · n largest, rounded and at least one (shape (k,), same
-    dtype, in order), and a mask as a side value. Of equal magnitudes the first in order are kept. The squared error is
-    the sum of the other elements' squares: no other k elements leave less. Biased: use the stage with error feedback.
+    Takes a floating tensor of any shape. Gives the kept elements in order, in the same dtype, of shape (k,). k is
+    fraction · n, rounded, and at least 1. The side value is a mask. Among equal magnitudes, the first in order are
+    kept. The squared error is the sum of the other elements' squares, the least possible with k elements. Biased: use
+    the stage with error feedback.
 
     fraction: above 0, at most 1.
     """
@@ -153,8 +154,8 @@ class TopK(_Masked):
 class Threshold(_Masked):
     """Keeps the elements of a magnitude above a threshold (after Strom 2015); the others are decoded as 0.
 
-    Takes a floating tensor of any shape; gives the kept elements (shape (k,) with k from 0 to n, same dtype, in order)
-    and a mask as a side value. No error is above the threshold. Biased: use the stage with error feedback.
+    Takes a floating tensor of any shape. Gives the kept elements in order, in the same dtype, of shape (k,) with k from
+    0 to n. The side value is a mask. No error is above the threshold. Biased: use the stage with error feedback.
 
     threshold: 0 or more.
     relative: Whether the threshold is in units of the tensor's root mean square.

@@ -16,35 +16,35 @@ from fedq.encoding.stages.uniform import Rounding
 from fedq.errors import check_choice, check_range
 from fedq.keys import Key
 
-_MOST = 1 << 30  # steps from 0; twice that fits int32, so that a sum of two does
+_MOST = 1 << 30  # the largest symbol: a sum of two symbols fits int32
 
 
 @dataclass(frozen=True)
 class StepQuantization(EncodingStage):
-    """Rounds to multiples of a step; an entropy coder behind the stage gives frequent symbols fewer bits.
+    """Rounds to multiples of a step. An entropy coder after the stage gives frequent symbols fewer bits.
 
     Takes a floating tensor of any shape; gives integers of any sign (int32 of the same shape, no levels). `encode`
     raises ValueError for magnitudes of more than 2^30 steps.
 
-    On a normal source, with centroids and the best step, the squared error is within 1 % of that of the best scalar
-    quantiser with the same entropy: 0.348, 0.0889 and 0.0222 of the variance at 1, 2 and 3 bits (Farvardin and
-    Modestino 1984). Relative steps of 2.5, 1.07 and 0.519 have these rates; the best dead zone is ½, and larger for
-    heavier tails.
+    On a normal source, with centroids and the best step, the squared error is 0.348, 0.0889 and 0.0222 of the variance
+    at 1, 2 and 3 bits. This is within 1 % of the best scalar quantiser with the same entropy (Farvardin and Modestino
+    1984). Relative steps of 2.5, 1.07 and 0.519 have these rates. The best dead zone is ½, and larger for heavier
+    tails.
 
     step: from 1e-37.
-    relative: True: the step is in units of the tensor's root mean square, and their product is a side value. False: in
-        the tensor's unit.
+    relative: True: the step is in units of the tensor's root mean square, and their product is a side value. False: the
+        step is in the tensor's unit.
     rounding: "nearest", "stochastic" or "dithered", as in UniformQuantization. "stochastic" is unbiased, with a
         squared error of up to step²/4; "dithered" is unbiased, with step²/12.
-    dead_zone: with "nearest", magnitudes below dead_zone · step become 0, below (dead_zone + 1) · step 1, and so on.
-        Above 0, at most 1; ½ is plain rounding, more makes more zeros.
-    centroids: with "nearest", the decoder adds to all magnitudes but 0 their mean rounding error, a side value. On a
-        source with falling density that moves them towards 0.
+    dead_zone: with "nearest", magnitudes below dead_zone · step become 0, and below (dead_zone + 1) · step they become
+        1, and so on. Above 0, at most 1; ½ is plain rounding, and larger values make more zeros.
+    centroids: with "nearest", the decoder adds to all magnitudes but 0 their mean rounding error, a side value. If the
+        density falls with the magnitude, this moves magnitudes towards 0.
     rate_weight: with "nearest", an element becomes the symbol with the least (error in steps)² + rate_weight · bits.
-        The bits are those of a geometric magnitude, with the mean that `rate_distortion` describes. 0 is plain
-        rounding; ln 4 / 12 = 0.1155 is the error that a bit saves at high rate. If the scales of rows and columns
-        differ, the error is 0.1 to 0.3 dB less than with any dead zone at the same bytes; on one normal law it is up to
-        0.2 dB more.
+        The bits are the bits of a geometric magnitude, with the mean that `rate_distortion` describes. 0 is plain
+        rounding. At high rate a bit saves an error of ln 4 / 12 = 0.1155. If the scales of rows and columns differ, the
+        error is 0.1 to 0.3 dB less than with any dead zone at the same bytes. For one normal law it is up to 0.2 dB
+        more.
     """
 
     step: float
@@ -71,7 +71,7 @@ class StepQuantization(EncodingStage):
 
     @property
     def commutes_with_sum(self) -> bool:
-        """True if decoding only multiplies by a step that all clients share."""
+        """True if decoding only multiplies by a step that is the same for all clients."""
         return not (self.relative or self.centroids or self.rounding == "dithered")
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
@@ -96,10 +96,11 @@ class StepQuantization(EncodingStage):
             step = float(side["step"])
         if peak > _MOST * step:
             raise ValueError(f"{peak} is more than 2^30 steps of {step}")
-        # m > 0 costs a bit at least, and pays from m/2 + rate_weight/2m steps on: least for m = √rate_weight, or 1
+        # m > 0 costs at least a bit, and pays from m/2 + rate_weight/2m steps on; the minimum is at m = √rate_weight,
+        # or 1
         first = self.dead_zone + self.rate_weight / 2 if self.rate_weight <= 2 else math.sqrt(self.rate_weight)
         if self.rounding == "nearest" and peak < first * step:
-            # all symbols are 0, as of most tensors behind singular vectors
+            # all symbols are 0, as for most tensors after singular vectors
             symbols, kept, excess = torch.zeros(x.shape, dtype=torch.int32, device=x.device), 0, 0.0
         elif self.rate_weight:
             symbols, kept, excess = rate_distortion(x, step, self.rate_weight)
@@ -154,11 +155,11 @@ def of_rms(step: float, x: Tensor, peak: float, work: torch.dtype) -> Tensor:
 
 
 def rate_distortion(x: Tensor, step: float, weight: float) -> tuple[Tensor, int, float]:
-    """Returns the symbols (int32) of `x` with the least (error in steps)² + weight · bits, and what `_excess` returns.
+    """Returns the symbols (int32) of `x` with the least (error in steps)² + weight · bits, and the result of `_excess`.
 
-    A magnitude with mean μ counts as geometric: each unit costs log₂(1 + 1/μ) bits, and the first one also the sign's
-    bit. μ is the mean magnitude of the row, times that of the column, over that of all. It is computed twice: from
-    plainly rounded symbols, then from the symbols so found. The bits only move symbols towards 0.
+    A magnitude with mean μ counts as geometric: each unit costs log₂(1 + 1/μ) bits, and the first unit also costs the
+    sign's bit. μ is the mean magnitude of the row, times the mean of the column, divided by the mean of all. μ is
+    computed twice: from plainly rounded symbols, then from the resulting symbols. The bits only move symbols towards 0.
     """
     from fedq.encoding.stages.step_loops import cheapest_symbols
 
@@ -170,7 +171,7 @@ def rate_distortion(x: Tensor, step: float, weight: float) -> tuple[Tensor, int,
 
 
 def _excess(x: Tensor, symbols: Tensor, step: float) -> tuple[int, float]:
-    """Returns the number of symbols other than 0, and the sum of their elements' magnitudes, in steps, less theirs."""
+    """Returns the number of nonzero symbols, and the sum of (|element| in steps − |symbol|)."""
     kept = symbols.view(-1).nonzero().view(-1)
     excess = exact_divide(x.reshape(-1)[kept].double().abs(), step) - symbols.view(-1)[kept].abs()
     return len(kept), sums(excess, lambda v: v)[0]

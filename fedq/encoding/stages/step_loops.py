@@ -12,14 +12,14 @@ def _cheapest(size, most, mean, weight):
     """Returns the m up to `most` with the least (size − m)² + weight · bits, for geometric magnitudes of this mean."""
     reduced = size - weight / 2 * math.log2(1 + 1 / max(mean, 2.0**-30))
     m = min(math.floor(reduced + 0.5), most)
-    return m if m > 0 and m * (2 * reduced - m) >= weight else 0  # `weight`: the sign's bit, which 0 has not
+    return m if m > 0 and m * (2 * reduced - m) >= weight else 0  # `weight`: only m > 0 has a sign's bit
 
 
 @compiled
 def cheapest_symbols(values, units, step, weight, symbols):
     """Writes the symbols of a matrix, as step.rate_distortion describes; `units` are the step and ½ in its dtype.
 
-    Returns the number of symbols other than 0, and the sum of their elements' magnitudes, in steps, less theirs.
+    Returns the number of symbols other than 0, and the sum of (element's magnitude in steps − symbol's magnitude).
     """
     height, width = values.shape
     unit, half, ends = units[0], units[1], np.zeros(height + 1, np.int64)
@@ -36,7 +36,7 @@ def cheapest_symbols(values, units, step, weight, symbols):
         at = ends[i]
         if ends[i + 1] > at:
             for j in range(width):
-                places[at] = j  # without a branch: the place of a 0 is written over
+                places[at] = j  # no branch: the next symbol overwrites the place of a 0
                 at += symbols[i, j] != 0
         for k in range(ends[i], at):
             size = abs(np.int64(symbols[i, places[k]]))

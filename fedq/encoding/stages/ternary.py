@@ -17,7 +17,7 @@ from fedq.keys import Key
 
 
 class _Ternary(EncodingStage):
-    """The base of stages with symbols 0, 1, 2 of the same shape for −m, 0, m."""
+    """The base class of stages with symbols 0, 1, 2 of the same shape for −m, 0, m."""
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The magnitude m: float64 for a float64 tensor, else float32."""
@@ -40,7 +40,7 @@ class TernGrad(_Ternary):
     Takes a floating tensor of any shape; gives symbols 0, 1, 2 of the same shape, and m as a side value. Unbiased;
     the squared error is m ‖x‖₁ − ‖x‖².
 
-    clip: None, or the limit, in root mean squares, at which elements are clipped first; the paper's is 2.5. Clipping
+    clip: limit, in root mean squares, at which elements are first clipped, or None. The paper has 2.5. Clipping
         lowers m, and makes the stage biased.
     """
 

@@ -1,4 +1,4 @@
-"""Trellis-coded quantisation: two coarse quantisers take turns, and have the error of a finer one."""
+"""Trellis-coded quantisation: two coarse quantisers alternate, and have the error of a finer one."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -23,28 +23,28 @@ _SEARCHES = 3
 
 @dataclass(frozen=True)
 class TrellisQuantization(EncodingStage):
-    """Rounds to the values of two quantisers; the symbols before choose the quantiser (Marcellin and Fischer 1990).
+    """Rounds to the values of two quantisers. Earlier symbols choose the quantiser (Marcellin and Fischer 1990).
 
     Takes a floating tensor of any shape; gives integers from 0 (int32 of the same shape, no levels), for an entropy
     coder (Fischer and Wang 1992, Marcellin 1994): ANS, or CABAC(signed=False). Dependent quantisation in VVC and
     ISO/IEC 15938-17 has the same idea. For the symbols 0, 1, 2, 3, …, one quantiser has the values ¼, −¾, 1¼, −1¾, … in
-    steps, the other has their negatives. So no symbol needs a sign, 0 is near 0 in both, and both have the same law:
-    the coder need not know the quantiser. A machine with `states` states chooses the quantiser. Each symbol moves the
-    machine, and every 1,024 symbols it starts again. The sequence with the least error and bits is sent (Viterbi 1967).
-    Two side values move the decoded values, for 0 and for all other symbols, to the mean of their elements. `encode`
-    raises ValueError for magnitudes of more than 2^28 steps.
+    steps, the other has their negatives. So no symbol needs a sign, and 0 is near 0 in both. Both have the same
+    distribution, so the coder does not need the quantiser. A machine with `states` states chooses the quantiser. Each
+    symbol moves the machine, and every 1,024 symbols it starts again. The sequence with the least error and bits is
+    sent (Viterbi 1967). Two side values move the decoded values, for 0 and for all other symbols, to the mean of their
+    elements. `encode` raises ValueError for magnitudes of more than 2^28 steps.
 
-    In bytes of CABAC or ANS, on a normal source, the squared error at 1, 2 and 3 bits is 0.279, 0.070 and 0.0176 of the
-    variance with 8 states, and 0.271, 0.068 and 0.0171 with 32. The best scalar quantiser has 0.348, 0.0889 and 0.0222;
-    Shannon's bound is 0.25, 0.0625 and 0.0156. One core searches 82 million elements a second with 32 states, 122
-    million with 8. The whole stage with ANS takes 18 and 24 million elements a second.
+    On a normal source, with CABAC or ANS, the squared error at 1, 2 and 3 bits is 0.279, 0.070 and 0.0176 of the
+    variance with 8 states. With 32 states it is 0.271, 0.068 and 0.0171. The best scalar quantiser has 0.348, 0.0889
+    and 0.0222; Shannon's bound is 0.25, 0.0625 and 0.0156. One core searches 82 million elements a second with 32
+    states, 122 million with 8. The whole stage with ANS takes 18 and 24 million elements a second.
 
-    step: from 1e-37. The same step of StepQuantization takes about as many bits.
+    step: from 1e-37. StepQuantization with the same step takes about as many bits.
     states: 4, 8, 16 or 32. Twice as many save 0.06 dB, or 0.01 bits an element.
-    relative: True: the step is in units of the tensor's root mean square, and their product is a side value. False: in
-        the tensor's unit.
+    relative: True: the step is in units of the tensor's root mean square, and their product is a side value. False: the
+        step is in the tensor's unit.
     rate_weight: from 0 to 1e6: the stage minimises the sum of (error in steps)² + rate_weight · bits. In each of 64
-        classes, chosen by row and column as in CABAC, symbols count as 0 or geometric. Three searches find them.
+        classes, chosen by row and column as in CABAC, symbols count as 0 or geometric. Three searches find the bits.
     """
 
     step: float
@@ -117,14 +117,14 @@ def _parity(number: int) -> int:
 def _subsets(states: int) -> np.ndarray:
     """Returns, for each state t, m mod 4 of the values (m + ½) / 2 on the branch from state t // 2 to t.
 
-    The machine's last input bits determine both bits of m; a state holds all of them but the newest.
+    Both bits of m follow from the machine's last input bits. A state holds all input bits except the newest.
     """
     high, low = _CODES[states]
     return np.array([2 * _parity(t & high) + _parity(t & low) for t in range(states)])
 
 
 def _steps(states: int) -> np.ndarray:
-    """Returns twice the next state, plus 1 for a minus, by state and symbol mod 4."""
+    """Returns a table by state and symbol mod 4: twice the next state, plus 1 for a minus."""
     high, low = _CODES[states]
     table = np.empty((states, 4), np.int64)
     for state in range(states):
@@ -137,9 +137,9 @@ def _steps(states: int) -> np.ndarray:
 
 
 def _bits(counts: np.ndarray) -> np.ndarray:
-    """Returns, by class, the bits of a symbol above 0 beyond those of a 0, and the bits of each unit."""
+    """Returns for each class the bits that a symbol above 0 costs more than a 0, and the bits of each unit."""
     mean = 2.0 ** (np.arange(len(counts)) / 2 - 15.75)
-    # with eight more symbols of a geometric law
+    # adds eight symbols of a geometric law
     number, some, total = counts.T + 8 * np.stack((np.ones(len(counts)), mean / (1 + mean), mean))
     beyond = np.maximum(total / some - 1, 2.0**-10)
     return np.stack((np.log2((number - some) / some * beyond), np.log2(1 + 1 / beyond)))

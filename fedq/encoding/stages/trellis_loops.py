@@ -14,7 +14,7 @@ F32 = np.float32
 
 @compiled
 def trellis_classes(rows, classes):
-    """Writes the class of each symbol of a matrix, as CABAC, but from all other symbols of its row and column.
+    """Writes the class of each symbol of a matrix, like CABAC, but from all other symbols of its row and column.
 
     Returns for each class the number of symbols, the number of symbols above 0, and their sum.
     """
@@ -51,17 +51,17 @@ def _nearest(value, slope, d):
 def trellis_search(values, classes, costs, centroids, subsets, out):
     """Finds the symbols with the least sum of squared errors and costs (Viterbi 1967) in each segment.
 
-    A symbol s > 0 of class c costs costs[0, c] + costs[1, c] · s, and is decoded as ±(s + ½ + centroids[1]). 0 costs
-    nothing, and is decoded as ±(½ + centroids[0]). `values`, `classes` and `out` are flat. A branch to state t comes
-    from state t / 2 with the subset subsets[t], or from the state of the upper half with subsets[t] ^ 2. Returns, for
-    symbols 0 and above 0: their number, and the sum of their values' magnitudes less s + ½.
+    A symbol s > 0 of class c costs costs[0, c] + costs[1, c] · s, and is decoded as ±(s + ½ + centroids[1]). The symbol
+    0 costs nothing, and is decoded as ±(½ + centroids[0]). `values`, `classes` and `out` are flat. A branch to state t
+    comes from state t / 2 with the subset subsets[t], or from the state of the upper half with subsets[t] ^ 2. Returns,
+    for symbols 0 and above 0: their number, and the sum of their values' magnitudes less s + ½.
     """
     states, length = len(subsets), min(SEGMENT, len(values))
     half, found = states // 2, np.zeros((2, 2))
     given, branch = np.zeros((3, length, _LANES), F32), np.empty((4, _LANES), F32)
     value, start, slope = given[0], given[1], given[2]
     cost, better = np.empty((states, _LANES), F32), np.empty((states, _LANES), F32)
-    taken = np.empty((length, _LANES), np.uint32)  # a bit for each state: the branch comes from the upper half
+    taken = np.empty((length, _LANES), np.uint32)  # a bit for each state, 1 if the branch comes from the upper half
     first, shift = F32(0.5 + centroids[0]), F32(centroids[1])
     for group in range(0, len(values), SEGMENT * _LANES):
         for lane in range(_LANES):

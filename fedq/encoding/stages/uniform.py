@@ -27,22 +27,21 @@ _ENCODED, _DECODED = 1 << 18, 1 << 20  # elements at a time, which stay in the c
 class UniformQuantization(EncodingStage):
     """Quantises to evenly spaced values, one `step` apart, from the lower to the upper end of a range (Suresh 2017).
 
-    Takes a floating tensor of any shape; gives symbols of the same shape (uint8 up to 8 bits, else int32), and the
-    range as side values: float64 for a float64 tensor, else float32. By default the range is from the minimum to the
-    maximum of the elements, with 2^bits values. `quantile` and `limit` make it −t to t, with 2^bits − 1 values, of
+    Takes a floating tensor of any shape. Gives symbols of the same shape (uint8 up to 8 bits, else int32). Side values
+    are the range: float64 for a float64 tensor, else float32. By default the range is from the minimum to the maximum
+    of the elements, with 2^bits values. With `quantile` or `limit` the range is −t to t, with 2^bits − 1 values, of
     which one is 0. A range costs 64 bits, or 32 with `quantile`, for each channel or block.
 
     bits: 1 to 16; with quantile or limit 2 to 16.
-    rounding: "stochastic" rounds up with the fraction as probability (Konečný 2016, §3; Suresh 2017, §2.2): unbiased,
-        squared error step²/6 at high rate.
-        "nearest" is biased, with step²/12 at high rate.
+    rounding: "stochastic" rounds up with the fraction as probability (Konečný 2016, §3; Suresh 2017, §2.2). It is
+        unbiased, with the squared error step²/6 at high rate. "nearest" is biased, with step²/12 at high rate.
         "dithered" adds a uniform number in (−½, ½) steps before rounding. The receiver draws the same number from the
-        key, and subtracts it (Roberts 1962; Schuchman 1964): unbiased; the error is uniform and independent of the
-        value, step²/12 at any rate. The sum stays within half a step of the range, so that nothing is clipped.
-        Random numbers have 16 bits: means are exact to 2^−17 steps, and with 9 to 12 bits to 2^−24 of the range.
-    quantile: the share of elements within −t to t, rounded up; all others are clipped, which is biased. Above 0, at
-        most 1; 1 clips none. If this quantile of the magnitudes is 0, t is the largest magnitude.
-    limit: t, above 0, known to both sides: no side values. Elements beyond are clipped, which is biased.
+        key, and subtracts it (Roberts 1962; Schuchman 1964). This is unbiased. The error is uniform and independent of
+        the value, step²/12 at any rate. The sum stays within half a step of the range, so that nothing is clipped.
+        Random numbers have 16 bits, so means are exact to 2^−17 steps, and with 9 to 12 bits to 2^−24 of the range.
+    quantile: the share of elements within −t to t, rounded up. All others are clipped, which is biased. Above 0, at
+        most 1; 1 clips no element. If this quantile of the magnitudes is 0, t is the largest magnitude.
+    limit: t, above 0. Both sides know t, so there are no side values. Elements beyond are clipped, which is biased.
     axis: each channel along this axis has its own range; negative numbers count from the last axis. A tensor of fewer
         than two axes has one range.
     block: each block of consecutive elements, in row-major order, has its own range; the last may be shorter.
@@ -63,7 +62,7 @@ class UniformQuantization(EncodingStage):
         check_range("axis", self.axis, integer=True, optional=True)
         check_range("block", self.block, 1, integer=True, optional=True)
         if self._symmetric and self.bits < 2:
-            raise ValueError("bits must be from 2 for a range with 0 in its middle, not 1")
+            raise ValueError("bits must be 2 or more for a range with 0 in its middle, not 1")
         if sum(value is not None for value in (self.axis, self.block, self.limit)) > 1:
             raise ValueError("at most one of axis, block and limit must be given")
         if self.quantile is not None and self.limit is not None:
@@ -108,7 +107,7 @@ class UniformQuantization(EncodingStage):
                 scaled.add_(0.5 + self._origin)
             else:
                 scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17 + self._origin)
-            # a cast by way of int32 is several times faster
+            # a cast through int32 is several times faster
             out.copy_(scaled.clamp_(0, self._top).int())
         return self._tensor(symbols, spec), side
 
@@ -146,7 +145,7 @@ class UniformQuantization(EncodingStage):
 
     @cached_property
     def _origin(self) -> int:
-        """The symbol of 0 in a symmetric range, else of the minimum."""
+        """The symbol of the value 0 in a symmetric range, else the symbol of the minimum."""
         return self._top // 2 if self._symmetric else 0
 
     def _has_channels(self, spec: TensorSpec) -> bool:
@@ -158,7 +157,7 @@ class UniformQuantization(EncodingStage):
         return True
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Returns the elements as rows, one for each range; zeros fill the last block up."""
+        """Returns the elements as rows, one for each range. Zeros fill up the last block."""
         if self._has_channels(TensorSpec.of(x)):
             return x.movedim(self.axis or 0, 0).flatten(1)
         flat = x.reshape(-1)
@@ -202,14 +201,14 @@ class UniformQuantization(EncodingStage):
         """Returns for each row (rows × 1) the value of the symbol `_origin`, the step, and the maximum.
 
         The dtype is float32 if its range and precision suffice, else float64. The maximum is None unless rounding may
-        move the last symbol's value beyond it.
+        move the last symbol's value beyond the maximum.
         """
         end = side["maximum"] if self.limit is None else torch.tensor(self.limit, dtype=torch.float64)
         start = torch.zeros_like(end) if self._symmetric else side["minimum"]
-        # numpy's calls cost a fifth of torch's for few numbers
+        # for few numbers numpy's calls take a fifth of torch's time
         low, high = (v.double().numpy().reshape(-1, 1) for v in (start, end))
         steps, fits = self._top - self._origin, self.bits <= 12 and spec.dtype != torch.float64
-        with np.errstate(over="ignore"):  # infinity does not fit
+        with np.errstate(over="ignore"):  # the range overflows float32
             extent = high - low
             fits = fits and bool(((extent == 0) | (extent > 1e-30) & (extent < 1e30)).all())
             work: type[np.floating] = np.float32 if fits else np.float64
@@ -221,10 +220,10 @@ class UniformQuantization(EncodingStage):
 
 
 def _chunks(size: int, rows: Tensor, out: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields pieces of about `size` elements of two tensors, with the pieces of columns that belong to their rows."""
+    """Yields pieces of about `size` elements of two tensors, with the matching pieces of columns."""
     if len(rows) == 1:
         rows, out = rows.t(), out.t()
-    # a multiple of four elements takes whole words of the random stream
+    # a multiple of four elements uses complete words of the random stream
     step = max(4, size // max(1, rows.shape[1]) // 4 * 4)
     for start in range(0, len(rows), step):
         here = slice(start, start + step)

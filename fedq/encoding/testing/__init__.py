@@ -1,9 +1,9 @@
-"""One battery for every stage, coder and chain, yours too; it needs the package hypothesis.
+"""One battery of checks for every stage, coder and chain, also for yours. It needs the package hypothesis.
 
     check_stage(MyStage())
 
-runs all checks over a stage, and prints what it tried. Where something is wrong, it raises AssertionError, or the
-stage's own error. `check_encoder` does the same for a chain and its coder; `check_coder` takes a coder alone.
+runs all checks on a stage, and prints their names. If a check fails, the call raises AssertionError, or the error of
+the stage. `check_encoder` does the same for a chain and its coder; `check_coder` takes a coder alone.
 """
 
 import math
@@ -45,11 +45,11 @@ CHECKS: tuple[Callable[[Encoder, Bound | None], None], ...] = (
 def check_stage(
     stage: EncodingStage | AdaptiveEncodingStage, bound: Bound | None = None, coder: Coder | None = None
 ) -> None:
-    """Runs the whole battery over a stage, and prints what it tried.
+    """Runs all checks on a stage, and prints their names.
 
     stage: the stage.
     bound: see Bound; a lossless stage's is 0.
-    coder: the coder behind the stage; by default FixedWidth for symbols of known levels, else Raw.
+    coder: the coder after the stage; by default FixedWidth for symbols of known levels, else Raw.
     """
     if coder is None:
         encoder, spec = Encoder([stage]), TensorSpec.of(wave(4))
@@ -60,7 +60,7 @@ def check_stage(
 
 
 def check_encoder(encoder: Encoder, bound: Bound | None = None) -> None:
-    """Runs the whole battery over a chain and its coder, and prints what it tried.
+    """Runs all checks on a chain and its coder, and prints their names.
 
     encoder: the chain.
     bound: see Bound; a lossless chain's is 0.
@@ -88,11 +88,11 @@ def _report(encoder: Encoder, bound: Bound | None) -> str:
 
 
 def check_coder(coder: Coder, levels: int | None, dtype: torch.dtype) -> None:
-    """Runs the battery over a coder: tensors of symbols of many shapes are decoded exactly.
+    """Runs all checks on a coder: tensors of symbols of many shapes must be decoded exactly.
 
     coder: the coder.
     levels: the number of levels, or None.
-    dtype: of the symbols.
+    dtype: dtype of the symbols.
     """
     for shape in ((), (0,), (1,), (7,), (8,), (70,), (3, 0), (5, 3), (2, 3, 2, 2), (1000,)):
         for strided in (False, True):
@@ -106,5 +106,5 @@ def check_coder(coder: Coder, levels: int | None, dtype: torch.dtype) -> None:
                 back = coder.decode(memoryview(data), spec)
                 assert same(back, before), f"{coder} gives another tensor of {shape}"
                 assert same(x, before), f"{coder} writes to its input"
-                back.fill_(0)  # writable without a warning
+                back.fill_(0)  # a writable copy, so that torch does not warn
                 assert coder.encode(x, spec) == data, f"{coder} gives other bytes the second time"

@@ -1,4 +1,4 @@
-"""How the battery sends a tensor through a chain. No other file of the battery calls a StateDictEncoder."""
+"""Sends tensors of the battery through a chain. No other file of the battery calls a StateDictEncoder."""
 
 import contextlib
 import functools
@@ -25,8 +25,8 @@ class Wire:
     """Messages of one tensor, called "x", of a chain.
 
     encoder: The chain.
-    like: A tensor of the shape and dtype of all that is sent.
-    threshold: None if the chain is the rule for "x"; else the chain takes floating tensors of more elements.
+    like: A tensor with the shape and dtype of all sent tensors.
+    threshold: None uses the chain as the rule for "x". A number uses the chain for floating tensors of more elements.
     """
 
     def __init__(self, encoder: Encoder, like: Tensor, threshold: int | None = None) -> None:
@@ -45,15 +45,15 @@ class Wire:
         return self.codec.encode({"x": x}, key, params).message
 
     def decode(self, message: bytes, key: Key, params: Tensors, stop_at_sum: bool = False) -> Tensor:
-        """Returns the tensor of a message, or what can be added up over clients."""
+        """Returns the tensor of a message, or with `stop_at_sum` the tensor that can be added up over clients."""
         return self.codec.decode(message, key, params, stop_at_sum=stop_at_sum).tensors["x"]
 
     def decode_sum(self, total: Tensor, key: Key, params: Tensors) -> Tensor:
-        """Returns the tensor of a sum of what `decode` gives with `stop_at_sum`."""
+        """Returns the tensor of a sum of tensors from `decode` with `stop_at_sum`."""
         return self.codec.decode_sum({"x": total}, key, params)["x"]
 
     def report(self, x: Tensor, key: Key, params: Tensors) -> tuple[Tensor, Tensors]:
-        """Sends `x` with its report; returns the decoded tensor, and the report as that of a cohort of one."""
+        """Sends `x` with its report; returns the decoded tensor, and the combined report of a cohort of one client."""
         decoded, report = self._reporting.decode(self._reporting.encode({"x": x}, key, params).message, key, params)
         return decoded["x"], self.adaptation.as_cohort(report)
 
@@ -80,16 +80,16 @@ def decode(encoder: Encoder, message: bytes, x: Tensor, key: Key = KEY) -> Tenso
 
 
 def send(encoder: Encoder, x: Tensor, key: Key = KEY) -> Tensor:
-    """Returns `x` as it is received in the first round."""
+    """Returns the decoded `x` of the first round."""
     return decode(encoder, encode(encoder, x, key), x, key)
 
 
 _last: tuple[Encoder | None, dict[str, bytes]] = (None, {})
-"""The chain whose messages were asked for last, and these messages: several checks in a row ask for them."""
+"""The last chain and its messages, because several checks in a row need them."""
 
 
 def messages_of(encoder: Encoder) -> dict[str, bytes]:
-    """Returns the messages of the floating inputs, without those that the chain refuses."""
+    """Returns the messages of the floating inputs that the chain does not refuse."""
     global _last
     if _last[0] is not encoder:
         messages = {}
@@ -101,13 +101,13 @@ def messages_of(encoder: Encoder) -> dict[str, bytes]:
 
 
 def taken(encoder: Encoder) -> dict[str, Tensor]:
-    """Returns the floating inputs without those that the chain refuses; check_round_trip says which it may refuse."""
+    """Returns the floating inputs that the chain does not refuse. check_round_trip tests which inputs it may refuse."""
     messages = messages_of(encoder)
     return {name: x for name, x in floating_inputs().items() if name in messages}
 
 
 def steps(encoder: Encoder, x: Tensor, key: Key = KEY) -> Iterator[tuple[Tensor, Tensors, Callable[[Tensor], Tensor]]]:
-    """Yields for each stage of a chain: what it encodes, its side values, and a function that decodes."""
+    """Yields for each stage of a chain its result, its side values, and a function that decodes the result."""
     spec, params = TensorSpec.of(x), by_part(Wire(encoder, x).params())
     for i, stage in enumerate(encoder.stages):
         own = key.fold("x").fold(str(i))
@@ -127,12 +127,12 @@ def lossless(encoder: Encoder) -> bool:
 
 
 def unbiased(encoder: Encoder) -> bool:
-    """Returns whether there are stages, and all claim to be unbiased or lossless."""
+    """Returns whether a chain has stages that all claim to be unbiased or lossless."""
     return bool(encoder.stages) and all(stage.unbiased or stage.lossless for stage in encoder.stages)
 
 
 def reframe(message: bytes, body: bytes) -> bytes:
-    """Returns `message` with another body, and with the length and checksum of that body."""
+    """Returns `message` with another body, and with the right length and checksum."""
     head = message[:36] + struct.pack("<Q", len(body)) + body
     return head + struct.pack("<I", zlib.crc32(head))
 
@@ -148,5 +148,5 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def all_same(x: Tensors, y: Tensors) -> bool:
-    """Returns whether two states, or sets of params, are the same."""
+    """Returns whether two states or params have the same names and equal tensors."""
     return x.keys() == y.keys() and all(same(x[path], y[path]) for path in x)

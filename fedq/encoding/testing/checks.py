@@ -1,4 +1,4 @@
-"""The checks of the battery: each takes a chain and, where it is known, the largest error allowed."""
+"""The checks of the battery. Each takes a chain and, if known, the largest error allowed."""
 
 import contextlib
 import copy
@@ -24,10 +24,10 @@ Bound = Callable[[Tensor], float]
 """The largest error of a chain on an element of a tensor, or NaN for a tensor that the chain may refuse."""
 
 ARRAYS = 20
-"""Arrays that hypothesis draws for a chain."""
+"""The number of arrays that hypothesis draws for a chain."""
 
 DRAWS, KEYS = 10_000, 100
-"""A claim of unbiasedness is tested with this many draws of each value, under this many keys."""
+"""Numbers of draws of each value, and of keys, in a test of unbiasedness."""
 
 
 def check_dataclasses(encoder: Encoder, bound: Bound | None) -> None:
@@ -47,7 +47,7 @@ def check_round_trip(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_arbitrary_arrays(encoder: Encoder, bound: Bound | None) -> None:
-    """The same for arrays that hypothesis draws."""
+    """Runs the same checks on arrays that hypothesis draws."""
     import hypothesis.extra.numpy as arrays
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
@@ -70,7 +70,7 @@ def check_arbitrary_arrays(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_largest_input(encoder: Encoder, bound: Bound | None) -> None:
-    """The same for a tensor of millions of elements."""
+    """Runs the same checks on a tensor of millions of elements."""
     x = largest_input()
     _round_trip(encoder, bound, f"{x.numel():,} elements", x)
 
@@ -84,7 +84,7 @@ def check_exact_tensors(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_refusals(encoder: Encoder, bound: Bound | None) -> None:
-    """NaN and infinity raise an EncodeError that names the tensor."""
+    """NaN and infinity raise an EncodeError with the tensor's name."""
     for name, x in refused_inputs().items():
         try:
             chain.encode(encoder, x)
@@ -126,7 +126,7 @@ def check_aliasing(encoder: Encoder, bound: Bound | None) -> None:
 def check_same_key(encoder: Encoder, bound: Bound | None) -> None:
     """The same key gives the same bytes, also from an equal encoder, and changes no global random state.
 
-    A decoded tensor depends on the message only: another receiver decodes the same, after other messages.
+    A decoded tensor depends only on the message: another receiver, after other messages, decodes the same tensor.
     """
     inputs = chain.taken(encoder) | {"large": large_input()}
     states = _global_random_states()
@@ -149,7 +149,7 @@ def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
     """Another seed, round, client or tensor gives other bytes if the chain is random.
 
     A chain is random if it claims to be unbiased, and is not exact. Stages that commute with a sum may draw the same
-    for all clients of a round.
+    numbers for all clients of a round.
     """
     x = wave(25, 40)
     if not chain.unbiased(encoder) or torch.allclose(chain.send(encoder, x), x, rtol=1e-5, atol=1e-5):
@@ -165,8 +165,8 @@ def check_other_keys(encoder: Encoder, bound: Bound | None) -> None:
 def check_length(encoder: Encoder, bound: Bound | None) -> None:
     """A message has its frame and, for each tensor, at most 16 bytes of single side values and the coded symbols.
 
-    Streams of side values, such as a mask or the ranges of channels, come on top. So do the lengths of streams whose
-    size depends on their values.
+    Streams of side values, such as a mask or the ranges of channels, add their bytes. If the size of a stream depends
+    on the values, its length adds bytes too.
     """
     messages = chain.messages_of(encoder)
     for name, x in chain.taken(encoder).items():
@@ -191,7 +191,7 @@ def check_length(encoder: Encoder, bound: Bound | None) -> None:
 def check_damage(encoder: Encoder, bound: Bound | None) -> None:
     """A message with too few or too many bytes raises MessageError, even if its frame is right.
 
-    A message with other values decodes to a finite tensor of the right shape, or raises MessageError; no other error.
+    A message with other values decodes to a finite tensor of the right shape, or raises only MessageError.
     """
     for name, x in {"vector": wave(101), "matrix": wave(8, 13), "empty": wave(0), "one element": wave(1)}.items():
         message = chain.encode(encoder, x)
@@ -224,13 +224,13 @@ def check_lossless(encoder: Encoder, bound: Bound | None) -> None:
 def check_unbiased(encoder: Encoder, bound: Bound | None) -> None:
     """A chain whose stages all claim to be unbiased has the right mean, within 4 standard errors of 10,000 draws.
 
-    A tensor holds each value 100 times, and is sent under 100 keys. Draws under one key may depend on each other:
-    the standard error is that of the means of keys.
+    A tensor holds each value 100 times, and is sent under 100 keys. Draws under one key may depend on each other, so
+    the standard error is computed from the means of keys.
     """
     if not chain.unbiased(encoder):
         return
     values = torch.tensor([-1.0, -0.99, -0.71, -0.2, 0.0, 0.013, 0.3331, 0.5, 0.97, 1.0], dtype=torch.float64)
-    x = values.float().repeat(DRAWS // KEYS).view(-1, 4 * len(values))  # a matrix, as some stages need
+    x = values.float().repeat(DRAWS // KEYS).view(-1, 4 * len(values))  # a matrix: some stages keep vectors unchanged
     means = torch.stack(
         [chain.send(encoder, x, KEY.fold(str(i))).double().view(-1, len(values)).mean(0) for i in range(KEYS)]
     )
@@ -242,7 +242,7 @@ def check_unbiased(encoder: Encoder, bound: Bound | None) -> None:
 
 
 def check_commutes_with_sum(encoder: Encoder, bound: Bound | None) -> None:
-    """A stage that claims so may be decoded once, after the clients' sum: decode(encode(x) + encode(y)).
+    """A stage that claims to commute may be decoded once, after the clients' sum: decode(encode(x) + encode(y)).
 
     The same holds for all such stages at the front of a chain: a weighted sum decoded once equals the weighted sum of
     decoded tensors.
@@ -312,7 +312,7 @@ def _round_trip(encoder: Encoder, bound: Bound | None, name: str, x: Tensor) -> 
     except EncodeError:
         if bound is not None and x.numel() and math.isnan(bound(x)):
             return
-        # else allowed only where the sum of squares is beyond the dtype that the stage works in
+        # a stage may refuse other tensors only if the sum of squares overflows its working dtype
         limit = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).max
         assert x.numel(), f"{name} is refused"
         assert float(x.double().abs().max()) >= math.sqrt(limit / x.numel()), f"{name} is refused"

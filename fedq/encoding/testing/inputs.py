@@ -1,4 +1,4 @@
-"""What the battery sends: tensors of many shapes, dtypes and sizes."""
+"""The inputs of the battery: tensors of many shapes, dtypes and sizes."""
 
 import math
 
@@ -50,17 +50,17 @@ def floating_inputs() -> dict[str, Tensor]:
 
 
 def large_input() -> Tensor:
-    """Returns a tensor of more elements than most stages work on at a time."""
+    """Returns a tensor larger than the pieces that most stages work on."""
     return wave(2**18 + 5)
 
 
 def largest_input() -> Tensor:
-    """Returns 2,200,000 elements: twice what any stage or coder works on at a time, or more."""
+    """Returns 2,200,000 elements, at least twice the piece that any stage or coder works on."""
     return wave(1100, 2000)
 
 
 def exact_inputs() -> dict[str, Tensor]:
-    """Returns integer and boolean tensors: whatever the chain, they are sent exact."""
+    """Returns integer and boolean tensors, which every chain sends exact."""
     return {
         "int64 0-d": torch.tensor(2**62 + 1),
         "int64": torch.arange(-500, 501) * (2**53 + 1),
@@ -75,7 +75,7 @@ def exact_inputs() -> dict[str, Tensor]:
 
 
 def refused_inputs() -> dict[str, Tensor]:
-    """Returns floating tensors that no chain sends."""
+    """Returns floating tensors that every chain refuses."""
     bad = {"NaN": math.nan, "infinity": math.inf, "minus infinity": -math.inf}
     inputs = {name: torch.tensor([0.0, value, 1.0]) for name, value in bad.items()}
     inputs |= {f"{name} alone": torch.tensor(value) for name, value in bad.items()}
