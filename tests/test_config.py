@@ -341,7 +341,7 @@ class WithoutTest:
     num_classes, num_clients = 10, 20
 
     def client(self, number):
-        raise NotImplementedError
+        raise AssertionError("a dataset without test() is refused before any client is read")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def check_scaled(algorithm: FedAvg, upload: Codec, model: nn.Module) -> None:
 def check_feedback(way: str, codec: Codec, key: Key) -> None:
     """Raises FedqError if the chain's error on normal input exceeds the input's energy: residuals would diverge.
 
-    Error feedback needs a contraction (Karimireddy 2019). A chain that scales up to be unbiased often is none.
+    Error feedback needs a contraction (Karimireddy 2019). A chain that scales up its values to be
+    unbiased is often not a contraction.
     """
     for chain in codec.chains.values():
         if any(isinstance(stage, ZeroOutliers) for stage in chain.encoder.stages):

@@ -48,7 +48,7 @@ class ClientStateFiles:
 
     @classmethod
     def joined(cls, folder: str, mark: str, seed: int) -> "ClientStateFiles":
-        """Returns the store in another rank's folder, where `mark` is the result of that rank's method `mark`.
+        """Returns the store in another rank's folder. That rank's `mark()` returned `mark`.
 
         Raises ClientStateError if this rank does not see the folder.
         """

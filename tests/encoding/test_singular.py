@@ -41,7 +41,10 @@ STAGES: list[tuple[EncodingStage, Bound | None]] = [
 
 
 def low_rank(rows: int = 200, columns: int = 300, rank: int = 6, noise: float = 0.0) -> Tensor:
-    """Returns a matrix of root mean square 1, whose singular values fall by a third each, and noise of that size."""
+    """Returns a matrix of root mean square 1 plus noise. Each singular value is 1.5 times the next one.
+
+    noise: The root mean square of the noise.
+    """
     draw = np.random.default_rng(1)
     left, right = (np.linalg.qr(draw.normal(size=(n, rank)))[0] for n in (rows, columns))
     x = left * 1.5 ** -np.arange(rank) @ right.T

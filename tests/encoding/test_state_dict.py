@@ -589,3 +589,9 @@ def test_what_is_no_stage_or_coder_is_refused() -> None:
         Shortest([ScaledSign()])
     with pytest.raises(TypeError, match="is not a rate controller"):
         StateDictEncoder(common_scale=True, rate_control=FixedWidth())
+
+
+def test_the_frame_has_at_most_64_bytes():
+    """A message without tensors is its frame alone."""
+    message = StateDictEncoder().bind({}).encode({}, Key(0)).message
+    assert len(message) == OVERHEAD <= 64

@@ -146,7 +146,7 @@ def opposed(number: int) -> Client:
 
 @pytest.mark.parametrize("feedback", [False, True])
 def test_a_strongly_biased_chain_learns_with_it_and_not_without(feedback):
-    # only the two elements of the large feature are sent, and the clients' updates of them cancel
+    # top-k sends only the two weights of the large feature, and the updates of the clients to these two weights cancel
     upload = StateDictEncoder(Encoder([TopK(2 / 18)]), 0)
     averaging = FederatedAveraging(
         Linear,

@@ -62,11 +62,6 @@ class Wire:
         return self.adaptation.update_state(state, functools.reduce(self.adaptation.combine, reports))
 
 
-def empty_message(encoder: Encoder) -> bytes:
-    """Returns the message of a state_dict without tensors."""
-    return StateDictEncoder(encoder).bind({}).encode({}, KEY).message
-
-
 def encode(encoder: Encoder, x: Tensor, key: Key = KEY) -> bytes:
     """Returns the first round's message of `x`."""
     wire = Wire(encoder, x)
