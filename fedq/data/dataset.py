@@ -46,11 +46,15 @@ class Client:
         load: reads the examples, the same at each call, from any thread. An OSError or FedqError of `load` ends the
             run.
         examples: number of examples, 0 if unknown. Ranks and workers balance their work by this number.
+        validation: reads the client's own validation examples; None if it has none.
+        test: reads the client's own test examples; None if it has none.
     """
 
     number: int
     load: Callable[[], Examples]
     examples: int = 0
+    validation: Callable[[], Examples] | None = None
+    test: Callable[[], Examples] | None = None
 
     def __post_init__(self) -> None:
         for name, below in (("number", BROADCAST), ("examples", 2**63)):
