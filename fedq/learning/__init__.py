@@ -11,6 +11,7 @@ from fedq.learning.round import Broadcast, ClientRecord, CohortResult, Gather, R
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
 from fedq.learning.task import Classification, Task, TaskError
+from fedq.learning.tasks import Multilabel, NextToken, Regression
 
 __all__ = [
     "Broadcast",
@@ -26,7 +27,10 @@ __all__ = [
     "FederatedDropout",
     "Gather",
     "LocalTraining",
+    "Multilabel",
+    "NextToken",
     "Registered",
+    "Regression",
     "Scaffold",
     "ServerState",
     "Summand",

@@ -114,7 +114,7 @@ class ClientHalf:
                 model, received.weights, examples, key.fold("train"), project, self._precision, correct, protocol.task
             )
         except TaskError as error:
-            raise TaskError(f"client {client} of the dataset: {error}") from error
+            raise TaskError(f"with the examples of client {client}: {error}") from error
         except (FedqError, ClientFailure):
             raise
         except Exception as error:

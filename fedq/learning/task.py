@@ -19,6 +19,10 @@ Sums = Mapping[str, Any]
 """Sums over examples: numbers, or tensors of integers or float64. "targets" is the number of targets that count."""
 
 
+Reported = Mapping[str, type[int] | type[float]]
+"""Names of the sums that a client reports, with their types."""
+
+
 class TaskError(FedqError):
     """The examples or the model's outputs do not fit the task; names their shapes and dtypes."""
 
@@ -36,7 +40,7 @@ class Task(ABC):
 
     headline: ClassVar[str]
     more_is_better: ClassVar[bool] = True
-    reported: ClassVar[Mapping[str, type[int] | type[float]]]
+    reported: ClassVar[Reported]
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -66,7 +70,7 @@ class Task(ABC):
         """Returns how many targets count; by default all."""
         return targets.numel()
 
-    def check(self, outputs: Tensor, targets: Tensor) -> None:
+    def check(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027  # a task may take all
         """Raises TaskError for outputs and targets that the task does not take; by default nothing.
 
         outputs: The outputs of some examples.
@@ -85,7 +89,7 @@ class Classification(Task):
     """
 
     headline = "accuracy"
-    reported: ClassVar[Mapping[str, type[int] | type[float]]] = {"correct": int}
+    reported: ClassVar[Reported] = {"correct": int}
 
     @override
     def loss(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -106,7 +110,7 @@ class Classification(Task):
                 "task=classification takes outputs of shape (N, classes), at least two classes, and int64 targets of "
                 f"shape (N,), not {in_words(outputs, targets)}"
             )
-        _check_classes(targets, outputs.shape[1])
+        check_classes(targets, outputs.shape[1])
 
     @override
     def can_give(self, sums: Sums) -> bool:
@@ -129,9 +133,9 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
     examples: The number of these examples.
     targets: The targets of all examples.
     """
-    if not outputs.is_floating_point() or not outputs.dim() or len(outputs) != examples:
+    if not outputs.dim() or len(outputs) != examples:
         raise TaskError(
-            f"the model gives outputs {of(outputs)} for {examples} examples: it must give floating outputs (N, …)"
+            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be theirs"
         )
     task.check(outputs, targets)
     if "targets" not in task.reported and task.count(targets) != len(targets):
@@ -147,10 +151,9 @@ def outputs_of(made: Any) -> Tensor:
     made: What the model returns: a tensor, or an object with a tensor `logits`, as models of transformers do.
     """
     outputs = getattr(made, "logits", made)
-    if not isinstance(outputs, Tensor):
-        raise TaskError(
-            f"the model returns a {type(outputs).__name__}: it must return a tensor, or an object with a tensor .logits"
-        )
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        what = f"a tensor {of(outputs)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise TaskError(f"the model returns {what}: it must return a floating tensor, or an object with one as .logits")
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
@@ -164,7 +167,12 @@ def in_words(outputs: Tensor, targets: Tensor) -> str:
     return f"outputs {of(outputs)} and targets {of(targets)}"
 
 
-def _check_classes(targets: Tensor, classes: int) -> None:
+def squeezed(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns outputs of shape (N, 1) as (N,) if the targets have one axis; other outputs as they are."""
+    return outputs.squeeze(1) if targets.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] == 1 else outputs
+
+
+def check_classes(targets: Tensor, classes: int) -> None:
     """Raises TaskError unless all targets are from 0 to `classes` − 1."""
     if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         raise TaskError(
