@@ -132,7 +132,7 @@ class EncoderConfig:
     upload: dict[str, Any]
 
 
-_GROUPS = ("dataset", "model", "algorithm", "client", "server", "run")
+_GROUPS = ("dataset", "model", "task", "algorithm", "client", "server", "run")
 """The groups of a configuration, except `encoder`."""
 
 _OPTIONS = ("joint", "reference", "common_scale")
@@ -143,6 +143,7 @@ NO_CODER = (None, {"_target_": None})
 
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
+    "task": ("loss", "metrics", "headline", "more_is_better", "reported"),
     "algorithm": ("groups", "weigh", "step"),
     "client": ("train", "structured"),
     "run.faults": ("client", "uplink"),
@@ -250,6 +251,7 @@ def build_protocol(cfg: DictConfig, dataset: Any, device: Any) -> dict[str, Any]
     num_classes = plain_integer("dataset.num_classes", getattr(dataset, "num_classes", None), 1, 2**63)
     return {
         "model": build(cfg, "model", num_classes=num_classes),
+        "task": build(cfg, "task"),
         "client": build(cfg, "client"),
         "broadcast": build_encoder(cfg, "broadcast"),
         "upload": build_encoder(cfg, "upload"),
