@@ -28,6 +28,7 @@ from fedq.config import (
 from fedq.config_check import overridden
 from fedq.data import Client, FederatedDataset
 from fedq.data.dataset import plain_integer
+from fedq.data.holdout import HeldOut
 from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
@@ -37,6 +38,7 @@ from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.loop import Clients, rounds
 from fedq.simulation.ranks import Ranks, launched_at
+from fedq.simulation.selection import Selection
 from fedq.simulation.stopping import Stopping
 from fedq.simulation.sweep import varied_keys
 from fedq.simulation.workers import Workers
@@ -78,7 +80,10 @@ def train(
             shared = {"store": [str(store.folder), store.mark()]} if store and ranks.size > 1 else {}
             ranks.tell({"job": config, **shared})
         process, dataset, clients = assemble(cfg, stopping, stack, store)
-        state, done = process.initialize(), []
+        state, done, selection = process.initialize(), [], Selection(run, process.protocol.task)
+        selects = run.validation is not None or run.patience is not None
+        if run.patience and run.validation is None:
+            log.warning("run.patience chooses by the test set, whose result is then too good; set run.validation")
         exact_message = process.protocol.exact.encode(state.weights, Key(run.seed)).message
         log.info("run.rounds=%d in %s", run.rounds, folder)
         for way in ("broadcast", "upload"):
@@ -92,23 +97,26 @@ def train(
         # no check refuses the run from here on
         summary.start(config, 8 * len(exact_message))
         keep_configuration(cfg, folder)
+        if selects:
+            summary.values["selection"] = selection.values
         for metrics in done:
+            selection.write(metrics)
             summary.write(metrics)
         # a resumed run, for example with more rounds, keeps its name in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done))
         progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
         gather = partial(ranks.gather, process.contribute) if ranks else None
-        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store)
+        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store, selection if selects else None)
         try:
             saver.save(state)
-            for after, metrics in rounds(process, state, dataset, run, clients, gather):
-                for tracker in (metrics_file, summary, tensorboard, progress):
+            for after, metrics in rounds(process, state, dataset, run, clients, gather, selection.stops):
+                for tracker in (metrics_file, selection, summary, tensorboard, progress):
                     tracker.write(metrics)
                 state = after
                 if store:
                     store.settle()
-                if state.round % run.checkpoint_every == 0:
+                if state.round % run.checkpoint_every == 0 or (selects and selection.improved):
                     saver.save(state)
         except BaseException:
             try:
@@ -122,13 +130,14 @@ def train(
 
 @dataclass
 class Saver:
-    """Writes checkpoints, each with all that a run needs to resume from it."""
+    """Writes checkpoints, each with all that a run needs to resume from it. With a selection, the best one stays."""
 
     config: dict[str, Any]
     folder: Path
     keep: int
     metrics_file: MetricsFile
     store: ClientStateFiles | None
+    selection: Selection | None
     saved: int | None = None
 
     def save(self, state: ServerState) -> None:
@@ -138,7 +147,8 @@ class Saver:
         self.metrics_file.sync()
         if self.store:
             self.store.flush()
-        checkpoint.save(state, self.config, self.folder, self.keep)
+        best = self.selection.values["round"] if self.selection else None
+        checkpoint.save(state, self.config, self.folder, self.keep, best)
         self.saved = state.round
         if self.store:
             self.store.prune([state.attempt, *checkpoint.attempts(self.folder)])
@@ -240,10 +250,17 @@ def assemble(
     run = build_run(cfg)
     device, dataset = own_device(run.device), build(cfg, "dataset")
     population = plain_integer("dataset.num_clients", getattr(dataset, "num_clients", None), 1, 2**63)
+    if isinstance(run.validation, float):
+        dataset = HeldOut(dataset, run.validation, run.validation_by, run.seed)
+        population = dataset.num_clients
     if run.clients_per_round > population:
         raise ConfigError(
             f"run.clients_per_round: {run.clients_per_round} is more than the {population} clients; "
             "take fewer, or more with dataset.clients where the dataset allows"
+        )
+    if isinstance(run.evaluate_clients, int) and run.evaluate_clients > population:
+        raise ConfigError(
+            f"run.evaluate_clients: {run.evaluate_clients} is more than the {population} clients; take fewer, or all"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
     faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))

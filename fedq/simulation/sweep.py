@@ -48,16 +48,22 @@ def varied_keys() -> set[str]:
 def objective(summary: Mapping[str, Any], floor: float | None) -> float:
     """Returns the value that a search minimises: all bits that a completed run sent, both ways.
 
-    A run whose final test accuracy is below `floor` gets a larger value than any number of bits. The value grows with
+    A run whose final accuracy is below `floor` gets a larger value than any number of bits. The value grows with
     the distance from the floor: Deb 2000, section 3, orders solutions that break a constraint this way.
 
     summary: the run's summary.json.
-    floor: a test accuracy from 0 to 1, None for no floor.
+    floor: an accuracy from 0 to 1, None for no floor.
     """
-    accuracy = float(summary["final_test_accuracy"])
+    accuracy = final_accuracy(summary)[0]
     if floor is not None and accuracy < floor:
         return 1e30 * (1 + floor - accuracy)
     return float(summary["broadcasted_bits"] + summary["aggregated_bits"])
+
+
+def final_accuracy(summary: Mapping[str, Any]) -> tuple[float, str]:
+    """Returns the final accuracy by which a search chooses, and its set: validation where a run has it, else test."""
+    selection = summary.get("selection") or {"final": summary["final_test_accuracy"], "metric": "test/accuracy"}
+    return float(selection["final"]), selection["metric"].partition("/")[0]
 
 
 def register(folder: Path) -> None:
@@ -82,7 +88,7 @@ class CheckSweep(Callback):
         numbered = config.hydra.sweeper._target_.endswith(".BasicSweeper")  # other sweepers draw jobs one by one
         if not numbered and OmegaConf.select(config, "run.accuracy_floor") is None:
             # Hydra turns a callback's exceptions into warnings, except for SystemExit
-            raise SystemExit("fedq: a search needs the test accuracy to hold: set run.accuracy_floor, such as 0.9")
+            raise SystemExit("fedq: a search needs the accuracy to hold: set run.accuracy_floor, such as 0.9")
         loader = GlobalHydra.instance().config_loader()
         parser = OverridesParser.create(loader)
         params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
@@ -163,12 +169,13 @@ def _fewest_bits(summaries: Mapping[Path, Mapping[str, Any]], floor: float, give
     folder, best = min(summaries.items(), key=lambda item: objective(item[1], floor))
     overrides = map(str, OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
     job = " ".join([shlex.join(override for override in overrides if override not in given), "in", str(folder)])
-    accuracy = best["final_test_accuracy"]
+    accuracy, examples = final_accuracy(best)
+    reached = f"{accuracy:.2%}" if examples == "test" else f"{accuracy:.2%} (test {best['final_test_accuracy']:.2%})"
     if accuracy < floor:
-        return f"no job reached a test accuracy of {floor:.2%}; nearest is {job}, with {accuracy:.2%}"
+        return f"no job reached a {examples} accuracy of {floor:.2%}; nearest is {job}, with {reached}"
     size = human_bytes(best["broadcasted_bits"] + best["aggregated_bits"])
     rate = 32 / best["broadcast_ratio"] + 32 / best["upload_ratio"]
     return (
-        f"fewest bits at a test accuracy of {floor:.2%} or more: {job}, with {size} both ways, "
-        f"{rate:.2f} bits a parameter down and up together, at {accuracy:.2%}"
+        f"fewest bits at a {examples} accuracy of {floor:.2%} or more: {job}, with {size} both ways, "
+        f"{rate:.2f} bits a parameter down and up together, at {reached}"
     )

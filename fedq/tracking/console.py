@@ -52,7 +52,8 @@ class ConsoleProgress:
     def write(self, metrics: Metrics) -> None:
         """Shows one more round."""
         if "test/accuracy" in metrics:
-            self._tested = f", test acc {metrics['test/accuracy']:.3f}"
+            sets = [name for name in ("validation", "test") if f"{name}/accuracy" in metrics]
+            self._tested = "".join(f", {name} acc {metrics[f'{name}/accuracy']:.3f}" for name in sets)
         down, up = (metrics[f"cumulative_{way}_bits"] for way in ("broadcasted", "aggregated"))
         text = self._separator.join(
             (

@@ -101,6 +101,12 @@ class Summary:
         table = Table("", "", title="done", show_header=False, title_justify="left")
         final, best = values["final_test_accuracy"], values["best_test_accuracy"]
         table.add_row("test accuracy", f"{final:.2%} (best {best:.2%})" if best is not None else "not tested yet")
+        if (chosen := values.get("selection")) and chosen["best"] is not None:
+            form = ".2%" if chosen["more_is_better"] else ".4g"
+            final, best, test = (format(chosen[name], form) for name in ("final", "best", "test"))
+            name, after = chosen["metric"].replace("/", " "), f"after round {chosen['round']}"
+            table.add_row(name, f"{final} (best {best} {after})")
+            table.add_row(f"test {after}", test)
         for way, total, ratio in (("down", "broadcasted_bits", "broadcast"), ("up", "aggregated_bits", "upload")):
             rate = f"{values[f'{ratio}_ratio']:.2f} x less than uncompressed"
             table.add_row(f"bytes {way}", f"{human_bytes(values[total])}, {rate}")
