@@ -134,9 +134,9 @@ def test_the_worst_of_a_loss_is_the_largest():
 
     dataset, process = Noise(), make_process()
     model = process.protocol.model
-    losses = [evaluate(model, dataset.client(number).load())["loss"] for number in range(6)]
-    found = evaluate_clients(lambda client: model, map(dataset.client, range(6)), 50, map, "float32", Task())
-    assert found["loss_worst_tenth"] == max(losses)
+    losses = [evaluate(model, dataset.client(number).load())["loss"] for number in range(15)]
+    found = evaluate_clients(lambda client: model, map(dataset.client, range(15)), 50, map, "float32", Task())
+    assert found["loss_worst_tenth"] == pytest.approx(sum(sorted(losses)[-2:]) / 2, rel=1e-12)  # of 15 clients, two
 
 
 EARLY = (*SMALL, "run.rounds=40", "run.evaluate_every=1", "run.validation=0.3", "run.patience=2", "client.lr=0.02")
