@@ -81,9 +81,6 @@ def train(
             ranks.tell({"job": config, **shared})
         process, dataset, clients = assemble(cfg, stopping, stack, store)
         state, done, selection = process.initialize(), [], Selection(run, process.protocol.task)
-        selects = run.validation is not None or run.patience is not None
-        if run.patience and run.validation is None:
-            log.warning("run.patience chooses by the test set, whose result is then too good; set run.validation")
         exact_message = process.protocol.exact.encode(state.weights, Key(run.seed)).message
         log.info("run.rounds=%d in %s", run.rounds, folder)
         for way in ("broadcast", "upload"):
@@ -97,7 +94,7 @@ def train(
         # no check refuses the run from here on
         summary.start(config, 8 * len(exact_message))
         keep_configuration(cfg, folder)
-        if selects:
+        if selection.chooses:
             summary.values["selection"] = selection.values
         for metrics in done:
             selection.write(metrics)
@@ -107,7 +104,7 @@ def train(
         tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done))
         progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
         gather = partial(ranks.gather, process.contribute) if ranks else None
-        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store, selection if selects else None)
+        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store, selection)
         try:
             saver.save(state)
             for after, metrics in rounds(process, state, dataset, run, clients, gather, selection.stops):
@@ -116,7 +113,7 @@ def train(
                 state = after
                 if store:
                     store.settle()
-                if state.round % run.checkpoint_every == 0 or (selects and selection.improved):
+                if state.round % run.checkpoint_every == 0 or selection.improved:
                     saver.save(state)
         except BaseException:
             try:
@@ -130,14 +127,14 @@ def train(
 
 @dataclass
 class Saver:
-    """Writes checkpoints, each with all that a run needs to resume from it. With a selection, the best one stays."""
+    """Writes checkpoints, each with all that a run needs to resume from it. The best one of the selection stays."""
 
     config: dict[str, Any]
     folder: Path
     keep: int
     metrics_file: MetricsFile
     store: ClientStateFiles | None
-    selection: Selection | None
+    selection: Selection
     saved: int | None = None
 
     def save(self, state: ServerState) -> None:
@@ -147,8 +144,7 @@ class Saver:
         self.metrics_file.sync()
         if self.store:
             self.store.flush()
-        best = self.selection.values["round"] if self.selection else None
-        checkpoint.save(state, self.config, self.folder, self.keep, best)
+        checkpoint.save(state, self.config, self.folder, self.keep, self.selection.values["round"])
         self.saved = state.round
         if self.store:
             self.store.prune([state.attempt, *checkpoint.attempts(self.folder)])

@@ -14,22 +14,25 @@ log = logging.getLogger(__name__)
 class Selection:
     """Follows the task's headline metric, on validation examples if the run has them, else on the test set.
 
-    It needs the metrics of all rounds, those before a resume included: a resumed run then chooses as a run that never
-    stopped.
+    Without `run.validation` and `run.patience` it follows nothing. It needs the metrics of all rounds, also of rounds
+    before a resume. A resumed run then chooses as a run that never stopped.
 
     values: What the summary holds: `metric`, its `final` and `best` value, the `round` (rounds done) of the best, the
         `test` headline of this round, `more_is_better`, and whether the run `stopped_early`.
     improved: Whether the last round is the best.
+    chooses: Whether it follows a metric.
     """
 
     def __init__(self, run: RunConfig, task: Task) -> None:
         self._run, self._test, self._without = run, f"test/{task.headline}", 0
-        self.improved = False
+        self.improved, self.chooses = False, run.validation is not None or run.patience is not None
+        if run.patience and run.validation is None:
+            log.warning("run.patience chooses by the test set, whose result is then too good; set run.validation")
         self.values: dict[str, Any] = {
             "metric": f"{'test' if run.validation is None else 'validation'}/{task.headline}",
             "final": None,
             "best": None,
-            "round": 0,
+            "round": None,
             "test": None,
             "more_is_better": task.more_is_better,
             "stopped_early": False,
@@ -39,7 +42,7 @@ class Selection:
         """Adds one more round."""
         values, value = self.values, metrics.get(self.values["metric"])
         self.improved = False
-        if value is None:
+        if value is None or not self.chooses:
             return
         values["final"], best = value, values["best"]
         self.improved = not math.isnan(value) and (
@@ -59,6 +62,6 @@ class Selection:
                 "run.patience: %d evaluations in a row have not improved %s, which is best after %d rounds",
                 self._without,
                 self.values["metric"],
-                self.values["round"],
+                self.values["round"] or 0,
             )
         return bool(self.values["stopped_early"])

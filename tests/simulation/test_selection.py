@@ -59,6 +59,12 @@ def test_the_best_is_strictly_better_and_patience_counts_evaluations(caplog):
     assert not followed([0.3, 0.2, 0.1], replace(VALIDATED, patience=None)).stops()
 
 
+def test_a_run_without_validation_and_patience_follows_nothing():
+    selection = followed([0.1, 0.3], replace(VALIDATED, validation=None, patience=None), name="test/accuracy")
+    assert not selection.chooses and not selection.improved and not selection.stops()
+    assert (selection.values["best"], selection.values["round"]) == (None, None)
+
+
 def test_less_may_be_better_and_nan_never_is():
     selection = followed([math.nan, 9.0, 7.0, 8.0], task=Perplexity(), name="validation/perplexity")
     assert [selection.values[name] for name in ("best", "round", "more_is_better")] == [7.0, 6, False]
