@@ -135,7 +135,7 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
     """
     if not outputs.dim() or len(outputs) != examples:
         raise TaskError(
-            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be theirs"
+            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be that of examples"
         )
     task.check(outputs, targets)
     if "targets" not in task.reported and task.count(targets) != len(targets):
