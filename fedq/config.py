@@ -6,7 +6,7 @@ The groups `run` and `encoder` have no `_target_`: the dataclasses below describ
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.utils import instantiate
@@ -287,12 +287,10 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
 
     def chain(path: str) -> Encoder:
         stages = [build(cfg, f"{path}.stages[{i}]") for i in range(len(to_container(cfg, f"{path}.stages")))]
-        given = build(cfg, f"{path}.coder") if to_container(cfg, path).get("coder") not in NO_CODER else None
-        encoder: Encoder = call_or_config_error(
-            path, lambda: Encoder(stages) if given is None else Encoder(stages, given)
-        )
-        if given is None:
-            return Encoder(stages, coder_that_fits(stages, path))
+        encoder: Encoder = call_or_config_error(path, lambda: Encoder(stages))
+        given = to_container(cfg, path).get("coder") not in NO_CODER
+        coder = build(cfg, f"{path}.coder") if given else coder_that_fits(stages, path)
+        encoder = call_or_config_error(path, lambda: replace(encoder, coder=coder))
         return encoder
 
     path = f"encoder.{direction}"
