@@ -27,6 +27,7 @@ from rich.table import Table
 from fedq.config import CHANGES_NOTHING, flatten
 from fedq.errors import FedqError
 from fedq.tracking.console import stdout_console
+from fedq.tracking.headline import Headline
 from fedq.tracking.units import human_bytes
 
 if TYPE_CHECKING:  # matplotlib takes a second to load, and only pictures need it
@@ -71,9 +72,15 @@ class Run:
         """Returns rounds done → value of a metric, for the rounds that have the metric."""
         return {done: values[name] for done, values in enumerate(self.metrics, start=1) if name in values}
 
+    @property
+    def headline(self) -> Headline:
+        """The metric by which the run is compared."""
+        return Headline.of(self.summary)
+
     def reaches(self, target: float) -> tuple[int, float] | None:
-        """Returns the rounds done and the bits sent both ways at the first test that reached the target accuracy."""
-        done = next((done for done, value in self.curve("test/accuracy").items() if value >= target), None)
+        """Returns the rounds done and the bits sent both ways at the first test that reached the target."""
+        tests, reached = self.curve(f"test/{self.headline.name}"), self.headline.reaches
+        done = next((done for done, value in tests.items() if reached(value, target)), None)
         return None if done is None else (done, self.metrics[done - 1]["cumulative_bits"])
 
 
@@ -130,9 +137,12 @@ def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], c
         sums = [line[f"cumulative_{total}"] for line in metrics]
         if sums != list(accumulate(line[sent] for line in metrics)) or sums[-1] != summary[total]:
             raise FedqError(f"damaged: {sent} and cumulative_{total} of metrics.jsonl and summary.json do not agree")
-    tested = [line["test/accuracy"] for line in metrics if "test/accuracy" in line]
-    if not tested or (tested[-1], max(tested)) != (summary["final_test_accuracy"], summary["best_test_accuracy"]):
-        raise FedqError("damaged: test/accuracy of metrics.jsonl and summary.json do not agree")
+    headline = Headline.of(summary)
+    tested = [line[name] for line in metrics if (name := f"test/{headline.name}") in line]
+    if None in tested:
+        raise FedqError(f"diverged: a test/{headline.name} of metrics.jsonl is not finite")
+    if not tested or (tested[-1], headline.best(tested)) != tuple(summary[headline.key(n)] for n in ("final", "best")):
+        raise FedqError(f"damaged: test/{headline.name} of metrics.jsonl and summary.json do not agree")
     for key in ("broadcast_ratio", "upload_ratio", "seconds", "seed"):
         if not isinstance(summary[key], int | float):
             raise FedqError(f"damaged: {key} of summary.json is {summary[key]!r}, not a number")
@@ -215,22 +225,22 @@ def value(run: Run, column: str) -> str:
 def table(groups: Sequence[Group], columns: Sequence[str], target: float) -> list[dict[str, str]]:
     """Returns a row for each group, header → cell: first the distinguishing columns, then the numbers.
 
-    target: the test accuracy, from 0 to 1, for the columns "bytes to …" and "rounds to …".
+    target: the value of the headline metric for the columns "bytes to …" and "rounds to …"; an accuracy is from 0 to 1.
     """
-    rows = []
+    rows, headline = [], groups[0][0].headline
     for group in groups:
         row = {column: value(group[0], column) for column in columns} | {"runs": str(len(group))}
         for name in ("final", "best"):
-            mean, deviation = spread([100 * run.summary[f"{name}_test_accuracy"] for run in group])
-            row[f"{name} accuracy"] = f"{mean:.2f} %" + (f" ± {deviation:.2f}" if len(group) > 1 else "")
+            mean, deviation = spread([run.summary[headline.key(name)] for run in group])
+            row[f"{name} {headline.words}"] = headline.spread_text(mean, deviation if len(group) > 1 else None)
         for name, total in (("broadcast", "broadcasted"), ("upload", "aggregated")):
             bits, ratio = (fmean(run.summary[key] for run in group) for key in (f"{total}_bits", f"{name}_ratio"))
             row[name] = f"{human_bytes(bits)} {ratio:.2f}×"
         reached = [point for run in group if (point := run.reaches(target))]
         rounds, bits = (fmean(numbers) for numbers in zip(*reached, strict=True)) if reached else (0.0, 0.0)
         of = f" ({len(reached)} of {len(group)})" if len(group) > 1 else ""
-        row[f"bytes to {100 * target:g} %"] = human_bytes(bits) if reached else NEVER
-        row[f"rounds to {100 * target:g} %"] = f"{rounds:.1f}{of}" if reached else NEVER
+        row[f"bytes to {headline.target_text(target)}"] = human_bytes(bits) if reached else NEVER
+        row[f"rounds to {headline.target_text(target)}"] = f"{rounds:.1f}{of}" if reached else NEVER
         row["s/round"] = f"{fmean(run.summary['seconds'] / run.summary['rounds'] for run in group):.2f}"
         rows.append(row)
     return rows
@@ -310,16 +320,17 @@ def save(figure: "Figure", axes: "Axes", path: Path) -> None:
 
 
 def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: Path) -> None:
-    """Writes a PNG with two panels: test accuracy over rounds, and over bytes sent."""
+    """Writes a PNG with two panels: the test's headline metric over rounds, and over bytes sent."""
     from matplotlib.figure import Figure  # not pyplot, which may open a window
     from matplotlib.ticker import LogLocator
 
+    headline = groups[0][0].headline
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, x in ((left, "rounds"), (right, "cumulative_bits")):
-        plot(axes, groups, columns, "test/accuracy", x)
+        plot(axes, groups, columns, f"test/{headline.name}", x)
         if any(run.reaches(target) for group in groups for run in group):
-            axes.axhline(target, color="black", lw=0.8, ls=(0, (1, 4)), label=f"target {100 * target:g} %")
+            axes.axhline(target, color="black", lw=0.8, ls=(0, (1, 4)), label=f"target {headline.target_text(target)}")
     right.set(xlabel="bytes sent, both ways, all clients", ylabel="")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
@@ -327,20 +338,36 @@ def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: P
     save(figure, left, path)
 
 
+def target_of(runs: Sequence[Run], target: float | None) -> float:
+    """Returns the target of a comparison. Raises FedqError for runs of different headlines, or for another `target`."""
+    headline, *others = dict.fromkeys(run.headline for run in runs)
+    if others:
+        raise FedqError(f"some runs have test {headline.words}, others test {others[0].words}: compare them apart")
+    if target is None:
+        worst = max(run.summary[headline.key("final")] for run in runs)
+        return 0.95 if headline.more_is_better else worst
+    if headline.more_is_better and not 0 < target <= 1:
+        raise FedqError(f"--target: {target} is not an accuracy, such as 0.95")
+    return target
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser("fedq-compare", description="Compares finished runs: a table and a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a sweep's, or any above")
-    parser.add_argument("--target", type=float, default=0.95, help="test accuracy to reach (default: %(default)s)")
+    words = (
+        "test accuracy, or other headline metric, to reach (default: 0.95; if less is better, the worst final value)"
+    )
+    parser.add_argument("--target", type=float, help=words)
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args()
     try:
-        if not 0 < args.target <= 1:
-            raise FedqError(f"--target: {args.target} is not an accuracy, such as 0.95")
-        groups = group_by_seed(read_runs(args.runs))
+        runs = read_runs(args.runs)
+        target = target_of(runs, args.target)
+        groups = group_by_seed(runs)
         columns = distinguishing_columns([group[0] for group in groups])
-        show(table(groups, columns, args.target), columns)
-        draw(groups, columns, args.target, args.output)
+        show(table(groups, columns, target), columns)
+        draw(groups, columns, target, args.output)
         print(f"picture in {args.output}")
     except FedqError as error:
         sys.exit(f"fedq: {error}")

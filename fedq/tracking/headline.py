@@ -47,6 +47,16 @@ class Headline(NamedTuple):
             return "not finite"
         return f"{value:.2%}" if self.more_is_better else f"{value:.4g}"
 
+    def target_text(self, target: float) -> str:
+        """Returns a target for the head of a column, such as "95 %"."""
+        return f"{100 * target:g} %" if self.more_is_better else f"{target:.4g}"
+
+    def spread_text(self, mean: float, deviation: float | None) -> str:
+        """Returns a mean and, if there is one, its deviation, such as "94.00 % ± 3.61"."""
+        if not self.more_is_better:
+            return f"{mean:.4g}" + (f" ± {deviation:.2g}" if deviation is not None else "")
+        return f"{100 * mean:.2f} %" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
+
 
 ACCURACY = Headline()
 """The headline of classification."""
