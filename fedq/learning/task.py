@@ -145,6 +145,31 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
         )
 
 
+def check_works(task: Task, outputs: Tensor, targets: Tensor) -> None:
+    """Raises TaskError unless the methods of an author's task work, and give what `reported` and the headline name."""
+    try:
+        made = task.sums(outputs, targets)
+        sums = {"loss": task.loss(outputs, targets), "targets": task.count(targets), **made}
+        if lacking := task.reported.keys() - sums.keys():
+            raise TaskError(f"task: sums() of {type(task).__name__} lacks {min(lacking)!r}, which `reported` names")
+        of_client = {name: summable(sums[name]) for name in ("loss", "targets", *task.reported)}
+        if of_client["targets"] and task.headline not in task.metrics(of_client):
+            raise TaskError(f"task: metrics() of {type(task).__name__} lacks {task.headline!r}, the headline")
+    except TaskError:
+        raise
+    except Exception as error:  # whatever an author's task raises
+        reason = f"{type(error).__name__}: {error}"
+        raise TaskError(f"task: {type(task).__name__} fails on {in_words(outputs, targets)}: {reason}") from error
+
+
+def summable(value: Any) -> Any:
+    """Returns a number or tensor as a Python number, or as a tensor of float64 or of its integers on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.double().cpu() if value.is_floating_point() else value.cpu()
+    return value if value.dim() else value.item()
+
+
 def outputs_of(made: Any) -> Tensor:
     """Returns a model's outputs in float32; float64 stays float64. Raises TaskError if they are no tensor.
 
