@@ -20,6 +20,7 @@ from fedq.learning.local_training import Precision, TrainingMetrics, update_of
 from fedq.learning.parts import as_bytes
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
+from fedq.learning.task import TaskError
 
 
 class ClientHalf:
@@ -60,6 +61,8 @@ class ClientHalf:
         with timed(seconds, "train"):
             model, start = self._worker_model(), protocol.start(received, client)
             metrics = self._trained(model, start, received, examples, kept, params, key)
+            if not metrics.sums["targets"]:
+                raise ClientFailure("unable", "none of its targets counts")
             trained = model.state_dict()
             _check_trained(trained, start, protocol.parts.frozen)
             update = update_of({name: trained[name] for name in received.weights}, received.weights)
@@ -69,7 +72,7 @@ class ClientHalf:
                 uploads = protocol.algorithm.upload(update, metrics.steps, protocol.training, received, kept)
             if protocol.upload_feedback:
                 update = compensate(update, kept)
-            loss = metrics.loss / max(1, metrics.seen)
+            loss = protocol.task.metrics(metrics.all_sums)["loss"]
             messages: list[bytes] = []
             for name, group in protocol.groups.items():
                 tensors = uploads.get(name, update)
@@ -111,7 +114,11 @@ class ClientHalf:
         if protocol.initial_groups:
             correct = partial(protocol.algorithm.correct, received=received, kept=kept)
         try:
-            return protocol.training.train(model, start, examples, key.fold("train"), project, self._precision, correct)
+            return protocol.training.train(
+                model, start, examples, key.fold("train"), project, self._precision, correct, protocol.task
+            )
+        except TaskError as error:
+            raise TaskError(f"with the examples of client {key.client}: {error}") from error
         except (FedqError, ClientFailure):
             raise
         except Exception as error:
