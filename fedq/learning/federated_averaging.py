@@ -256,16 +256,15 @@ class FederatedAveraging:
         if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
             key = Key(protocol.seed, state.attempt - 1)
             total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
-        frozen = protocol.initial.keys() & {n for n, p in protocol.model.named_parameters() if not p.requires_grad}
+        before = protocol.parts.travelling(state.weights)
         weights, optimizer = server_step(
-            self.server, state.optimizer, state.weights, frozenset(protocol.parameters), sums, total
+            self.server, state.optimizer, before, frozenset(protocol.parameters), sums, total
         )
         means = {name: sums[name] / len(usable) for name in state.groups}
         share = len(usable) / (self.population or len(usable))
         return replace(
             state,
-            # neither weight decay nor dither may move what is frozen
-            weights=weights | {name: state.weights[name] for name in frozen},
+            weights=protocol.parts.with_ties(state.weights | weights),
             optimizer=optimizer,
             groups=protocol.algorithm.step(state.groups, means, share) if means else {},
         )

@@ -32,6 +32,7 @@ from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
 from fedq.learning import FederatedAveraging, ServerState
+from fedq.learning.parts import as_bytes
 from fedq.learning.server import server_step
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
@@ -80,10 +81,11 @@ def train(
             ranks.tell({"job": config, **shared})
         process, dataset, clients = assemble(cfg, stopping, stack, store)
         state, done = process.initialize(), []
-        exact_message = process.protocol.exact.encode(state.weights, Key(run.seed)).message
+        protocol = process.protocol
+        exact_message = protocol.exact.encode(protocol.parts.travelling(state.weights), Key(run.seed)).message
         log.info("run.rounds=%d in %s", run.rounds, folder)
         for way in ("broadcast", "upload"):
-            if config["encoder"][way]["stages"] and not getattr(process.protocol.weights, way).compressed:
+            if config["encoder"][way]["stages"] and not getattr(protocol.weights, way).compressed:
                 log.warning("encoder.%s compresses nothing: no tensor has more than encoder.threshold elements", way)
         if earlier:
             check_form(process, *earlier)
@@ -174,9 +176,13 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
     for way in ("broadcast", "upload"):
         if schema_of(getattr(state, way)) != schema_of(getattr(fresh, way)):
             raise ConfigError(f"{folder}: its checkpoint holds another state of encoder.{way}")
-    zeros = {name: torch.zeros_like(value) for name, value in state.weights.items()}
+    for name in process.protocol.parts.frozen:
+        if not torch.equal(as_bytes(state.weights[name]), as_bytes(fresh.weights[name]).cpu()):
+            raise ConfigError(f"{folder}: its checkpoint is of another model: the frozen {name!r} differs")
+    weights = {name: state.weights[name] for name in process.protocol.parameters}
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     try:
-        server_step(process.server, state.optimizer, state.weights, frozenset(process.protocol.parameters), zeros, 1)
+        server_step(process.server, state.optimizer, weights, frozenset(weights), zeros, 1)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder}: its checkpoint holds another state of the server optimizer: {reason}") from error
