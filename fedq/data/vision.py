@@ -3,6 +3,7 @@
 import fcntl
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def torchvision_dataset(
     root = cache_folder() / "torchvision" if path is None else Path(path).expanduser()
     try:
         train, test = _read(source, root) if path else _obtain(source, root)
-    except (OSError, RuntimeError) as error:  # torchvision: a lost network; missing files or another hash
-        remedy = "try again, or set dataset.path= to a folder that holds torchvision's files" if path is None else ""
+    except (OSError, HTTPException, RuntimeError) as error:  # torchvision: a lost network; missing files, another hash
+        remedy = "set dataset.path= to a folder with" if path is None else "leave dataset.path out, to download"
         raise DatasetError(
-            f"{root} has no usable {name} ({str(error).splitlines()[0]})" + (f": {remedy}." if remedy else ".")
+            f"{root} has no usable {name} ({str(error).splitlines()[0]}): try again, or {remedy} torchvision's files."
         ) from error
     if name == "CIFAR100":
         train.coarse_targets = COARSE[train.targets]
