@@ -40,9 +40,9 @@ class Natural(Partition):
 
     @override
     def split(self, examples: int, columns: Columns, clients: int | None, key: Key) -> list[np.ndarray]:
-        if clients is not None:
-            raise ValueError(f"clients must be null for the natural partition, not {clients}: the dataset has clients.")
         _, client_of, counts = np.unique(column(columns, "client"), return_inverse=True, return_counts=True)
+        if clients is not None:
+            raise ValueError(f"clients must be null, not {clients}: the dataset has {len(counts)} clients of its own.")
         return np.split(np.argsort(client_of, kind="stable"), counts.cumsum()[:-1])
 
 

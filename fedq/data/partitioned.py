@@ -56,6 +56,8 @@ class Partitioned:
         std: list[float] | None = None,
         seed: int = 0,
     ) -> None:
+        if not hasattr(partition, "split"):
+            raise ValueError(f"partition must be an object such as Iid(), not {partition!r}: see dataset/partition=.")
         columns = columns_of(train)
         self._parts = partition.split(len(train), columns, clients, Key(seed).fold("partition"))
         self._train, self._test, self._mean, self._std = train, test, mean, std

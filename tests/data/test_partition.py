@@ -150,8 +150,8 @@ def test_other_faults_are_named():
         split(Pachinko(), known, 2)
     with pytest.raises(ValueError, match="knows no client of its examples"):
         split(Natural(), known, None)
-    with pytest.raises(ValueError, match="clients must be null for the natural partition, not 3"):
-        split(Natural(), known, 3)
+    with pytest.raises(ValueError, match="clients must be null, not 3: the dataset has 2 clients of its own"):
+        split(Natural(), {"label": np.zeros(3, int), "client": np.array([5, 7, 5])}, 3)
     for make in (Dirichlet, DirichletSizes, Pachinko):
         for alpha in (0, -1, float("nan")):
             with pytest.raises(ValueError, match="alpha must be"):
