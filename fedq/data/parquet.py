@@ -109,7 +109,8 @@ class Parquet:
             parts = [sequences(tokens((text or "").encode())) for text in columns[0].to_pylist()]
             return Examples(*(torch.cat(both) for both in zip(*parts, strict=True)))
         y = _numbers(table[self._y].combine_chunks(), f"{where} {self._y!r}")
-        return Examples(self._inputs(columns, f"{where} {self._x[0]!r}"), y if y.is_floating_point() else y.long())
+        y = y.reshape(len(y), -1) if y.is_floating_point() else y.long()  # a regression has outputs (N, numbers)
+        return Examples(self._inputs(columns, f"{where} {self._x[0]!r}"), y)
 
     def _inputs(self, columns: list[Any], where: str) -> Tensor:
         if self._kind == "text":

@@ -84,7 +84,7 @@ def test_columns_of_numbers_and_targets_of_regression(tmp_path):
     dataset = Parquet(str(tmp_path), "who", ["age", "height"], "pay")
     assert (dataset.client_ids, dataset.num_classes) == ([1, 3, 10], 1)
     x, y = dataset.client(1).load()
-    assert torch.equal(x, torch.tensor([[0, 1.5], [2, 1.7], [5, 2.0]])) and y.tolist() == [0.5] * 3
+    assert torch.equal(x, torch.tensor([[0, 1.5], [2, 1.7], [5, 2.0]])) and y.tolist() == [[0.5]] * 3
     assert Parquet(str(tmp_path), "who", "age", "tags").num_classes == 3
     assert Parquet(str(tmp_path), "who", "age", "tags").client(2).load().y.tolist() == [[0, 1, 1]]
 
