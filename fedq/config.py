@@ -6,7 +6,7 @@ The groups `run` and `encoder` have no `_target_`: the dataclasses below describ
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.utils import instantiate
@@ -132,7 +132,7 @@ class EncoderConfig:
     upload: dict[str, Any]
 
 
-_GROUPS = ("dataset", "model", "algorithm", "client", "server", "run")
+_GROUPS = ("dataset", "model", "task", "algorithm", "client", "server", "run")
 """The groups of a configuration, except `encoder`."""
 
 _OPTIONS = ("joint", "reference", "common_scale")
@@ -143,6 +143,7 @@ NO_CODER = (None, {"_target_": None})
 
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
+    "task": ("loss", "metrics", "headline", "more_is_better", "reported"),
     "algorithm": ("groups", "weigh", "step"),
     "client": ("train", "structured"),
     "run.faults": ("client", "uplink"),
@@ -250,6 +251,7 @@ def build_protocol(cfg: DictConfig, dataset: Any, device: Any) -> dict[str, Any]
     num_classes = plain_integer("dataset.num_classes", getattr(dataset, "num_classes", None), 1, 2**63)
     return {
         "model": build(cfg, "model", num_classes=num_classes),
+        "task": build(cfg, "task"),
         "client": build(cfg, "client"),
         "broadcast": build_encoder(cfg, "broadcast"),
         "upload": build_encoder(cfg, "upload"),
@@ -285,12 +287,10 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
 
     def chain(path: str) -> Encoder:
         stages = [build(cfg, f"{path}.stages[{i}]") for i in range(len(to_container(cfg, f"{path}.stages")))]
-        given = build(cfg, f"{path}.coder") if to_container(cfg, path).get("coder") not in NO_CODER else None
-        encoder: Encoder = call_or_config_error(
-            path, lambda: Encoder(stages) if given is None else Encoder(stages, given)
-        )
-        if given is None:
-            return Encoder(stages, coder_that_fits(stages, path))
+        encoder: Encoder = call_or_config_error(path, lambda: Encoder(stages))
+        given = to_container(cfg, path).get("coder") not in NO_CODER
+        coder = build(cfg, f"{path}.coder") if given else coder_that_fits(stages, path)
+        encoder = call_or_config_error(path, lambda: replace(encoder, coder=coder))
         return encoder
 
     path = f"encoder.{direction}"

@@ -126,7 +126,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("~model._partial_", "model._partial_ must be true"),
         ("+client._partial_=true", "client._partial_ must be false"),
         ("+model.num_classes=37", "model.num_classes is not a key: the dataset gives the number"),
-        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, algorithm, client, server, run, encoder"),
+        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, task, algorithm, client, server, run, encoder"),
         ("+encoder.upload.eror_feedback=true", "encoder.upload.eror_feedback is not a key; allowed here: stages"),
     ],
 )  # fmt: skip

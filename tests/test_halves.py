@@ -23,7 +23,7 @@ from fedq.learning import Broadcast, ClientFailure, ClientRecord, CohortResult, 
 from fedq.learning.client import ClientHalf
 from fedq.learning.cohort import Cohort
 from fedq.learning.protocol import Protocol
-from fedq.learning.round import Answer, Received
+from fedq.learning.round import Answer, Received, Registered
 from fedq.models import MLP
 from fedq.train import CONF
 
@@ -72,11 +72,13 @@ def server_process(pipe: Connection) -> None:
         dataset = build(cfg, "dataset")
         process = simulated(cfg)
 
-        def ask(client: Client, messages: list[bytes], received: Received, record: ClientRecord) -> tuple[Answer, int]:
+        def ask(
+            client: Client, messages: list[bytes], received: Received, record: ClientRecord
+        ) -> tuple[Answer, Registered]:
             pipe.send((client.number, messages))
             answered, report = pipe.recv()
             record.bits, record.report_bits = 8 * sum(map(len, answered)), 8 * len(report)
-            return Answer(answered, report, {}), client.examples
+            return Answer(answered, report, {}), Registered(client.examples, client.examples)
 
         cohort = Cohort(process.protocol, process.downlink, process.uplink, ask, map)
 

@@ -64,9 +64,9 @@ class FedAvg:
 
     # the server's half
 
-    def weigh(self, examples: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
-        """Returns how much an update counts, from the client's registered number of examples and its report."""
-        return Weighing(examples)
+    def weigh(self, weight: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
+        """Returns how much an update counts, from the client's registered weight and its report."""
+        return Weighing(weight)
 
     def rescale(self, sums: Mapping[str, float], weight: int) -> float:
         """Returns the factor of the mean update. `sums` and `weight` are totals over the cohort."""

@@ -18,6 +18,7 @@ from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import Precision, TrainingMetrics, update_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
+from fedq.learning.task import TaskError
 
 
 class ClientHalf:
@@ -57,7 +58,9 @@ class ClientHalf:
         params = received.upload_params
         with timed(seconds, "train"):
             model = self._worker_model()
-            metrics = self._trained(model, received, examples, kept, params, key)
+            metrics = self._trained(model, received, client, examples, kept, params, key)
+            if not metrics.sums["targets"]:
+                raise ClientFailure("unable", "none of its targets counts")
             update = update_of(model.state_dict(), received.weights)
         with timed(seconds, "encode"):
             uploads: dict[str, dict[str, Tensor]] = {}
@@ -65,7 +68,7 @@ class ClientHalf:
                 uploads = protocol.algorithm.upload(update, metrics.steps, protocol.training, received, kept)
             if protocol.upload_feedback:
                 update = compensate(update, kept)
-            loss = metrics.loss / max(1, metrics.seen)
+            loss = protocol.task.metrics(metrics.all_sums)["loss"]
             messages: list[bytes] = []
             for name, group in protocol.groups.items():
                 tensors = uploads.get(name, update)
@@ -88,7 +91,14 @@ class ClientHalf:
         return Answer(messages, report, to_keep)
 
     def _trained(
-        self, model: nn.Module, received: Received, examples: Examples, kept: Tensors, params: Tensors, key: Key
+        self,
+        model: nn.Module,
+        received: Received,
+        client: int,
+        examples: Examples,
+        kept: Tensors,
+        params: Tensors,
+        key: Key,
     ) -> TrainingMetrics:
         """Trains `model` in place. Raises ClientFailure for any error of the data or the model."""
         protocol = self.protocol
@@ -101,8 +111,10 @@ class ClientHalf:
             correct = partial(protocol.algorithm.correct, received=received, kept=kept)
         try:
             return protocol.training.train(
-                model, received.weights, examples, key.fold("train"), project, self._precision, correct
+                model, received.weights, examples, key.fold("train"), project, self._precision, correct, protocol.task
             )
+        except TaskError as error:
+            raise TaskError(f"with the examples of client {client}: {error}") from error
         except (FedqError, ClientFailure):
             raise
         except Exception as error:

@@ -19,7 +19,17 @@ from fedq.learning.evaluation import Map
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import check_nothing_drawn, generators
 from fedq.learning.protocol import Protocol
-from fedq.learning.round import PHASES, Answer, Broadcast, ClientRecord, CohortResult, Received, Summand, timed
+from fedq.learning.round import (
+    PHASES,
+    Answer,
+    Broadcast,
+    ClientRecord,
+    CohortResult,
+    Received,
+    Registered,
+    Summand,
+    timed,
+)
 from fedq.learning.server import Downlink, Uplink
 
 log = logging.getLogger(__name__)
@@ -32,8 +42,8 @@ Network = Callable[[bytes, Key], bytes]
 Raises ClientFailure if nothing arrives.
 """
 
-Ask = Callable[[Client, list[bytes], Received, ClientRecord], tuple[Answer, int]]
-"""Sends messages to a client; returns what the server receives, and the client's registered number of examples.
+Ask = Callable[[Client, list[bytes], Received, ClientRecord], tuple[Answer, Registered]]
+"""Sends messages to a client; returns what the server receives, and what it has registered of the client's examples.
 
 The simulation passes what the messages decode to as well, so that a cohort decodes the same bytes once. The record
 takes the bits that the client sends, and the seconds of its work. Raises ClientFailure if no usable answer comes.
@@ -90,8 +100,8 @@ class Cohort:
                 with timed(record.seconds, "decode"):
                     messages, received = [message], self.protocol.receive([message], client=client.number)
             record.broadcast_bits = 8 * sum(map(len, messages))
-            answer, examples = self.ask(client, messages, received, record)
-            summand = self.uplink.open(answer, received, examples, broadcast.norm, record)
+            answer, registered = self.ask(client, messages, received, record)
+            summand = self.uplink.open(answer, received, registered, broadcast.norm, record)
             return place, summand._replace(broadcast_reports=reports), record
         except ClientFailure as failure:
             record.failure, record.reason = failure.kind, str(failure)
@@ -120,7 +130,7 @@ class LocalClients:
 
     def ask(
         self, client: Client, messages: list[bytes], received: Received, record: ClientRecord
-    ) -> tuple[Answer, int]:
+    ) -> tuple[Answer, Registered]:
         """Trains a client and returns its answer. `messages` are not decoded again: `received` holds their tensors.
 
         A client that sends nothing keeps its earlier state. Every other client commits its new state, because a client
@@ -147,8 +157,7 @@ class LocalClients:
             if sent and schema:
                 with timed(seconds, "encode"):
                     self.store.commit(client.number, received.attempt, answer.to_keep)
-        # the number that the server has registered, not one that an answer claims
-        return answer, min(len(examples.y), protocol.training.max_examples or len(examples.y))
+        return answer, protocol.registered(examples, Key(protocol.seed, received.attempt, client.number))
 
 
 def _loaded(client: Client, device: torch.device) -> Examples:

@@ -23,13 +23,14 @@ from fedq.learning.error_feedback import Direction, compensate, residual_of
 from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
-from fedq.learning.local_training import LocalTraining, Precision
+from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counts_of, metrics_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
+from fedq.learning.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class FederatedAveraging:
         upload: Direction = _EXACT,
         *,
         algorithm: FedAvg = _FEDAVG,
+        task: Task = CLASSIFICATION,
         seed: int = 0,
         device: torch.device | str = "cpu",
         map: Map = map,
@@ -72,6 +74,7 @@ class FederatedAveraging:
         broadcast: Encodes what the server sends.
         upload: Encodes what clients send.
         algorithm: What is sent and averaged; Federated Averaging by default.
+        task: The loss and the metrics; classification by default.
         seed: The seed of every random draw.
         device: Where the model is trained and averaged.
         map: Applies a function to many clients; a pool's `map` trains clients side by side, with the same result.
@@ -85,7 +88,15 @@ class FederatedAveraging:
         """
         self.device, self.min_clients, self.population = torch.device(device), min_clients, population
         self.protocol = protocol = Protocol(
-            model, client, broadcast, upload, algorithm=algorithm, submodel=submodel, seed=seed, device=self.device
+            model,
+            client,
+            broadcast,
+            upload,
+            algorithm=algorithm,
+            task=task,
+            submodel=submodel,
+            seed=seed,
+            device=self.device,
         )
         self.server, self.map, self.precision = server, map, precision
         self.store = InMemory() if store is None else store
@@ -154,14 +165,14 @@ class FederatedAveraging:
             if self.protocol.follows:
                 limit, received = len(broadcast.all_at_once), [record.client for record in usable]
                 after = after.after_broadcast(result.received, broadcast.messages[0], limit, received)
-        return after, metrics_of(state, after, records, seconds)
+        return after, metrics_of(self.protocol.task, state, after, records, seconds)
 
     @one_thread()
     def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
-        """Returns the loss and accuracy of the server's weights on `examples`; see `evaluation.evaluate`."""
+        """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`."""
         model = deepcopy(self.protocol.model)  # a copy: evaluation may write to buffers outside the state_dict
         model.load_state_dict(state.weights)
-        return evaluate(model, examples, batch_size, self.map, self.precision)
+        return evaluate(model, examples, batch_size, self.map, self.precision, self.protocol.task)
 
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]

@@ -8,6 +8,7 @@ from glob import escape
 import torch
 from torch import Tensor, nn
 
+from fedq.data import Examples
 from fedq.encoding import Codec, Key, MessageError, StateDictEncoder, TensorSpec, schema_of
 from fedq.encoding.message import peek
 from fedq.encoding.schema import Schema, Tensors
@@ -17,8 +18,9 @@ from fedq.learning.checks import check_feedback, check_model, check_scaled, chec
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
-from fedq.learning.round import Received
+from fedq.learning.round import Received, Registered
 from fedq.learning.submodel import FederatedDropout, SubModels
+from fedq.learning.task import Task
 
 EXACT = StateDictEncoder()
 
@@ -52,6 +54,7 @@ class Protocol:
     device: Where tensors are decoded and models are trained.
     algorithm: The federated algorithm.
     training: The clients' local training.
+    task: The loss and the metrics.
     model: The model, with the weights before the first round.
     initial: The weights before the first round.
     parameters: The names of the model's trainable parameters.
@@ -74,12 +77,13 @@ class Protocol:
         upload: Direction,
         *,
         algorithm: FedAvg,
+        task: Task,
         submodel: FederatedDropout | None,
         seed: int,
         device: torch.device,
     ) -> None:
         """Takes arguments of FederatedAveraging. Raises FedqError if they cannot be combined; see `checks`."""
-        self.seed, self.device, self.algorithm, self.training = seed, device, algorithm, client
+        self.seed, self.device, self.algorithm, self.training, self.task = seed, device, algorithm, client, task
         self.broadcast_feedback = isinstance(broadcast, ErrorFeedback)
         self.upload_feedback = isinstance(upload, ErrorFeedback)
         down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
@@ -122,7 +126,7 @@ class Protocol:
         self.report = EXACT.bind(
             {
                 _REPORT + name: TensorSpec((), torch.float64 if kind is float else torch.int64)
-                for name, kind in TrainingMetrics.__annotations__.items()
+                for name, kind in {"loss": float, **task.reported, "seen": int, "steps": int}.items()
             }
         )
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
@@ -174,20 +178,35 @@ class Protocol:
 
     def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
         """Returns the bytes of a client's report."""
-        specs = self.report.schema.items()
-        tensors = {n: torch.tensor(v, dtype=spec.dtype) for (n, spec), v in zip(specs, metrics, strict=True)}
+        values = {**metrics.all_sums, "seen": metrics.seen, "steps": metrics.steps}
+        schema = self.report.schema.items()
+        tensors = {name: torch.tensor(values[name.removeprefix(_REPORT)], dtype=spec.dtype) for name, spec in schema}
         return self.report.encode(tensors, key).message
 
-    def read_report(self, report: bytes, key: Key, examples: int) -> TrainingMetrics:
-        """Returns what a client with so many examples reports.
+    def read_report(self, report: bytes, key: Key, registered: Registered) -> TrainingMetrics:
+        """Returns what a client reports.
 
         Raises MessageError for damaged bytes, and for numbers that the client's training cannot give.
         """
-        loss, correct, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
-        metrics = TrainingMetrics(float(loss), int(correct), int(seen), int(steps))
-        if not self.training.can_give(metrics, examples):
-            raise MessageError(f"no training gives the report {metrics} of {examples} examples")
+        loss, *sums, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
+        reported = dict(zip(self.task.reported, sums, strict=True))
+        metrics = TrainingMetrics(loss, {"targets": seen} | reported, int(seen), int(steps))
+        examples, targets = registered
+        # a client sees its examples once in each epoch, and perhaps some of them once more
+        if (
+            not (examples and self.training.can_give(metrics, examples))
+            or not seen // examples * targets <= metrics.sums["targets"] <= -(-seen // examples) * targets
+            or not self.task.can_give(metrics.all_sums)
+        ):
+            raise MessageError(f"no training gives the report {metrics} of {examples} examples, {targets} targets")
         return metrics
+
+    def registered(self, examples: Examples, key: Key) -> Registered:
+        """Returns what the server registers of a client's examples in a round; `key` is the client's key."""
+        used, most = examples.y, self.training.max_examples
+        if most and most < len(used):
+            used = used[torch.from_numpy(self.training.chosen(len(used), key.fold("train"))).to(used.device)]
+        return Registered(len(used), self.task.count(used))
 
 
 def attach(down: Tensors, up: Tensors) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from fedq.encoding.numerics import is_finite
 from fedq.learning.error_feedback import compensate
 from fedq.learning.guard import NormGuard, norm
 from fedq.learning.protocol import Protocol, attach
-from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Summand, timed
+from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Registered, Summand, timed
 from fedq.learning.state import ServerState
 
 ServerOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -94,12 +94,14 @@ class Uplink:
         self._protocol, self.guard = protocol, guard
         self._stop_at_sum = not protocol.submodels
 
-    def open(self, answer: Answer, received: Received, examples: int, estimate: float, record: ClientRecord) -> Summand:
+    def open(
+        self, answer: Answer, received: Received, registered: Registered, estimate: float, record: ClientRecord
+    ) -> Summand:
         """Returns the summand of an answer, and writes the client's weight, norm and metrics to `record`.
 
         answer: The bytes that the server received.
         received: What the client's broadcast decodes to.
-        examples: The number of the client's examples, as the server has registered it.
+        registered: What the server has registered of the client's examples. A report cannot change the weight.
         estimate: The norm guard's estimate.
         record: The client's record.
 
@@ -117,12 +119,13 @@ class Uplink:
                 )
                 if attached:
                     reports |= group.upload.adaptation.as_cohort(attached)
-            record.training = protocol.read_report(answer.report, key, examples)
+            record.training = protocol.read_report(answer.report, key, registered)
         with timed(record.seconds, "aggregate"):
             if self.guard:
                 record.norm = math.hypot(*map(norm, updates.values()))
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
-            weight, factor, sums = protocol.algorithm.weigh(examples, protocol.training, record.training)
+            weight = protocol.training.weigh(*registered)
+            weight, factor, sums = protocol.algorithm.weigh(weight, protocol.training, record.training)
             record.weight = weight
             total = weighted(updates.pop("weights"), received.weights, weight, scale)
             if factor != 1.0:

@@ -189,11 +189,7 @@ def client_store(
 ) -> ClientStateFiles:
     """Returns the store of the clients' state in the run's `folder`, as it was when `earlier` was saved."""
     store = ClientStateFiles(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
-    if earlier:
-        state, its_folder = earlier
-        store.resume(state.attempt, its_folder / "checkpoints" / "residuals")
-    else:
-        store.resume(0)
+    store.resume(earlier[0].attempt if earlier else 0, earlier and earlier[1] / "checkpoints" / "residuals")
     return store
 
 

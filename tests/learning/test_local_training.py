@@ -57,7 +57,7 @@ def test_sgd_is_the_textbooks(tiny, client):
     assert_same(model, other)
     assert metrics.seen == 50  # 20 + 20 + 10: the last batch is not dropped
     assert abs(metrics.loss - loss) < 1e-3
-    assert metrics.correct == correct
+    assert metrics.sums["correct"] == correct
 
 
 def test_momentum_is_the_textbooks(tiny, client):
