@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from time import perf_counter
 
 import numpy as np
@@ -11,7 +12,8 @@ from fedq.config import RunConfig
 from fedq.data import Client, Examples, FederatedDataset
 from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
-from fedq.learning import FederatedAveraging, Gather, ServerState, TooFewClients
+from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TooFewClients
+from fedq.learning.cohort import loaded
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def rounds(
     gather: Gather | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
-    """Yields the state and the metrics after each round, until `run.rounds` are done.
+    """Returns an iterator over the state and the metrics after each round, until `run.rounds` are done.
 
     The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the metrics of the
     test set, of validation examples (`run.validation`) and of single clients (`run.evaluate_clients`). A round in which
@@ -56,11 +58,29 @@ def rounds(
     gather: as for `FederatedAveraging.next`.
     stop: asked before each round whether the run stops early.
 
-    Raises TooFewClients when the repeats are used up.
+    Raises TaskError at once unless a client, the test and the validation set fit the model and the task. The iterator
+    raises TooFewClients when the repeats are used up.
     """
     sets = {"test": dataset.test()}
     if run.validation is not None:
         sets["validation"] = validation_set(dataset, run.seed)
+    with suppress(ClientFailure):  # rounds leave out a client that cannot be read
+        process.check("client 0", loaded(dataset.client(0), process.device))
+    for name, examples in sets.items():
+        process.check(f"the {name} set", examples)
+    return _rounds(process, state, dataset, sets, run, clients, gather, stop)
+
+
+def _rounds(
+    process: FederatedAveraging,
+    state: ServerState,
+    dataset: FederatedDataset,
+    sets: dict[str, Examples],
+    run: RunConfig,
+    clients: Clients | None,
+    gather: Gather | None,
+    stop: Callable[[], bool],
+) -> Iterator[tuple[ServerState, dict[str, float]]]:
     sets = {name: Examples(*(part.to(process.device) for part in examples)) for name, examples in sets.items()}
     while state.round < run.rounds and not stop():
         started, before, repeated = perf_counter(), state, Counter[str]()

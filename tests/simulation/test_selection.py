@@ -23,19 +23,16 @@ from fedq.learning.evaluation import evaluate_clients
 from fedq.simulation import checkpoint
 from fedq.simulation.loop import rounds
 from fedq.simulation.selection import Selection
-from fedq.simulation.sweep import final_accuracy, objective
+from fedq.simulation.sweep import chosen_by, objective
 from fedq.simulation.workers import Workers
+from fedq.tracking.headline import ACCURACY, Headline
 
 VALIDATED = replace(RUN, rounds=100, validation=0.5, patience=2)
 
 
-class Perplexity(Classification):
-    headline, more_is_better = "perplexity", False
-
-
-def followed(values, run=VALIDATED, task=None, name="validation/accuracy"):
+def followed(values, run=VALIDATED, headline=ACCURACY, name="validation/accuracy"):
     """Returns the selection after evaluations with these values, in every second round."""
-    selection = Selection(run, task or Classification())
+    selection = Selection(run, headline)
     for i, value in enumerate(values):
         tested = name.replace("validation", "test")
         for metrics in ({"round": 2 * i}, {"round": 2 * i + 1} | {tested: i / 10, name: value}):
@@ -46,7 +43,7 @@ def followed(values, run=VALIDATED, task=None, name="validation/accuracy"):
 
 def test_the_best_is_strictly_better_and_patience_counts_evaluations(caplog):
     selection = followed([0.1, 0.3, 0.3, 0.2])
-    assert selection.values["metric"] == "validation/accuracy"
+    assert selection.values["set"] == "validation"
     assert [selection.values[name] for name in ("best", "round", "test", "final")] == [0.3, 4, 0.1, 0.2]
     with caplog.at_level(logging.INFO):
         assert selection.stops() and selection.stops()
@@ -66,14 +63,15 @@ def test_a_run_without_validation_and_patience_follows_nothing():
 
 
 def test_less_may_be_better_and_nan_never_is():
-    selection = followed([math.nan, 9.0, 7.0, 8.0], task=Perplexity(), name="validation/perplexity")
-    assert [selection.values[name] for name in ("best", "round", "more_is_better")] == [7.0, 6, False]
+    perplexity = Headline("perplexity", more_is_better=False)
+    selection = followed([math.nan, 9.0, 7.0, 8.0, math.nan], headline=perplexity, name="validation/perplexity")
+    assert [selection.values[name] for name in ("best", "round", "final")] == [7.0, 6, None]
     assert followed([math.nan, math.nan]).stops()
 
 
 def test_without_validation_the_test_set_chooses():
     selection = followed([0.2, 0.1], replace(VALIDATED, validation=None), name="test/accuracy")
-    assert [selection.values[name] for name in ("metric", "best", "test")] == ["test/accuracy", 0.2, 0.2]
+    assert [selection.values[name] for name in ("set", "best", "test")] == ["test", 0.2, 0.2]
 
 
 class Shifted(Noise):
@@ -161,12 +159,11 @@ def test_an_early_stop_is_the_same_when_resumed_and_its_best_checkpoint_stays(tm
     best = values.index(max(values))
     assert best + 3 == rounds_done < 40  # two evaluations without improvement
     assert chosen == {
-        "metric": "validation/accuracy",
+        "set": "validation",
         "final": values[-1],
         "best": values[best],
         "round": best + 1,
         "test": whole[best]["test/accuracy"],
-        "more_is_better": True,
         "stopped_early": True,
     }
     names = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").glob("*.pt"))
@@ -231,7 +228,7 @@ def test_what_cannot_be_validated_is_told(tmp_path, options, sentence):
 def test_patience_without_validation_warns(tmp_path):
     done = fedq(tmp_path, *SMALL, "run.patience=1", "run.rounds=1")
     assert "run.patience chooses by the test set, whose result is then too good" in done.stderr
-    assert summary_of(next(tmp_path.rglob("summary.json")).parent)["selection"]["metric"] == "test/accuracy"
+    assert summary_of(next(tmp_path.rglob("summary.json")).parent)["selection"]["set"] == "test"
 
 
 def test_pruning_leaves_the_best(tmp_path):
@@ -245,10 +242,10 @@ def test_pruning_leaves_the_best(tmp_path):
 
 
 def test_a_search_chooses_by_validation_and_reports_the_test(tmp_path):
-    selection = {"metric": "validation/accuracy", "final": 0.8}
+    selection = {"set": "validation", "final": 0.8}
     bits = {"broadcasted_bits": 3, "aggregated_bits": 4}
     chosen, other = ({"final_test_accuracy": 0.9, **bits, **more} for more in ({"selection": selection}, {}))
-    assert (final_accuracy(chosen), final_accuracy(other)) == ((0.8, "validation"), (0.9, "test"))
+    assert (chosen_by(chosen), chosen_by(other)) == ((0.8, "validation"), (0.9, "test"))
     assert (objective(other, 0.85), objective(chosen, 0.8)) == (7, 7)
     assert objective(chosen, 0.85) > 1e30
     command = ("-m", *SMALL, "run.rounds=1", "run.validation=0.3", "run.seed=0,1", "run.accuracy_floor=0")
