@@ -27,7 +27,7 @@ class Selection:
         self._patience, self._headline, self._without = run.patience, headline, 0
         self.improved, self.chooses = False, run.validation is not None or run.patience is not None
         if run.patience and run.validation is None:
-            log.warning("run.patience chooses by the test set, whose result is then too good; set run.validation")
+            log.warning("run.patience chooses by the test set, whose result is then too optimistic; set run.validation")
         examples = "test" if run.validation is None else "validation"
         self._metric, self._test = (f"{name}/{headline.name}" for name in (examples, "test"))
         self.values: dict[str, Any] = {
