@@ -227,7 +227,7 @@ def test_what_cannot_be_validated_is_told(tmp_path, options, sentence):
 
 def test_patience_without_validation_warns(tmp_path):
     done = fedq(tmp_path, *SMALL, "run.patience=1", "run.rounds=1")
-    assert "run.patience chooses by the test set, whose result is then too good" in done.stderr
+    assert "run.patience chooses by the test set, whose result is then too optimistic" in done.stderr
     assert summary_of(next(tmp_path.rglob("summary.json")).parent)["selection"]["set"] == "test"
 
 
