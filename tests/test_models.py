@@ -324,12 +324,12 @@ def test_the_order_of_channels_in_memory_changes_no_result():
     torch.testing.assert_close(channels_last(copy.deepcopy(model))(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["char_lstm", "resnet20", "resnet20, batch norm"])
+@pytest.mark.parametrize("name", ["char_lstm", "transformer", "resnet20", "resnet20, batch norm"])
 def test_a_round_has_the_same_bits_with_any_number_of_workers(name):
     torch.manual_seed(0)
     data = [Examples(*examples(name)) for _ in range(4)]
     clients = [Client(i, partial(data.__getitem__, i)) for i in range(4)]
-    task = NextToken() if name == "char_lstm" else Classification()
+    task = NextToken() if name in ("char_lstm", "transformer") else Classification()
     training, server = LocalTraining(lr=0.1, batch_size=3), partial(torch.optim.SGD, lr=1.0)
     states = []
     for count in (1, 2, 3):
