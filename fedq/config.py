@@ -241,9 +241,8 @@ def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            module = call_or_config_error(path, part)
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
+            if not isinstance(module := call_or_config_error(path, part), torch.nn.Module):
+                raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
     return part
 
 
