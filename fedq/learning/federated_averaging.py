@@ -232,7 +232,13 @@ class FederatedAveraging:
             total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
         frozen = protocol.initial.keys() & {n for n, p in protocol.model.named_parameters() if not p.requires_grad}
         weights, optimizer = server_step(
-            self.server, state.optimizer, state.weights, frozenset(protocol.parameters), sums, total
+            self.server,
+            state.optimizer,
+            state.weights,
+            frozenset(protocol.parameters),
+            sums,
+            total,
+            round=state.attempt - 1,
         )
         means = {name: sums[name] / len(usable) for name in state.groups}
         share = len(usable) / (self.population or len(usable))
