@@ -1,16 +1,17 @@
 """The client's half of a round: bytes in, bytes out."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
-from fedq.encoding import Codec, Key
+from fedq.encoding import Codec, Key, TensorSpec
 from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.keys import BROADCAST
@@ -19,6 +20,7 @@ from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
+from fedq.learning.parts import as_bytes
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
 from fedq.learning.task import TaskError
@@ -40,8 +42,8 @@ class ClientHalf:
         self.protocol, self._precision = protocol, precision
         self._local = threading.local()
         self._draws: bool | None = None  # whether the model draws in training; None before the first client
-        buffers = dict(protocol.client_model.named_buffers())
-        self._unsent = {name: value for name, value in buffers.items() if name not in protocol.weights.schema}
+        buffers, saved = dict(protocol.client_model.named_buffers()), protocol.client_model.state_dict()
+        self._unsaved = {name: value for name, value in buffers.items() if name not in saved}
         if protocol.projection:
             _check_projection(protocol, protocol.projection)
 
@@ -62,11 +64,13 @@ class ClientHalf:
         params, training = received.upload_params, protocol.training.at(received.attempt)
         to_keep = {name: value for name, value in kept.items() if name.startswith(PREFIX)}
         with timed(seconds, "train"):
-            model = self._worker_model()
-            metrics = self._trained(model, received, training, examples, kept, to_keep, key)
+            model, start = self._worker_model(), protocol.start(received, client)
+            metrics = self._trained(model, start, received, training, examples, kept, to_keep, key)
             if not metrics.sums["targets"]:
                 raise ClientFailure("unable", "none of its targets counts")
-            update = update_of(model.state_dict(), received.weights)
+            trained = model.state_dict()
+            _check_trained(trained, start, protocol.parts.frozen)
+            update = update_of({name: trained[name] for name in received.weights}, received.weights)
         with timed(seconds, "encode"):
             uploads: dict[str, dict[str, Tensor]] = {}
             if protocol.initial_groups:
@@ -79,7 +83,7 @@ class ClientHalf:
                 tensors = uploads.get(name, update)
                 messages.append(group.upload.encode(tensors, key, params, loss=loss).message)
             report = protocol.write_report(metrics, key)
-        if protocol.upload_feedback or protocol.initial_groups:
+        if protocol.kept_schema.keys() - to_keep.keys():
             decoded: dict[str, Tensor] = {}
             # the client decodes its own messages, to keep state that follows what the server decodes
             with timed(seconds, "decode"):
@@ -99,6 +103,7 @@ class ClientHalf:
     def _trained(
         self,
         model: nn.Module,
+        start: Tensors,
         received: Received,
         training: LocalTraining,
         examples: Examples,
@@ -124,7 +129,7 @@ class ClientHalf:
             with draws:
                 metrics = training.train(
                     model,
-                    received.weights,
+                    start,
                     examples,
                     key.fold("train"),
                     project,
@@ -146,7 +151,8 @@ class ClientHalf:
     def _worker_model(self) -> nn.Module:
         """Returns the calling thread's own copy of the model, as before its first client.
 
-        Training loads the weights later. Unsent buffers and attributes, such as a counter, have their first values.
+        Training loads the weights later. Attributes, such as a counter, and buffers outside the state_dict have their
+        first values.
         """
         if not hasattr(self._local, "model"):
             self._local.model = deepcopy(self.protocol.client_model)
@@ -156,7 +162,7 @@ class ClientHalf:
             for name in _attributes(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
-        for name, value in self._unsent.items():
+        for name, value in self._unsaved.items():
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(owner), own, value.clone())
         return model
@@ -177,6 +183,17 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
 
 
+def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> None:
+    """Raises FedqError if training has changed a frozen tensor, or the shape or dtype of any tensor."""
+    for name, value in start.items():
+        after = trained.get(name)
+        if not isinstance(after, Tensor) or TensorSpec.of(after) != TensorSpec.of(value):
+            raise FedqError(f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged")
+    for name in frozen:
+        if not torch.equal(as_bytes(trained[name]), as_bytes(start[name])):
+            raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
+
+
 def _project(
     codec: Codec, weights: Tensors, key: Key, params: Tensors, gradients: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -189,8 +206,10 @@ def _project(
 def _check_projection(protocol: Protocol, codec: Codec) -> None:
     """Raises FedqError unless the upload sends the sum of two structured steps without loss."""
     params = codec.adaptation.params(codec.adaptation.initial_state())
-    project = partial(_project, codec, protocol.initial, Key(protocol.seed, client=BROADCAST), params)
-    steps = {name: protocol.initial[name] for name, _ in protocol.model.named_parameters()}
+    project = partial(
+        _project, codec, protocol.parts.travelling(protocol.initial), Key(protocol.seed, client=BROADCAST), params
+    )
+    steps = {name: protocol.initial[name] for name in protocol.parameters}
     first, second = project(steps), project({name: step.roll(1) for name, step in steps.items()})
     total = {name: first[name] + second[name] for name in steps}
     for name, again in project(total).items():

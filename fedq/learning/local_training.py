@@ -15,7 +15,7 @@ from fedq.data import Examples
 from fedq.errors import FedqError, check_choice
 from fedq.keys import Key
 from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
-from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of
+from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
 
 CLASSIFICATION = Classification()
 
@@ -225,8 +225,8 @@ class LocalTraining:
                     correct_gradients(gradients, {name: parameters[name].detach() for name in gradients})
                 optimizer.step(gradients)
                 loss_sum += float(loss.detach()) * targets
-                for name, value in (*task.sums(outputs.detach(), batch_y).items(), ("targets", targets)):
-                    sums[name] += float(value) if task.reported.get(name) is float else int(value)
+                made = {**task.sums(outputs.detach(), batch_y), "targets": targets}
+                sums = {name: value + summable(made[name]) for name, value in sums.items()}
                 seen += len(batch_y)
                 steps += 1
         check_nothing_drawn(before, device)

@@ -46,6 +46,8 @@ class Scaffold(FedAvg):
                 "algorithm=scaffold needs client.momentum=0, client.proximal=0 and client.optimizer=null: it assumes "
                 "plain SGD"
             )
+        if training.weight == "targets":
+            raise FedqError("algorithm=scaffold needs client.weight=uniform: its mean is over clients")
 
     @override
     def correct(
