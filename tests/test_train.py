@@ -19,6 +19,7 @@ from command import fedq
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from tff_files import cifar100_files, shakespeare_files, stackoverflow_files
 
 from fedq.errors import FedqError
 from fedq.simulation import checkpoint
@@ -339,6 +340,12 @@ def test_every_dataset_trains(tmp_path):
         emnist_files(tmp_path / "emnist", name, classes)
     fedq(tmp_path, "-m", "dataset=mnist5k,writers", *MLP)
     fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", *MLP)
+    for write in (shakespeare_files, stackoverflow_files, cifar100_files):
+        write(tmp_path)
+    text = ("task=next_token", "model._target_=tiny_models.Bigram", *TINY)
+    fedq(tmp_path, "dataset=shakespeare", "dataset.client_examples=2", "dataset.test_examples=10", *text)
+    fedq(tmp_path, "-m", "dataset=tff_shakespeare,stackoverflow", f"++dataset.path={tmp_path}", *text)
+    fedq(tmp_path, "dataset=fed_cifar100", f"dataset.path={tmp_path}", "model._target_=tiny_models.Colour", *TINY)
     assert_all_trained(tmp_path, len(list(Path(CONF, "dataset").glob("*.yaml"))))
 
 

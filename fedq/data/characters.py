@@ -6,10 +6,10 @@ import torch
 from fedq.data.dataset import Examples
 
 CHARACTERS = b"dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#'/37;?bfjnrvzBFJNRVZ\"&*.26:\naeimquyAEIMQUY]!%)-159\r"
-"""The characters of TensorFlow Federated's Shakespeare models, in the order of their ids 1 to 86. Id 0 is padding."""
+"""The 86 characters of TensorFlow Federated's Shakespeare models, in the order of ids 1 to 86. Id 0 is padding."""
 
 OTHER, BEGIN, END = (len(CHARACTERS) + i for i in (1, 2, 3))
-"""Ids of any other character, of the begin of a text, and of its end."""
+"""Ids of all other characters, and of the begin and the end of a text."""
 
 VOCABULARY = len(CHARACTERS) + 4
 """Number of ids."""
