@@ -349,6 +349,8 @@ def test_every_dataset_trains(tmp_path):
         emnist_files(tmp_path / "emnist", name, classes)
     fedq(tmp_path, "-m", "dataset=mnist5k,writers", *MLP)
     fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", *MLP)
+    small = ("task=next_token", "model._target_=tiny_models.Bigram", "client.max_examples=2")
+    fedq(tmp_path, "dataset=shakespeare", "dataset.test_examples=10", *small, *TINY)
     assert_all_trained(tmp_path, len(list(Path(CONF, "dataset").glob("*.yaml"))) - len(FILES))
 
 
