@@ -152,6 +152,9 @@ _OPTIONS = ("joint", "reference", "common_scale")
 NO_CODER = (None, {"_target_": None})
 """Values of `coder` that select the coder that fits the last stage."""
 
+_PARTIAL = {"client": ("client.optimizer", "client.schedule"), "server": ("server.schedule",)}
+"""Parts of a group that may be null, and that the code gives their first argument."""
+
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
     "task": ("loss", "metrics", "headline", "more_is_better", "reported"),
@@ -181,6 +184,10 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
             partial = group in ("model", "server")
             if to_container(cfg, group).get("_partial_", False) is not partial:
                 raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
+        for part in _PARTIAL.get(group, ()):
+            node = to_container(cfg, part)
+            if node is not None and not (isinstance(node, dict) and node.get("_partial_")):
+                raise ConfigError(f"{part} must be null, or a node with _target_ and _partial_: true")
         if group == "model" and "num_classes" in to_container(cfg, group):
             raise ConfigError("model.num_classes is not a key: the dataset gives the number")
         check_targets(cfg, group)
@@ -245,16 +252,18 @@ def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
     """
     given = {name: value for name, value in arguments.items() if path != "model" or takes(cfg.model._target_, name)}
     # Constructors receive plain containers, never objects of OmegaConf.
-    part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **given, _convert_="all"))
+    node = to_container(cfg, path)
+    if path == "server":
+        node.pop("schedule", None)
+    part = call_or_config_error(path, lambda: instantiate(node, **given, _convert_="all"))
     if lacking := [name for name in _REQUIRED.get(path, ()) if not hasattr(part, name)]:
         raise ConfigError(f"{path}: a {type(part).__name__} has no {', '.join(lacking)}")
     if path == "model":
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            module = call_or_config_error(path, part)
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
+            if not isinstance(module := call_or_config_error(path, part), torch.nn.Module):
+                raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
     return part
 
 
@@ -280,6 +289,8 @@ def build_server(cfg: DictConfig) -> Any:
     """Returns a function that makes the server optimizer. A trial step checks its arguments before the first round."""
     import torch
 
+    from fedq.learning.optimizers import Scheduled, tried
+
     server = build(cfg, "server")
 
     def try_once() -> None:
@@ -291,7 +302,11 @@ def build_server(cfg: DictConfig) -> Any:
             raise ValueError(error) from error
 
     call_or_config_error("server", try_once)
-    return server
+    if to_container(cfg, "server.schedule") is None:
+        return server
+    scheduled = Scheduled(server, build(cfg, "server.schedule"))
+    tried("server.schedule", lambda: scheduled.rate(1))
+    return scheduled
 
 
 def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) -> "Direction":

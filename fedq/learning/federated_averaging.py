@@ -268,7 +268,13 @@ class FederatedAveraging:
             total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
         before = protocol.parts.travelling(state.weights)
         weights, optimizer = server_step(
-            self.server, state.optimizer, before, frozenset(protocol.parameters), sums, total
+            self.server,
+            state.optimizer,
+            before,
+            frozenset(protocol.parameters),
+            sums,
+            total,
+            round=state.attempt - 1,
         )
         means = {name: sums[name] / len(usable) for name in state.groups}
         share = len(usable) / (self.population or len(usable))

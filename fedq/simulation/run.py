@@ -194,9 +194,10 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:
-    """Returns whether clients keep state between their rounds: residuals, or state of the algorithm."""
+    """Returns whether clients keep state between their rounds: residuals, an optimizer, or state of the algorithm."""
     one = {"parameter": TensorSpec((1,), torch.float32)}
-    return bool(to_container(cfg, "encoder.upload").get("error_feedback") or build(cfg, "algorithm").kept_schema(one))
+    keeps = to_container(cfg, "encoder.upload").get("error_feedback") or to_container(cfg, "client.keep_optimizer")
+    return bool(keeps or build(cfg, "algorithm").kept_schema(one))
 
 
 def client_store(
