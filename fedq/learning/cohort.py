@@ -16,7 +16,7 @@ from fedq.learning.aggregation import one_thread
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore
 from fedq.learning.evaluation import Map
-from fedq.learning.failures import ClientFailure
+from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import check_nothing_drawn, generators
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import (
@@ -100,7 +100,12 @@ class Cohort:
                 with timed(record.seconds, "decode"):
                     messages, received = [message], self.protocol.receive([message], client=client.number)
             record.broadcast_bits = 8 * sum(map(len, messages))
-            answer, registered = self.ask(client, messages, received, record)
+            try:
+                answer, registered = self.ask(client, messages, received, record)
+            except OtherBase:
+                messages = self.downlink.with_base(broadcast, messages)
+                record.broadcast_bits += 8 * sum(map(len, messages))
+                answer, registered = self.ask(client, messages, received, record)
             summand = self.uplink.open(answer, received, registered, broadcast.norm, record)
             return place, summand._replace(broadcast_reports=reports), record
         except ClientFailure as failure:
@@ -138,7 +143,7 @@ class LocalClients:
         """
         protocol, seconds, sent = self.half.protocol, record.seconds, False
         with timed(seconds, "train"):
-            examples = _loaded(client, protocol.device)
+            examples = loaded(client, protocol.device)
         with timed(seconds, "encode"):
             schema = protocol.kept_schema
             kept = self.store.load(client.number, received.attempt, schema) if schema else {}
@@ -160,7 +165,7 @@ class LocalClients:
         return answer, protocol.registered(examples, Key(protocol.seed, received.attempt, client.number))
 
 
-def _loaded(client: Client, device: torch.device) -> Examples:
+def loaded(client: Client, device: torch.device) -> Examples:
     """Returns a client's examples. Raises FedqError if a file cannot be read, which is no fault of the client."""
     before = generators(device)
     try:

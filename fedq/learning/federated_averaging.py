@@ -30,7 +30,7 @@ from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, G
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import Task
+from fedq.learning.task import Task, TaskError, check_examples, check_fit, check_works, of, outputs_of
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,32 @@ class FederatedAveraging:
         model.load_state_dict(state.weights)
         return evaluate(model, examples, batch_size, self.map, self.precision, self.protocol.task)
 
+    @one_thread()
+    def check(self, whose: str, examples: Examples) -> None:
+        """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
+
+        whose: Whose examples they are, for the error's text.
+        examples: The model evaluates the first two; the targets of all are checked. No examples are right.
+
+        Changes nothing: neither the model, nor the examples, nor torch's generator.
+        """
+        try:
+            check_examples(examples)
+            if not len(examples.y):
+                return
+            x = examples.x[:2].to(self.device, copy=True)
+            with torch.random.fork_rng(devices=[]), torch.inference_mode():
+                try:
+                    made = deepcopy(self.protocol.model).eval()(x)
+                except Exception as error:  # whatever an author's model raises
+                    reason = str(error).splitlines()[0] if str(error) else ""
+                    raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
+                outputs, y = outputs_of(made), examples.y[:2].to(self.device)
+                check_fit(self.protocol.task, outputs, len(x), examples.y)
+                check_works(self.protocol.task, outputs, y)
+        except TaskError as error:
+            raise TaskError(f"with the examples of {whose}: {error}") from error
+
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
     ) -> tuple[CohortResult, Summand | None, list[ClientRecord]]:
@@ -230,16 +256,15 @@ class FederatedAveraging:
         if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
             key = Key(protocol.seed, state.attempt - 1)
             total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
-        frozen = protocol.initial.keys() & {n for n, p in protocol.model.named_parameters() if not p.requires_grad}
+        before = protocol.parts.travelling(state.weights)
         weights, optimizer = server_step(
-            self.server, state.optimizer, state.weights, frozenset(protocol.parameters), sums, total
+            self.server, state.optimizer, before, frozenset(protocol.parameters), sums, total
         )
         means = {name: sums[name] / len(usable) for name in state.groups}
         share = len(usable) / (self.population or len(usable))
         return replace(
             state,
-            # neither weight decay nor dither may move what is frozen
-            weights=weights | {name: state.weights[name] for name in frozen},
+            weights=protocol.parts.with_ties(state.weights | weights),
             optimizer=optimizer,
             groups=protocol.algorithm.step(state.groups, means, share) if means else {},
         )

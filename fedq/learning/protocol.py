@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from fedq.data import Examples
 from fedq.encoding import Codec, Key, MessageError, StateDictEncoder, TensorSpec, schema_of
-from fedq.encoding.message import peek
+from fedq.encoding.message import SchemaMismatch, peek
 from fedq.encoding.schema import Schema, Tensors
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.checks import check_feedback, check_model, check_scaled, check_together, fitted
 from fedq.learning.error_feedback import Direction, ErrorFeedback
-from fedq.learning.failures import ClientFailure
+from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
+from fedq.learning.parts import as_bytes, digest, parts_of
 from fedq.learning.round import Received, Registered
 from fedq.learning.submodel import FederatedDropout, SubModels
 from fedq.learning.task import Task
@@ -92,15 +93,16 @@ class Protocol:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(Key(seed).fold("model").integer())
             built = model()
-        check_model(built)
+        self.parts = parts = parts_of(built, algorithm.frozen)
+        check_model(built, parts, submodel)
         self.model = channels_last(built.to(device))
         state = self.model.state_dict()
-        self.initial = {name: value.detach().clone() for name, value in state.items()}
+        self.initial = parts.with_ties({name: value.detach().clone() for name, value in state.items()})
         self.parameters = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self.submodels = SubModels(self.model, submodel) if submodel else None
         self.client_model = self.submodels.model(self.model) if self.submodels else self.model
-        down, up = fitted("broadcast", down, self.model), fitted("upload", up, self.model)
-        schema = schema_of(self.client_model.state_dict())
+        down, up = fitted("broadcast", down, self.model, parts), fitted("upload", up, self.model, parts)
+        schema = schema_of(parts.travelling(self.client_model.state_dict()))
         for way, direction, encoder in (("broadcast", broadcast, down), ("upload", upload, up)):
             if isinstance(direction, ErrorFeedback):
                 check_feedback(way, encoder.bind(schema), Key(seed).fold("check"))
@@ -117,10 +119,13 @@ class Protocol:
             )
             self.groups[name] = _group(schema_of(tensors), its_down, its_up, prefix)
             self.initial_groups |= tensors
-        whole = schema_of(state)
+        whole = schema_of(parts.travelling(state))
         self.exact = EXACT.bind(whole)
         attached = self.weights.broadcast.attached_schema
         self.to_all = EXACT.bind(whole, attached) if self.submodels else self.weights.broadcast
+        base = self.initial if down.reference == "initial" else parts.frozen
+        self._base = EXACT.bind({name: TensorSpec.of(as_bytes(self.initial[name])) for name in base})
+        self._agree_on_base()
         # if all tensors travel exact, no message has a reference
         self.follows = down.reference == "last" and self.weights.broadcast.sends_differences
         self.report = EXACT.bind(
@@ -145,8 +150,19 @@ class Protocol:
         An earlier message that builds on other weights is skipped: the client has received it, but its answer was lost.
 
         Raises MessageError for messages that are damaged or of another run. Raises ClientFailure if the client does not
-        hold the weights that a message builds on.
+        hold the weights that a message builds on, OtherBase if the server's base may help; see `write_base`.
         """
+        if self._base.schema and messages and self._base.expects(messages[0], {}):
+            self._take_base(messages[0])
+            messages = messages[1:]
+        try:
+            return self._receive(messages, held, client)
+        except (SchemaMismatch, ClientFailure) as error:
+            if self._base.schema and not held:
+                raise OtherBase("lost", str(error)) from error
+            raise
+
+    def _receive(self, messages: Sequence[bytes], held: Sequence[Tensors], client: int) -> Received:
         start = len(messages) - len(self.groups)
         if start < 0 or (start and not self.follows):
             raise MessageError(f"a broadcast has {len(self.groups)} messages, this one {len(messages)}")
@@ -175,6 +191,35 @@ class Protocol:
             tensors, attached = tensors | decoded, attached | more
         up = {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}
         return Received(key.round, weights, tensors, attached, up, reference)
+
+    def start(self, received: Received, client: int) -> dict[str, Tensor]:
+        """Returns the state_dict from which a client trains: what it received, and what is frozen."""
+        frozen = {name: self.initial[name] for name in self.parts.frozen}
+        if frozen and self.submodels:
+            frozen = self.submodels.cut(frozen, self.submodels.drawn(Key(self.seed, received.attempt, client)))
+        return self.parts.with_ties(frozen | received.weights)
+
+    def write_base(self, attempt: int) -> bytes:
+        """Returns the message of the base: the frozen tensors or, with reference=initial, all first weights.
+
+        A client whose base differs, and so the fingerprint of all messages, raises OtherBase and is sent the base.
+        """
+        tensors = {name: as_bytes(self.initial[name]) for name in self._base.schema}
+        return self._base.encode(tensors, Key(self.seed, attempt)).message
+
+    def _take_base(self, message: bytes) -> None:
+        """Replaces this side's base by the one in a message. No other thread may train meanwhile."""
+        key = Key(self.seed, peek(message)[1].round)
+        for name, data in self._base.decode(message, key, device=self.device).tensors.items():
+            value = self.initial[name]
+            self.initial[name] = data.clone().view(value.dtype).reshape(value.shape)
+        self.initial = self.parts.with_ties(self.initial)
+        self._agree_on_base()
+
+    def _agree_on_base(self) -> None:
+        if frozen := {name: self.initial[name] for name in self.parts.frozen}:
+            for codec in (self.weights.broadcast, self.weights.upload, self.to_all, self.exact):
+                codec.agree_on(digest(frozen))
 
     def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
         """Returns the bytes of a client's report."""

@@ -53,7 +53,7 @@ class Downlink:
                 reports |= group.broadcast.adaptation.as_cohort(encoded.reports)
         broadcast = Broadcast(state.attempt, messages, state.norm)
         if protocol.follows:
-            all_at_once = protocol.exact.encode(reference, key).message
+            all_at_once = protocol.exact.encode(protocol.parts.travelling(reference), key).message
             missed = {client: state.missed(client) for client in clients}
             broadcast = broadcast._replace(
                 all_at_once=all_at_once, kept=[bytes(k.numpy()) for k in state.kept], missed=missed
@@ -66,6 +66,14 @@ class Downlink:
         if missed < 0:
             return [broadcast.all_at_once, *broadcast.messages]
         return [*broadcast.kept[len(broadcast.kept) - missed :], *broadcast.messages]
+
+    def with_base(self, broadcast: Broadcast, messages: list[bytes]) -> list[bytes]:
+        """Returns the messages for a client that raised OtherBase: the base, all weights at once, then this round's.
+
+        messages: The messages that the client could not read.
+        """
+        at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
+        return [self._protocol.write_base(broadcast.attempt), *at_once, *messages[-len(self._protocol.groups) :]]
 
     def part(self, received: Received, client: int) -> tuple[bytes, dict[str, Tensor]]:
         """Returns a client's own message with its sub-model, for federated dropout, and the reports of its encoding.
