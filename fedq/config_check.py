@@ -209,7 +209,9 @@ def matches_type(value: Any, allowed: Any) -> bool:
     """Returns whether a `value` from YAML is of the annotated type `allowed`. True for types that YAML cannot hold."""
     origin = typing.get_origin(allowed)
     if origin in (typing.Union, types.UnionType):
-        return any(matches_type(value, option) for option in _yaml_members(allowed))
+        is_built = isinstance(value, dict) and "_target_" in value  # may become an object that YAML cannot hold
+        options = typing.get_args(allowed) if is_built else _yaml_members(allowed)
+        return any(matches_type(value, option) for option in options)
     if origin is Literal:
         return value in typing.get_args(allowed)
     if allowed is float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
+from fedq.data.augment import Augment
 from fedq.errors import FedqError, check_choice
 from fedq.keys import Key
 from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
@@ -64,6 +65,7 @@ class LocalTraining:
     structured: Whether each step stays within what the client's upload can send, so that the upload loses nothing
         (structured updates, Konečný 2016, §2).
     weight: The client's weight in the mean: the number of its examples, the number of their targets that count, or 1.
+    augment: Changes an epoch's inputs at random; None to train on the inputs as they are.
     """
 
     lr: float
@@ -74,6 +76,7 @@ class LocalTraining:
     max_examples: int | None = None
     structured: bool = False
     weight: Weight = "examples"
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -151,6 +154,8 @@ class LocalTraining:
                 order = chosen[key.fold("shuffle").fold(str(epoch)).permutation(len(chosen))]
             places = torch.from_numpy(order).to(device)
             x, y = all_x[places], all_y[places]
+            if self.augment is not None:
+                x = self.augment(x, torch.Generator().manual_seed(key.fold("augment").fold(str(epoch)).integer()))
             for start in range(0, len(order), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
                 model.zero_grad()
