@@ -14,7 +14,7 @@ from fedq.encoding.adaptation import Adaptation
 from fedq.encoding.adaptive import Adaptive
 from fedq.encoding.encoder import TensorCodec, read, write
 from fedq.encoding.message import MessageError
-from fedq.encoding.numerics import CHUNK, exact_divide, finite, is_finite, saturate
+from fedq.encoding.numerics import CHUNK, exact_divide, is_finite, saturate
 from fedq.encoding.rate_control import RateController
 from fedq.encoding.schema import Schema, Tensors, TensorSpec, canonical_text, schema_of
 from fedq.errors import FedqError
@@ -224,7 +224,7 @@ class Codec:
                 tensor = chain.decode(reader, key.fold(name), params, torch.device(device), stop_at_sum)
                 if self._common_scale and chain.compresses:
                     tensor = _multiplied_(tensor, scale)
-                tensors[name] = finite(tensor)
+                tensors[name] = tensor
             what = "the end of the body"
             reader.close()
             if not stop_at_sum:
