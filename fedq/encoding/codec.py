@@ -68,7 +68,6 @@ class Codec:
     compressed: The names of the tensors that pass stages.
     adaptation: The adaptive stages and rate control.
     sends_differences: Whether messages hold differences from a reference.
-    decodes_after_sum: Whether `decode` returns something else with `stop_at_sum` than without.
     """
 
     def __init__(
@@ -101,8 +100,6 @@ class Codec:
         self._scale_spec = TensorSpec((), torch.float64 if wide else torch.float32)
         self._reference = reference
         self.sends_differences = reference != "none" and bool(self.compressed)
-        summable = any(chain.summable_prefix for chain in chains.values())
-        self.decodes_after_sum = summable or bool(joined) or reference != "none"
         agreed: list[object] = [
             list(schema.items()),
             [(name, (chain.spec, chain.encoder)) for name, chain in chains.items()],
