@@ -6,7 +6,7 @@ The groups `run` and `encoder` have no `_target_`: the dataclasses below describ
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.utils import instantiate
@@ -21,6 +21,7 @@ from fedq.config_check import (
     moved,
     overridden,
     references,
+    takes,
 )
 from fedq.config_check import ConfigError as ConfigError
 from fedq.config_check import explain as explain
@@ -51,7 +52,8 @@ class RunConfig:
     faults: The faults of clients, if any.
     guard: The guard against updates with a norm out of line, if any.
     submodel: How much of the model each client trains, if not all of it.
-    accuracy_floor: Final test accuracy, 0 to 1, at which hydra/sweeper=fewest_bits searches for the fewest bits.
+    accuracy_floor: Final test accuracy, or other headline metric, at which hydra/sweeper=fewest_bits searches for the
+        fewest bits.
     residual_memory: MiB of memory for the clients' residuals; the least recently used others are in files.
     """
 
@@ -84,8 +86,6 @@ class RunConfig:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.min_clients > self.clients_per_round:
             raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
-        if self.accuracy_floor is not None and not 0 <= self.accuracy_floor <= 1:
-            raise ValueError(f"accuracy_floor must be from 0 to 1, not {self.accuracy_floor}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
 
@@ -132,7 +132,7 @@ class EncoderConfig:
     upload: dict[str, Any]
 
 
-_GROUPS = ("dataset", "model", "algorithm", "client", "server", "run")
+_GROUPS = ("dataset", "model", "task", "algorithm", "client", "server", "run")
 """The groups of a configuration, except `encoder`."""
 
 _OPTIONS = ("joint", "reference", "common_scale")
@@ -143,6 +143,7 @@ NO_CODER = (None, {"_target_": None})
 
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
+    "task": ("loss", "metrics", "headline", "more_is_better", "reported"),
     "algorithm": ("groups", "weigh", "step"),
     "client": ("train", "structured"),
     "run.faults": ("client", "uplink"),
@@ -162,7 +163,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
         raise ConfigError(f"{unknown[0]} is not a key; allowed here: {', '.join((*_GROUPS, 'encoder'))}")
     for key in given:  # first, so that an error names the key that the command line set
         to_container(cfg, key if key.partition(".")[0] in (*_GROUPS, "encoder") else "run")
-    build_run(cfg)
+    floor = build_run(cfg).accuracy_floor
     for group in _GROUPS:
         if group != "run":
             check_is_built(cfg, group)
@@ -172,6 +173,8 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
         if group == "model" and "num_classes" in to_container(cfg, group):
             raise ConfigError("model.num_classes is not a key: the dataset gives the number")
         check_targets(cfg, group)
+    if floor is not None and not 0 <= floor <= 1 and build(cfg, "task").more_is_better:
+        raise ConfigError(f"run: accuracy_floor must be from 0 to 1, not {floor}")
     for name in ("faults", "guard", "submodel"):
         if to_container(cfg, f"run.{name}") is not None:
             check_is_built(cfg, f"run.{name}")
@@ -226,20 +229,20 @@ def build_run(cfg: DictConfig) -> RunConfig:
 def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
     """Returns the object that the node at `path`, such as "dataset", describes by its `_target_`.
 
-    arguments: Further arguments of the constructor.
+    arguments: Further arguments of the constructor. A model that takes no num_classes does not get it.
     Raises ConfigError if the constructor refuses an argument, or if the object lacks attributes that `path` needs.
     """
+    given = {name: value for name, value in arguments.items() if path != "model" or takes(cfg.model._target_, name)}
     # Constructors receive plain containers, never objects of OmegaConf.
-    part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **arguments, _convert_="all"))
+    part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **given, _convert_="all"))
     if lacking := [name for name in _REQUIRED.get(path, ()) if not hasattr(part, name)]:
         raise ConfigError(f"{path}: a {type(part).__name__} has no {', '.join(lacking)}")
     if path == "model":
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            module = call_or_config_error(path, part)
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
+            if not isinstance(module := call_or_config_error(path, part), torch.nn.Module):
+                raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
     return part
 
 
@@ -250,6 +253,7 @@ def build_protocol(cfg: DictConfig, dataset: Any, device: Any) -> dict[str, Any]
     num_classes = plain_integer("dataset.num_classes", getattr(dataset, "num_classes", None), 1, 2**63)
     return {
         "model": build(cfg, "model", num_classes=num_classes),
+        "task": build(cfg, "task"),
         "client": build(cfg, "client"),
         "broadcast": build_encoder(cfg, "broadcast"),
         "upload": build_encoder(cfg, "upload"),
@@ -285,12 +289,10 @@ def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) ->
 
     def chain(path: str) -> Encoder:
         stages = [build(cfg, f"{path}.stages[{i}]") for i in range(len(to_container(cfg, f"{path}.stages")))]
-        given = build(cfg, f"{path}.coder") if to_container(cfg, path).get("coder") not in NO_CODER else None
-        encoder: Encoder = call_or_config_error(
-            path, lambda: Encoder(stages) if given is None else Encoder(stages, given)
-        )
-        if given is None:
-            return Encoder(stages, coder_that_fits(stages, path))
+        encoder: Encoder = call_or_config_error(path, lambda: Encoder(stages))
+        given = to_container(cfg, path).get("coder") not in NO_CODER
+        coder = build(cfg, f"{path}.coder") if given else coder_that_fits(stages, path)
+        encoder = call_or_config_error(path, lambda: replace(encoder, coder=coder))
         return encoder
 
     path = f"encoder.{direction}"

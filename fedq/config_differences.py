@@ -20,7 +20,10 @@ FUTURE_ONLY_KEYS = ("run.min_clients", "run.repeats", "dataset.path")
 These keys affect only later rounds. A dataset's folder may have moved.
 """
 
-OLD_DEFAULTS = {"algorithm": {"_target_": "fedq.learning.FedAvg"}}
+OLD_DEFAULTS = {
+    "algorithm": {"_target_": "fedq.learning.FedAvg"},
+    "task": {"_target_": "fedq.learning.Classification"},
+}
 """Defaults for keys that older configurations lack."""
 
 _RENAMED_TARGETS = {"fedq.encoding.Best": "fedq.encoding.Shortest"}

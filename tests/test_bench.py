@@ -12,7 +12,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from fedq.bench import (
+from experiments.rate_distortion.bench import (
     COLOURS,
     SHAPE,
     Result,
@@ -20,11 +20,11 @@ from fedq.bench import (
     main,
     measure,
     plot,
-    print_table,
     real_updates,
     synthetic,
     table,
 )
+from experiments.tables import show
 from fedq.encoding import (
     CABAC,
     Encoder,
@@ -162,7 +162,8 @@ def test_contexts_save_a_third_of_a_real_updates_bits(updates):
 
 
 def test_the_command_writes_what_it_prints(tmp_path):
-    command = ("-m", "fedq.bench", "float32", "uniform:bits=4", "--sources", "sparse", "--clients", "2")
+    module = "experiments.rate_distortion.bench"
+    command = ("-m", module, "float32", "uniform:bits=4", "--sources", "sparse", "--clients", "2")
     done = subprocess.run(
         [sys.executable, *command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -186,7 +187,7 @@ def test_the_command_writes_what_it_prints(tmp_path):
 def test_no_name_and_no_number_is_cut_in_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     name = "uniform:upload.bits=5,upload.rounding=nearest,threshold=0"
-    print_table(table([Result(name, "normal", 12.34567, 0, 2.5678e-5, 1.2345e-10, 123456.78, 98765.43)]))
+    show(table([Result(name, "normal", 12.34567, 0, 2.5678e-5, 1.2345e-10, 123456.78, 98765.43)]))
     assert [name, "12.3457", "2.57e-05", "1.23e-10", "123456.8", "98765.4"] in map(
         str.split, capsys.readouterr().out.splitlines()
     )
@@ -233,7 +234,7 @@ def test_what_cannot_be_measured_is_told_in_one_sentence(arguments, sentence, tm
 def test_a_folder_that_is_none_is_told_before_anything_is_measured(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr("sys.argv", ["bench", "float32", "--sources", "normal", "--out", str(tmp_path / "file")])
-    monkeypatch.setattr("fedq.bench.measure", None)
+    monkeypatch.setattr("experiments.rate_distortion.bench.measure", None)
     with pytest.raises(SystemExit, match="^fedq: .*File exists"):
         main()
 

@@ -126,7 +126,7 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("~model._partial_", "model._partial_ must be true"),
         ("+client._partial_=true", "client._partial_ must be false"),
         ("+model.num_classes=37", "model.num_classes is not a key: the dataset gives the number"),
-        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, algorithm, client, server, run, encoder"),
+        ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, task, algorithm, client, server, run, encoder"),
         ("+encoder.upload.eror_feedback=true", "encoder.upload.eror_feedback is not a key; allowed here: stages"),
     ],
 )  # fmt: skip
@@ -149,6 +149,21 @@ def test_what_a_constructor_refuses_names_the_group(override, group, message):
     cfg = configured(override)
     with pytest.raises(ConfigError, match=re.escape(message)):
         build(cfg, group)
+
+
+@pytest.mark.parametrize(
+    ("override", "shape"),
+    [
+        ("~model +model={_target_:torch.nn.Linear,_partial_:true,in_features:3,out_features:5}", (5, 3)),
+        ("model=mlp", (7, 200)),
+        ("model=torchvision model._target_=torchvision.models.squeezenet1_1", (7, 512, 1, 1)),  # by **kwargs
+    ],
+)
+def test_a_model_that_takes_num_classes_gets_the_datasets_number(override, shape):
+    cfg = configured(*override.split())
+    check(cfg, override.split())
+    *_, last = (p for p in build(cfg, "model", num_classes=7)().parameters() if p.dim() > 1)
+    assert last.shape == shape
 
 
 def test_what_a_stage_refuses_names_its_place():
@@ -357,7 +372,7 @@ class WithoutTest:
         ("~dataset +dataset={_target_:test_config.WithoutTest}", "dataset: a WithoutTest has no test"),
         ("dataset._target_=torch.nn.Linear", "dataset.in_features is missing"),
         ("dataset._target_=null", "dataset._target_ is missing"),
-        ("model._target_=torch.nn.Linear", "model._target_: torch.nn.Linear must take num_classes, which the dataset has"),
+        ("model._target_=torch.nn.Linear", "model.in_features is missing"),
         ("model._target_=builtins.dict", "model: a dict is not a torch.nn.Module"),
         ("client._target_=builtins.dict", "client: a dict has no train, structured"),
         ("server._target_=builtins.dict", "server: dictionary update sequence element #0 has length 1; 2 is required"),

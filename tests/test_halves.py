@@ -22,19 +22,25 @@ from fedq.data import Client
 from fedq.learning import Broadcast, ClientFailure, ClientRecord, CohortResult, FederatedAveraging
 from fedq.learning.client import ClientHalf
 from fedq.learning.cohort import Cohort
+from fedq.learning.failures import OtherBase
 from fedq.learning.protocol import Protocol
-from fedq.learning.round import Answer, Received
+from fedq.learning.round import Answer, Received, Registered
 from fedq.models import MLP
 from fedq.train import CONF
 
 
 class Small(MLP):
-    """The MLP with layers of 20 units. The first weight has 15,680 elements, and is compressed."""
+    """The MLP with layers of 20 units. The first weight has 15,680 elements, and is compressed.
 
-    def __init__(self, num_classes: int) -> None:
+    `shift` is added to the first weights.
+    """
+
+    def __init__(self, num_classes: int, shift: float = 0.0) -> None:
         super().__init__(num_classes)
         self.dense1, self.dense2 = nn.Linear(28 * 28, 20), nn.Linear(20, 20)
         self.dense3 = nn.Linear(20, num_classes)
+        for parameter in self.parameters():
+            parameter.data += shift
 
 
 CPU = torch.device("cpu")
@@ -57,7 +63,12 @@ def client_process(pipe: Connection) -> None:
         while (asked := pipe.recv()) is not None:
             number, messages = asked
             own = number if half.protocol.submodels else None
-            received = half.protocol.receive(messages, held.get(number, []), **({} if own is None else {"client": own}))
+            try:
+                theirs = {} if own is None else {"client": own}
+                received = half.protocol.receive(messages, held.get(number, []), **theirs)
+            except OtherBase:
+                pipe.send(None)
+                continue
             examples, seconds = dataset.client(number).load(), dict.fromkeys(("train", "encode", "decode"), 0.0)
             answer = half.answer(received, number, examples, stores.get(number, {}), seconds)
             pipe.send((answer.messages, answer.report))
@@ -72,11 +83,15 @@ def server_process(pipe: Connection) -> None:
         dataset = build(cfg, "dataset")
         process = simulated(cfg)
 
-        def ask(client: Client, messages: list[bytes], received: Received, record: ClientRecord) -> tuple[Answer, int]:
+        def ask(
+            client: Client, messages: list[bytes], received: Received, record: ClientRecord
+        ) -> tuple[Answer, Registered]:
             pipe.send((client.number, messages))
-            answered, report = pipe.recv()
+            if (answer := pipe.recv()) is None:
+                raise OtherBase("lost", "it has another base")
+            answered, report = answer
             record.bits, record.report_bits = 8 * sum(map(len, answered)), 8 * len(report)
-            return Answer(answered, report, {}), client.examples
+            return Answer(answered, report, {}), Registered(client.examples, client.examples)
 
         cohort = Cohort(process.protocol, process.downlink, process.uplink, ask, map)
 
@@ -122,8 +137,14 @@ def configuration(*overrides: str) -> DictConfig:
     return cfg
 
 
-def same_bytes(cfg: DictConfig, halves: tuple[Connection, Connection]) -> dict[str, float]:
-    """Asserts that both halves, in two processes, send the simulation's messages and end with its weights."""
+def same_bytes(
+    cfg: DictConfig, halves: tuple[Connection, Connection], of_client: DictConfig | None = None
+) -> tuple[dict[str, float], list[int]]:
+    """Asserts that both halves, in two processes, send the simulation's messages and end with its weights.
+
+    Returns the metrics, and the bits of the messages that were sent to clients again, since they had another base.
+    `of_client` is the client's configuration if it is another one.
+    """
     simulation: dict[tuple[int, int], list[bytes]] = {}
 
     def record(message: bytes, key: Any) -> bytes:
@@ -136,23 +157,34 @@ def same_bytes(cfg: DictConfig, halves: tuple[Connection, Connection]) -> dict[s
         state, metrics = process.next(state, [dataset.client(number) for number in numbers])
     assert metrics["clients_failed"] == 0
     clients, server = halves
-    text = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
-    clients.send(text)
-    server.send(text)
+    clients.send(as_text(of_client or cfg))
+    server.send(as_text(cfg))
+    again = []
     for round_, numbers in enumerate(COHORTS):
         for _ in numbers:
             number, messages = server.recv()
             assert all(isinstance(message, bytes) for message in messages)
             clients.send((number, messages))
-            answered, report = clients.recv()
+            if (answer := clients.recv()) is None:
+                server.send(None)
+                number, messages = server.recv()
+                again.append(8 * sum(map(len, messages)))
+                clients.send((number, messages))
+                answer = clients.recv()
+            answered, report = answer
             assert [*answered, report] == simulation[round_, number]
             server.send((answered, report))
     clients.send(None)
     weights, its_metrics = server.recv()
     assert all(torch.equal(state.weights[name], torch.from_numpy(value)) for name, value in weights.items())
     bits = [name for name in metrics if "bits" in name]
+    metrics["cumulative_broadcasted_bits"] += sum(again)
     assert {name: metrics[name] for name in bits} == {name: its_metrics[name] for name in bits}
-    return metrics
+    return metrics, again
+
+
+def as_text(cfg: DictConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), resolve=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,9 +209,59 @@ def test_every_encoder(name: str, halves: tuple[Connection, Connection]) -> None
     ids=" ".join,
 )
 def test_state_of_clients_and_server(overrides: list[str], halves: tuple[Connection, Connection]) -> None:
-    metrics = same_bytes(configuration(*overrides), halves)
+    metrics, _ = same_bytes(configuration(*overrides), halves)
     if "encoder.broadcast.reference=last" in overrides:  # client 3 joined late, and client 2 missed a round
         assert metrics["broadcast_bits"] > 3 * metrics["cumulative_broadcasted_bits"] / 9
+
+
+FROZEN = ["encoder=uint8", "encoder.threshold=100", "algorithm.frozen=[dense1.*]"]
+BASE = 4 * (784 * 20 + 20)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ([], BASE),
+        (["+encoder.broadcast.reference=initial"], BASE + 4 * (20 * 20 + 20 + 20 * 10 + 10)),
+        (["+encoder.broadcast.reference=last"], BASE),
+        (["run/submodel=some"], BASE),
+        (["algorithm=scaffold"], BASE),
+        (["encoder.upload.error_feedback=true"], BASE),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_client_with_another_base_is_sent_the_base_once(
+    overrides: list[str], size: int, halves: tuple[Connection, Connection]
+) -> None:
+    """The frozen layer has 15,700 parameters, the others have 630. The same messages are sent again behind the base."""
+    _, nothing = same_bytes(configuration(*FROZEN, *overrides), halves)
+    assert nothing == []
+    other = configuration(*FROZEN, *overrides, "+model.shift=0.01")
+    _, again = same_bytes(configuration(*FROZEN, *overrides), halves, other)
+    # with reference=last each client asks once: the base may differ, and its first weights, on which messages build, do
+    assert len(again) == (4 if "+encoder.broadcast.reference=last" in overrides else 1)
+    assert all(size < bits / 8 < size + 8 * 700 for bits in again)
+
+
+def test_other_frozen_tensors_change_the_fingerprint_of_both_directions() -> None:
+    ours, theirs = (
+        simulated(configuration(*FROZEN, f"+model.shift={shift}")).protocol.weights for shift in (0.0, 0.01)
+    )
+    assert ours.broadcast.fingerprint({}) != theirs.broadcast.fingerprint({})
+    assert ours.upload.fingerprint({}) != theirs.upload.fingerprint({})
+
+
+def test_a_client_of_another_model_stays_lost() -> None:
+    ours, theirs = (simulated(configuration(*FROZEN, *more)).protocol for more in ([], ["encoder.bits=4"]))
+    process = simulated(configuration(*FROZEN))
+    broadcast, _ = process.downlink.open(process.initialize(), [0])
+    with pytest.raises(OtherBase, match="the two sides differ in model, encoder"):
+        theirs.receive(broadcast.messages)
+    messages = process.downlink.with_base(broadcast, broadcast.messages)
+    assert set(ours.receive(messages).weights) == set(ours.parts.travels)
+    with pytest.raises(OtherBase, match="the two sides differ in model, encoder") as failure:
+        theirs.receive(messages)
+    assert failure.value.kind == "lost"
 
 
 def test_a_client_that_lost_its_store_says_so(halves: tuple[Connection, Connection]) -> None:

@@ -107,7 +107,11 @@ class Codec:
         ]
         if reference != "none" or common_scale:
             agreed += [reference, common_scale]
-        self._fingerprint = hashlib.blake2b(canonical_text(agreed).encode(), digest_size=8).digest()
+        self._of_schema = self._fingerprint = hashlib.blake2b(canonical_text(agreed).encode(), digest_size=8).digest()
+
+    def agree_on(self, digest: bytes) -> None:
+        """Makes the fingerprint cover a digest, too: of what both sides hold and no message has."""
+        self._fingerprint = hashlib.blake2b(self._of_schema + digest, digest_size=8).digest()
 
     def encode(
         self,

@@ -37,6 +37,10 @@ class MessageError(FedqError, ValueError):
     """The bytes are no message of this schema and key; says why."""
 
 
+class SchemaMismatch(MessageError):
+    """The frame is whole, but of another schema, encoder or reference."""
+
+
 @cache
 def _crc32() -> Callable[..., int]:
     """Returns isal's CRC-32 if isal is installed, else zlib's. The values are equal; isal is several times faster."""
@@ -89,7 +93,7 @@ def unpack(message: bytes, fingerprint: bytes, key: Key) -> "Reader":
     if checksum != _crc32()(memoryview(message)[: -_CHECKSUM.size]):
         raise MessageError("the checksum does not fit: the message was damaged on its way")
     if found != fingerprint:
-        raise MessageError(
+        raise SchemaMismatch(
             f"the message has schema {found.hex()}, expected {fingerprint.hex()}: "
             "the two sides differ in model, encoder, reference or version"
         )

@@ -7,12 +7,15 @@ from fedq.learning.evaluation import evaluate
 from fedq.learning.failures import ClientFailure, Diverged, TooFewClients
 from fedq.learning.federated_averaging import FederatedAveraging
 from fedq.learning.local_training import LocalTraining, TrainingMetrics
-from fedq.learning.round import Broadcast, ClientRecord, CohortResult, Gather, Summand
+from fedq.learning.round import Broadcast, ClientRecord, CohortResult, Gather, Registered, Summand
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
+from fedq.learning.task import Classification, Task, TaskError
+from fedq.learning.tasks import Multilabel, NextToken, Regression
 
 __all__ = [
     "Broadcast",
+    "Classification",
     "ClientFailure",
     "ClientRecord",
     "CohortResult",
@@ -24,9 +27,15 @@ __all__ = [
     "FederatedDropout",
     "Gather",
     "LocalTraining",
+    "Multilabel",
+    "NextToken",
+    "Registered",
+    "Regression",
     "Scaffold",
     "ServerState",
     "Summand",
+    "Task",
+    "TaskError",
     "TooFewClients",
     "TrainingMetrics",
     "evaluate",

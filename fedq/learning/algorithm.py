@@ -1,6 +1,6 @@
 """The interface of an algorithm. The defaults are Federated Averaging's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -32,7 +32,12 @@ class FedAvg:
     Another algorithm overrides some of these methods. A *group* is a set of tensors that travels beside the weights, in
     messages of its own, both ways. All groups pass the encoders of the run. Names of a group's tensors are
     `*group/parameter`, so that they differ from all others in keys, messages and stores.
+
+    frozen: Shell patterns of the names of tensors that do not change and are not sent: parameters to freeze, and
+        buffers that are constant. Parameters with requires_grad=False need no pattern.
     """
+
+    frozen: Sequence[str] = ()
 
     def groups(self, parameters: Tensors) -> dict[str, dict[str, Tensor]]:
         """Returns the server's tensors of each group before the first round."""
@@ -64,9 +69,9 @@ class FedAvg:
 
     # the server's half
 
-    def weigh(self, examples: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
-        """Returns how much an update counts, from the client's registered number of examples and its report."""
-        return Weighing(examples)
+    def weigh(self, weight: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
+        """Returns how much an update counts, from the client's registered weight and its report."""
+        return Weighing(weight)
 
     def rescale(self, sums: Mapping[str, float], weight: int) -> float:
         """Returns the factor of the mean update. `sums` and `weight` are totals over the cohort."""

@@ -16,6 +16,7 @@ from fedq.errors import FedqError
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.local_training import LocalTraining
+from fedq.learning.parts import Parts
 from fedq.learning.submodel import FederatedDropout
 
 
@@ -54,7 +55,7 @@ def check_together(
             raise FedqError(sentence)
 
 
-def fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictEncoder:
+def fitted(way: str, encoder: StateDictEncoder, model: nn.Module, parts: Parts) -> StateDictEncoder:
     """Returns `encoder` with rules that send small floating buffers exact, whatever its threshold.
 
     A small buffer has at most as many elements as the default threshold. The encoder's own rules come first. A step
@@ -62,7 +63,7 @@ def fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictEn
 
     Raises FedqError for a rule that no tensor follows.
     """
-    schema, largest = schema_of(model.state_dict()), StateDictEncoder().threshold
+    schema, largest = schema_of(parts.travelling(model.state_dict())), StateDictEncoder().threshold
     if idle := encoder.idle_rules(schema):
         raise FedqError(
             f"encoder.{way}.rules: no tensor follows {idle[0]!r}: no name fits it, or an earlier rule fits first. "
@@ -74,13 +75,16 @@ def fitted(way: str, encoder: StateDictEncoder, model: nn.Module) -> StateDictEn
     return replace(encoder, rules={**encoder.rules, **rules}) if rules else encoder
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | None) -> None:
     """Raises FedqError, naming the tensor, for a model whose state_dict cannot be sent and averaged.
 
-    Each entry must be a dense tensor with values, of a dtype that has a mean, and share no memory with another entry.
+    Each entry must be a dense tensor with values, and share no memory with another entry, except a tied one. What
+    travels must be of a dtype that has a mean.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FedqError("model: it has no parameter to train")
+    if submodel and (ties := list(parts.tied.items())):
+        raise FedqError(f"run.submodel: {ties[0][1]!r} and {ties[0][0]!r} are tied, and a sub-model would untie them")
     places: list[tuple[int, int, int, str]] = []  # storage, first byte, end, name
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
@@ -93,25 +97,26 @@ def check_model(model: nn.Module) -> None:
             raise FedqError(f"model: {name!r} has no shape yet: give lazy layers their sizes, or run the model once")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise FedqError(f"model: {name!r} must be a dense tensor with values, not sparse, quantized or meta")
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2):
+        if name in parts.travels and (tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2)):
             raise FedqError(
                 f"model: {name!r} is {str(tensor.dtype).removeprefix('torch.')}: only floats of 16 to 64 bits, "
-                "integers and booleans have a mean; a buffer that never changes needs persistent=False"
+                "integers and booleans have a mean; a buffer that never changes needs persistent=False or a pattern in "
+                "algorithm.frozen"
             )
         extent = 1
         for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
             if size > 1 and stride < extent:
                 raise FedqError(f"model: elements of {name!r} share memory, as expand() makes them: clone() the tensor")
             extent += (size - 1) * stride
-        if tensor.numel():
+        if tensor.numel() and name not in parts.tied:
             start = tensor.data_ptr()
             end = start + extent * tensor.itemsize
             storage = tensor.untyped_storage().data_ptr()
             for other, first, last, other_name in places:
                 if other == storage and start < last and first < end:
                     whole = (first, last) == (start, end)
-                    what = "are one tensor: weights that are tied" if whole else "share memory: tensors that overlap"
-                    raise FedqError(f"model: {other_name!r} and {name!r} {what} cannot be trained")
+                    what = "are one tensor: only one Parameter" if whole else "share memory: no part of a tensor"
+                    raise FedqError(f"model: {other_name!r} and {name!r} {what} can stand in two places")
             places.append((storage, start, end, name))
 
 

@@ -1,23 +1,28 @@
 """The client's half of a round: bytes in, bytes out."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
-from fedq.encoding import Codec, Key
+from fedq.encoding import Codec, Key, TensorSpec
 from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.keys import BROADCAST
+from fedq.learning.draws import KeyedDraws
 from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import Precision, TrainingMetrics, update_of
+from fedq.learning.parts import as_bytes
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
+from fedq.learning.task import TaskError
 
 
 class ClientHalf:
@@ -35,8 +40,9 @@ class ClientHalf:
         """
         self.protocol, self._precision = protocol, precision
         self._local = threading.local()
-        buffers = dict(protocol.client_model.named_buffers())
-        self._unsent = {name: value for name, value in buffers.items() if name not in protocol.weights.schema}
+        self._draws: bool | None = None  # whether the model draws in training; None before the first client
+        buffers, saved = dict(protocol.client_model.named_buffers()), protocol.client_model.state_dict()
+        self._unsaved = {name: value for name, value in buffers.items() if name not in saved}
         if protocol.projection:
             _check_projection(protocol, protocol.projection)
 
@@ -56,16 +62,20 @@ class ClientHalf:
         protocol, key = self.protocol, Key(self.protocol.seed, received.attempt, client)
         params = received.upload_params
         with timed(seconds, "train"):
-            model = self._worker_model()
-            metrics = self._trained(model, received, examples, kept, params, key)
-            update = update_of(model.state_dict(), received.weights)
+            model, start = self._worker_model(), protocol.start(received, client)
+            metrics = self._trained(model, start, received, examples, kept, params, key)
+            if not metrics.sums["targets"]:
+                raise ClientFailure("unable", "none of its targets counts")
+            trained = model.state_dict()
+            _check_trained(trained, start, protocol.parts.frozen)
+            update = update_of({name: trained[name] for name in received.weights}, received.weights)
         with timed(seconds, "encode"):
             uploads: dict[str, dict[str, Tensor]] = {}
             if protocol.initial_groups:
                 uploads = protocol.algorithm.upload(update, metrics.steps, protocol.training, received, kept)
             if protocol.upload_feedback:
                 update = compensate(update, kept)
-            loss = metrics.loss / max(1, metrics.seen)
+            loss = protocol.task.metrics(metrics.all_sums)["loss"]
             messages: list[bytes] = []
             for name, group in protocol.groups.items():
                 tensors = uploads.get(name, update)
@@ -88,7 +98,14 @@ class ClientHalf:
         return Answer(messages, report, to_keep)
 
     def _trained(
-        self, model: nn.Module, received: Received, examples: Examples, kept: Tensors, params: Tensors, key: Key
+        self,
+        model: nn.Module,
+        start: Tensors,
+        received: Received,
+        examples: Examples,
+        kept: Tensors,
+        params: Tensors,
+        key: Key,
     ) -> TrainingMetrics:
         """Trains `model` in place. Raises ClientFailure for any error of the data or the model."""
         protocol = self.protocol
@@ -99,19 +116,28 @@ class ClientHalf:
             project = partial(_project, protocol.projection, received.weights, key, params)
         if protocol.initial_groups:
             correct = partial(protocol.algorithm.correct, received=received, kept=kept)
+        # torch asks the mode before each of its functions: without draws, that time is saved
+        draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
-            return protocol.training.train(
-                model, received.weights, examples, key.fold("train"), project, self._precision, correct
-            )
+            with draws:
+                metrics = protocol.training.train(
+                    model, start, examples, key.fold("train"), project, self._precision, correct, protocol.task
+                )
+        except TaskError as error:
+            raise TaskError(f"with the examples of client {key.client}: {error}") from error
         except (FedqError, ClientFailure):
             raise
         except Exception as error:
             raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+        if isinstance(draws, KeyedDraws):
+            self._draws = self._draws or draws.drawn
+        return metrics
 
     def _worker_model(self) -> nn.Module:
         """Returns the calling thread's own copy of the model, as before its first client.
 
-        Training loads the weights later. Unsent buffers and attributes, such as a counter, have their first values.
+        Training loads the weights later. Attributes, such as a counter, and buffers outside the state_dict have their
+        first values.
         """
         if not hasattr(self._local, "model"):
             self._local.model = deepcopy(self.protocol.client_model)
@@ -121,7 +147,7 @@ class ClientHalf:
             for name in _attributes(module).keys() - attributes.keys():
                 delattr(module, name)
             vars(module).update(attributes)
-        for name, value in self._unsent.items():
+        for name, value in self._unsaved.items():
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(owner), own, value.clone())
         return model
@@ -142,6 +168,17 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
 
 
+def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> None:
+    """Raises FedqError if training has changed a frozen tensor, or the shape or dtype of any tensor."""
+    for name, value in start.items():
+        after = trained.get(name)
+        if not isinstance(after, Tensor) or TensorSpec.of(after) != TensorSpec.of(value):
+            raise FedqError(f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged")
+    for name in frozen:
+        if not torch.equal(as_bytes(trained[name]), as_bytes(start[name])):
+            raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
+
+
 def _project(
     codec: Codec, weights: Tensors, key: Key, params: Tensors, gradients: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -154,8 +191,10 @@ def _project(
 def _check_projection(protocol: Protocol, codec: Codec) -> None:
     """Raises FedqError unless the upload sends the sum of two structured steps without loss."""
     params = codec.adaptation.params(codec.adaptation.initial_state())
-    project = partial(_project, codec, protocol.initial, Key(protocol.seed, client=BROADCAST), params)
-    steps = {name: protocol.initial[name] for name, _ in protocol.model.named_parameters()}
+    project = partial(
+        _project, codec, protocol.parts.travelling(protocol.initial), Key(protocol.seed, client=BROADCAST), params
+    )
+    steps = {name: protocol.initial[name] for name in protocol.parameters}
     first, second = project(steps), project({name: step.roll(1) for name, step in steps.items()})
     total = {name: first[name] + second[name] for name in steps}
     for name, again in project(total).items():

@@ -16,10 +16,20 @@ from fedq.learning.aggregation import one_thread
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore
 from fedq.learning.evaluation import Map
-from fedq.learning.failures import ClientFailure
+from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import check_nothing_drawn, generators
 from fedq.learning.protocol import Protocol
-from fedq.learning.round import PHASES, Answer, Broadcast, ClientRecord, CohortResult, Received, Summand, timed
+from fedq.learning.round import (
+    PHASES,
+    Answer,
+    Broadcast,
+    ClientRecord,
+    CohortResult,
+    Received,
+    Registered,
+    Summand,
+    timed,
+)
 from fedq.learning.server import Downlink, Uplink
 
 log = logging.getLogger(__name__)
@@ -32,8 +42,8 @@ Network = Callable[[bytes, Key], bytes]
 Raises ClientFailure if nothing arrives.
 """
 
-Ask = Callable[[Client, list[bytes], Received, ClientRecord], tuple[Answer, int]]
-"""Sends messages to a client; returns what the server receives, and the client's registered number of examples.
+Ask = Callable[[Client, list[bytes], Received, ClientRecord], tuple[Answer, Registered]]
+"""Sends messages to a client; returns what the server receives, and what it has registered of the client's examples.
 
 The simulation passes what the messages decode to as well, so that a cohort decodes the same bytes once. The record
 takes the bits that the client sends, and the seconds of its work. Raises ClientFailure if no usable answer comes.
@@ -90,8 +100,13 @@ class Cohort:
                 with timed(record.seconds, "decode"):
                     messages, received = [message], self.protocol.receive([message], client=client.number)
             record.broadcast_bits = 8 * sum(map(len, messages))
-            answer, examples = self.ask(client, messages, received, record)
-            summand = self.uplink.open(answer, received, examples, broadcast.norm, record)
+            try:
+                answer, registered = self.ask(client, messages, received, record)
+            except OtherBase:
+                messages = self.downlink.with_base(broadcast, messages)
+                record.broadcast_bits += 8 * sum(map(len, messages))
+                answer, registered = self.ask(client, messages, received, record)
+            summand = self.uplink.open(answer, received, registered, broadcast.norm, record)
             return place, summand._replace(broadcast_reports=reports), record
         except ClientFailure as failure:
             record.failure, record.reason = failure.kind, str(failure)
@@ -120,7 +135,7 @@ class LocalClients:
 
     def ask(
         self, client: Client, messages: list[bytes], received: Received, record: ClientRecord
-    ) -> tuple[Answer, int]:
+    ) -> tuple[Answer, Registered]:
         """Trains a client and returns its answer. `messages` are not decoded again: `received` holds their tensors.
 
         A client that sends nothing keeps its earlier state. Every other client commits its new state, because a client
@@ -128,7 +143,7 @@ class LocalClients:
         """
         protocol, seconds, sent = self.half.protocol, record.seconds, False
         with timed(seconds, "train"):
-            examples = _loaded(client, protocol.device)
+            examples = loaded(client, protocol.device)
         with timed(seconds, "encode"):
             schema = protocol.kept_schema
             kept = self.store.load(client.number, received.attempt, schema) if schema else {}
@@ -147,11 +162,10 @@ class LocalClients:
             if sent and schema:
                 with timed(seconds, "encode"):
                     self.store.commit(client.number, received.attempt, answer.to_keep)
-        # the number that the server has registered, not one that an answer claims
-        return answer, min(len(examples.y), protocol.training.max_examples or len(examples.y))
+        return answer, protocol.registered(examples, Key(protocol.seed, received.attempt, client.number))
 
 
-def _loaded(client: Client, device: torch.device) -> Examples:
+def loaded(client: Client, device: torch.device) -> Examples:
     """Returns a client's examples. Raises FedqError if a file cannot be read, which is no fault of the client."""
     before = generators(device)
     try:

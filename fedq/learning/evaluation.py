@@ -1,45 +1,60 @@
-"""Loss and accuracy of a model on examples."""
+"""A task's metrics of a model on examples."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fedq.data import Examples
 from fedq.errors import FedqError
-from fedq.learning.local_training import Precision, wide
+from fedq.learning.local_training import CLASSIFICATION, Precision
+from fedq.learning.task import Sums, Task, check_examples, check_fit, outputs_of, summable
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and yields the results in order, as Python's `map` or a pool's does."""
 
 
 def evaluate(
-    model: nn.Module, examples: Examples, batch_size: int = 50, map: Map = map, precision: Precision = "float32"
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int = 50,
+    map: Map = map,
+    precision: Precision = "float32",
+    task: Task = CLASSIFICATION,
 ) -> dict[str, float]:
-    """Returns the mean cross entropy ("loss", in nats) and the share of right classes ("accuracy", 0 to 1).
+    """Returns the task's metrics; by default the mean cross entropy and the share of right classes.
 
     model: The model, on any device; evaluation mode stays on.
     examples: At least one example.
     batch_size: The number of examples in a forward pass.
     map: Evaluates the batches; a pool's `map` evaluates them side by side, with the same result.
     precision: The precision of forward passes.
+    task: Gives the loss and the sums. They are added up in the order of the batches, integers and float64.
 
-    Raises FedqError if there are no examples.
+    Raises FedqError if there are no examples, or no target that counts. Raises TaskError if the examples or the model's
+    outputs do not fit the task.
     """
 
-    def batch(start: int) -> tuple[float, int]:
+    def batch(start: int) -> Sums:
         # a copy: a model may write to its input
         x, y = (part[start : start + batch_size].to(device, copy=True) for part in examples)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = wide(model(x))
-            return float(F.cross_entropy(logits, y, reduction="sum")), int((logits.argmax(1) == y).sum())
+            outputs = outputs_of(model(x))
+            if not start:
+                check_fit(task, outputs, len(y), examples.y)
+            sums = {"loss": task.loss(outputs, y, "sum"), **task.test_sums(outputs, y)}
+            return {"targets": task.count(y)} | {name: summable(value) for name, value in sums.items()}
 
+    check_examples(examples)
     if not len(examples.y):
         raise FedqError("there are no examples to evaluate on: the dataset's test set is empty")
     device = next(model.parameters()).device
     model.eval()
-    sums = list(map(batch, range(0, len(examples.y), batch_size)))
-    n = len(examples.y)
-    return {"loss": sum(loss for loss, _ in sums) / n, "accuracy": sum(correct for _, correct in sums) / n}
+    first, *others = map(batch, range(0, len(examples.y), batch_size))
+    total = dict(first)
+    for sums in others:
+        total = {name: value + sums[name] for name, value in total.items()}
+    if not total["targets"]:
+        raise FedqError("no target of the test set counts")
+    return task.metrics(total)

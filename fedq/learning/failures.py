@@ -25,6 +25,13 @@ class ClientFailure(Exception):
         self.kind = kind
 
 
+class OtherBase(ClientFailure):
+    """The client may hold other frozen tensors than the server, or other first weights.
+
+    The server then sends its own, exact, before the same messages.
+    """
+
+
 class Diverged(FedqError):
     """The server's weights hold NaN or infinity and cannot be sent; names the tensor."""
 

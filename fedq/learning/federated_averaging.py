@@ -23,13 +23,14 @@ from fedq.learning.error_feedback import Direction, compensate, residual_of
 from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
-from fedq.learning.local_training import LocalTraining, Precision
+from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counts_of, metrics_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
+from fedq.learning.task import Task, TaskError, check_examples, check_fit, check_works, of, outputs_of
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class FederatedAveraging:
         upload: Direction = _EXACT,
         *,
         algorithm: FedAvg = _FEDAVG,
+        task: Task = CLASSIFICATION,
         seed: int = 0,
         device: torch.device | str = "cpu",
         map: Map = map,
@@ -72,6 +74,7 @@ class FederatedAveraging:
         broadcast: Encodes what the server sends.
         upload: Encodes what clients send.
         algorithm: What is sent and averaged; Federated Averaging by default.
+        task: The loss and the metrics; classification by default.
         seed: The seed of every random draw.
         device: Where the model is trained and averaged.
         map: Applies a function to many clients; a pool's `map` trains clients side by side, with the same result.
@@ -85,7 +88,15 @@ class FederatedAveraging:
         """
         self.device, self.min_clients, self.population = torch.device(device), min_clients, population
         self.protocol = protocol = Protocol(
-            model, client, broadcast, upload, algorithm=algorithm, submodel=submodel, seed=seed, device=self.device
+            model,
+            client,
+            broadcast,
+            upload,
+            algorithm=algorithm,
+            task=task,
+            submodel=submodel,
+            seed=seed,
+            device=self.device,
         )
         self.server, self.map, self.precision = server, map, precision
         self.store = InMemory() if store is None else store
@@ -154,14 +165,40 @@ class FederatedAveraging:
             if self.protocol.follows:
                 limit, received = len(broadcast.all_at_once), [record.client for record in usable]
                 after = after.after_broadcast(result.received, broadcast.messages[0], limit, received)
-        return after, metrics_of(state, after, records, seconds)
+        return after, metrics_of(self.protocol.task, state, after, records, seconds)
 
     @one_thread()
     def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
-        """Returns the loss and accuracy of the server's weights on `examples`; see `evaluation.evaluate`."""
+        """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`."""
         model = deepcopy(self.protocol.model)  # a copy: evaluation may write to buffers outside the state_dict
         model.load_state_dict(state.weights)
-        return evaluate(model, examples, batch_size, self.map, self.precision)
+        return evaluate(model, examples, batch_size, self.map, self.precision, self.protocol.task)
+
+    @one_thread()
+    def check(self, whose: str, examples: Examples) -> None:
+        """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
+
+        whose: Whose examples they are, for the error's text.
+        examples: The model evaluates the first two; the targets of all are checked. No examples are right.
+
+        Changes nothing: neither the model, nor the examples, nor torch's generator.
+        """
+        try:
+            check_examples(examples)
+            if not len(examples.y):
+                return
+            x = examples.x[:2].to(self.device, copy=True)
+            with torch.random.fork_rng(devices=[]), torch.inference_mode():
+                try:
+                    made = deepcopy(self.protocol.model).eval()(x)
+                except Exception as error:  # whatever an author's model raises
+                    reason = str(error).splitlines()[0] if str(error) else ""
+                    raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
+                outputs, y = outputs_of(made), examples.y[:2].to(self.device)
+                check_fit(self.protocol.task, outputs, len(x), examples.y)
+                check_works(self.protocol.task, outputs, y)
+        except TaskError as error:
+            raise TaskError(f"with the examples of {whose}: {error}") from error
 
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
@@ -219,16 +256,15 @@ class FederatedAveraging:
         if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
             key = Key(protocol.seed, state.attempt - 1)
             total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
-        frozen = protocol.initial.keys() & {n for n, p in protocol.model.named_parameters() if not p.requires_grad}
+        before = protocol.parts.travelling(state.weights)
         weights, optimizer = server_step(
-            self.server, state.optimizer, state.weights, frozenset(protocol.parameters), sums, total
+            self.server, state.optimizer, before, frozenset(protocol.parameters), sums, total
         )
         means = {name: sums[name] / len(usable) for name in state.groups}
         share = len(usable) / (self.population or len(usable))
         return replace(
             state,
-            # neither weight decay nor dither may move what is frozen
-            weights=weights | {name: state.weights[name] for name in frozen},
+            weights=protocol.parts.with_ties(state.weights | weights),
             optimizer=optimizer,
             groups=protocol.algorithm.step(state.groups, means, share) if means else {},
         )

@@ -7,18 +7,23 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedq.data import Examples
-from fedq.errors import FedqError
+from fedq.errors import FedqError, check_choice
 from fedq.keys import Key
+from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
+
+CLASSIFICATION = Classification()
 
 Projection = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Returns what a client can send of the gradients of a model's parameters."""
 
 Precision = Literal["float32", "bf16"]
 """The precision of matrix products and convolutions: "float32" is the model's own, "bf16" is torch.autocast's."""
+
+Weight = Literal["examples", "targets", "uniform"]
+"""What a client's weight in the mean is: the number of its examples, of their targets that count, or 1."""
 
 Correction = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
 """Changes the gradients of a step in place, given the parameters that the step starts from."""
@@ -27,16 +32,21 @@ Correction = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
 class TrainingMetrics(NamedTuple):
     """What a client reports of its local training.
 
-    loss: The sum of the losses over all examples seen, in the model's state at that time.
-    correct: The number of examples seen that were classified right.
+    loss: The sum of the losses over all targets seen, in the model's state at that time.
+    sums: The sums of the task's `reported`, and "targets", the number of targets seen that count.
     seen: The number of examples seen.
     steps: The number of optimizer steps.
     """
 
     loss: float
-    correct: int
+    sums: Mapping[str, float]
     seen: int
     steps: int
+
+    @property
+    def all_sums(self) -> Sums:
+        """The sums from which the task's metrics follow."""
+        return {"loss": self.loss, **self.sums}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class LocalTraining:
     max_examples: The most examples that a client uses in a round, chosen at random; None for all.
     structured: Whether each step stays within what the client's upload can send, so that the upload loses nothing
         (structured updates, Konečný 2016, §2).
+    weight: The client's weight in the mean: the number of its examples, the number of their targets that count, or 1.
     """
 
     lr: float
@@ -62,6 +73,7 @@ class LocalTraining:
     proximal: float = 0.0
     max_examples: int | None = None
     structured: bool = False
+    weight: Weight = "examples"
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -72,18 +84,30 @@ class LocalTraining:
                 raise ValueError(f"{name} must be 1 or more, not {count}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be from 0 to below 1, not {self.momentum}")
+        check_choice("weight", self.weight, Weight)
         if not self.proximal >= 0:
             raise ValueError(f"proximal must be 0 or more, not {self.proximal}")
 
     def can_give(self, metrics: TrainingMetrics, examples: int) -> bool:
-        """Returns whether a client with so many examples can report these metrics.
+        """Returns whether a client with so many examples can report so many examples seen, and so many steps.
 
         A server believes no other report. A subclass that takes another number of steps overrides the method.
         """
         used = min(examples, self.max_examples or examples)
         steps = -(-used // self.batch_size)
-        exact = metrics.seen == self.epochs * used and metrics.steps == self.epochs * steps
-        return exact and metrics.steps > 0 and 0 <= metrics.correct <= metrics.seen and metrics.loss >= 0
+        return metrics.seen == self.epochs * used and metrics.steps == self.epochs * steps > 0
+
+    def weigh(self, examples: int, targets: int) -> int:
+        """Returns the client's weight in the mean, from what the server has registered."""
+        return {"examples": examples, "targets": targets, "uniform": 1}[self.weight]
+
+    def chosen(self, examples: int, key: Key) -> np.ndarray:
+        """Returns the places of the examples that a client uses in a round, in the order of the first epoch.
+
+        examples: The number of the client's examples.
+        key: The key of `train`.
+        """
+        return key.fold("shuffle").fold("0").permutation(examples)[: self.max_examples]
 
     def train(
         self,
@@ -94,6 +118,7 @@ class LocalTraining:
         project: Projection | None = None,
         precision: Precision = "float32",
         correct_gradients: Correction | None = None,
+        task: Task = CLASSIFICATION,
     ) -> TrainingMetrics:
         """Loads `weights` into `model`, trains it in place on the model's device, and returns the metrics.
 
@@ -105,22 +130,25 @@ class LocalTraining:
         precision: The precision of matrix products and convolutions. Weights, gradients and steps keep the model's
             dtype.
         correct_gradients: Changes each step's gradients after the projection; None if the algorithm has no correction.
+        task: Gives the loss and the sums.
 
-        Raises FedqError if the model draws from a generator that all threads share.
+        Raises TaskError if the examples or the model's outputs do not fit the task. Raises FedqError if the model draws
+        from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
         """
+        check_examples(examples)
         model.load_state_dict(weights)
         model.train()
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
         velocities: dict[str, Tensor] = {}
         all_x, all_y = examples.x.to(device), examples.y.to(device)
-        loss_sum, correct, seen, steps = 0.0, 0, 0, 0
-        orders = key.fold("shuffle")
-        order = orders.fold("0").permutation(len(examples.y))[: self.max_examples]
+        loss_sum, seen, steps = 0.0, 0, 0
+        sums: dict[str, float] = dict.fromkeys((*task.reported, "targets"), 0)
+        order = self.chosen(len(examples.y), key)
         chosen, before = np.sort(order), generators(device)
         for epoch in range(self.epochs):
             if epoch:
-                order = chosen[orders.fold(str(epoch)).permutation(len(chosen))]
+                order = chosen[key.fold("shuffle").fold(str(epoch)).permutation(len(chosen))]
             places = torch.from_numpy(order).to(device)
             x, y = all_x[places], all_y[places]
             for start in range(0, len(order), self.batch_size):
@@ -128,8 +156,10 @@ class LocalTraining:
                 model.zero_grad()
                 # bfloat16 has the range of float32: gradients need no scaling
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = wide(model(batch_x))
-                loss = F.cross_entropy(logits, batch_y)
+                    outputs = outputs_of(model(batch_x))
+                if not steps:
+                    check_fit(task, outputs, len(batch_y), all_y)
+                loss, targets = task.loss(outputs, batch_y), task.count(batch_y)
                 torch.autograd.backward(loss)
                 gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
                 if project is not None:
@@ -141,12 +171,13 @@ class LocalTraining:
                     for name, gradient in gradients.items():
                         gradient.add_(parameters[name].detach() - weights[name], alpha=self.proximal)
                 self._step(parameters, gradients, velocities)
-                loss_sum += float(loss.detach()) * len(batch_y)
-                correct += int((logits.detach().argmax(1) == batch_y).sum())
+                loss_sum += float(loss.detach()) * targets
+                made = {**task.sums(outputs.detach(), batch_y), "targets": targets}
+                sums = {name: value + summable(made[name]) for name, value in sums.items()}
                 seen += len(batch_y)
                 steps += 1
         check_nothing_drawn(before, device)
-        return TrainingMetrics(loss_sum, correct, seen, steps)
+        return TrainingMetrics(loss_sum, sums, seen, steps)
 
     def _step(
         self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], velocities: dict[str, Tensor]
@@ -170,9 +201,9 @@ def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None
     after = generators(device)
     if drawn := [name for name in before if before[name] != after[name]]:
         raise FedqError(
-            "the model draws random numbers in training, as nn.Dropout does, or the dataset draws while it is read. "
-            f"The generator is {drawn[0]}'s, which all threads share, so that no run could be repeated. Remove such "
-            "layers, and give the dataset a generator of its own"
+            f"the model or the dataset draws random numbers from {drawn[0]}'s global generator, which all threads "
+            "share: no run could be repeated. Draw with torch's functions in the model: in training they use a "
+            "generator of the client's own. Give the dataset a generator of its own"
         )
 
 
@@ -180,18 +211,14 @@ def generators(device: torch.device) -> dict[str, Any]:
     """Returns the states of the generators that all threads share; each draw changes its generator's state."""
     of_numpy: Any = np.random.get_state(legacy=False)
     states: dict[str, Any] = {
-        "torch": torch.get_rng_state().numpy().tobytes(),
+        # not torch.get_rng_state: in a client's training, that is about the client's generator
+        "torch": torch.default_generator.get_state().numpy().tobytes(),
         "numpy": (of_numpy["state"]["key"].tobytes(), of_numpy["state"]["pos"], of_numpy["has_gauss"]),
         "Python": random.getstate(),
     }
     if device.type == "cuda":
         states["torch.cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
     return states
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Returns the logits in float32, for the loss; float64 stays float64."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def channels_last(model: nn.Module) -> nn.Module:

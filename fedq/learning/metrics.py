@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedq.learning.failures import FAILURES
 from fedq.learning.round import ClientRecord
 from fedq.learning.state import ServerState
+from fedq.learning.task import Task
 
 
 def counts_of(records: Sequence[ClientRecord], seconds: dict[str, float]) -> dict[str, float]:
@@ -19,15 +20,15 @@ def counts_of(records: Sequence[ClientRecord], seconds: dict[str, float]) -> dic
 
 
 def metrics_of(
-    before: ServerState, after: ServerState, records: Sequence[ClientRecord], seconds: dict[str, float]
+    task: Task, before: ServerState, after: ServerState, records: Sequence[ClientRecord], seconds: dict[str, float]
 ) -> dict[str, float]:
     """Returns a round's metrics; the loop adds the wall time and the test set's metrics."""
     usable = [record for record in records if not record.failure]
-    seen = sum(record.training.seen for record in usable)
+    sums = [record.training.all_sums for record in usable]
+    trained = task.metrics({name: sum(one[name] for one in sums) for name in sums[0]})
     return {
         "round": before.round,
-        "train/loss": sum(record.training.loss for record in usable) / seen,
-        "train/accuracy": sum(record.training.correct for record in usable) / seen,
+        **{f"train/{name}": trained[name] for name in ("loss", task.headline)},
         "broadcast_bits": after.broadcasted_bits - before.broadcasted_bits,
         "aggregated_bits": after.aggregated_bits - before.aggregated_bits,
         "report_bits": after.reported_bits - before.reported_bits,

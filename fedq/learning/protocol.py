@@ -8,17 +8,20 @@ from glob import escape
 import torch
 from torch import Tensor, nn
 
+from fedq.data import Examples
 from fedq.encoding import Codec, Key, MessageError, StateDictEncoder, TensorSpec, schema_of
-from fedq.encoding.message import peek
+from fedq.encoding.message import SchemaMismatch, peek
 from fedq.encoding.schema import Schema, Tensors
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.checks import check_feedback, check_model, check_scaled, check_together, fitted
 from fedq.learning.error_feedback import Direction, ErrorFeedback
-from fedq.learning.failures import ClientFailure
+from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
-from fedq.learning.round import Received
+from fedq.learning.parts import as_bytes, digest, parts_of
+from fedq.learning.round import Received, Registered
 from fedq.learning.submodel import FederatedDropout, SubModels
+from fedq.learning.task import Task
 
 EXACT = StateDictEncoder()
 
@@ -52,6 +55,7 @@ class Protocol:
     device: Where tensors are decoded and models are trained.
     algorithm: The federated algorithm.
     training: The clients' local training.
+    task: The loss and the metrics.
     model: The model, with the weights before the first round.
     initial: The weights before the first round.
     parameters: The names of the model's trainable parameters.
@@ -74,12 +78,13 @@ class Protocol:
         upload: Direction,
         *,
         algorithm: FedAvg,
+        task: Task,
         submodel: FederatedDropout | None,
         seed: int,
         device: torch.device,
     ) -> None:
         """Takes arguments of FederatedAveraging. Raises FedqError if they cannot be combined; see `checks`."""
-        self.seed, self.device, self.algorithm, self.training = seed, device, algorithm, client
+        self.seed, self.device, self.algorithm, self.training, self.task = seed, device, algorithm, client, task
         self.broadcast_feedback = isinstance(broadcast, ErrorFeedback)
         self.upload_feedback = isinstance(upload, ErrorFeedback)
         down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
@@ -88,15 +93,16 @@ class Protocol:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(Key(seed).fold("model").integer())
             built = model()
-        check_model(built)
+        self.parts = parts = parts_of(built, algorithm.frozen)
+        check_model(built, parts, submodel)
         self.model = channels_last(built.to(device))
         state = self.model.state_dict()
-        self.initial = {name: value.detach().clone() for name, value in state.items()}
+        self.initial = parts.with_ties({name: value.detach().clone() for name, value in state.items()})
         self.parameters = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self.submodels = SubModels(self.model, submodel) if submodel else None
         self.client_model = self.submodels.model(self.model) if self.submodels else self.model
-        down, up = fitted("broadcast", down, self.model), fitted("upload", up, self.model)
-        schema = schema_of(self.client_model.state_dict())
+        down, up = fitted("broadcast", down, self.model, parts), fitted("upload", up, self.model, parts)
+        schema = schema_of(parts.travelling(self.client_model.state_dict()))
         for way, direction, encoder in (("broadcast", broadcast, down), ("upload", upload, up)):
             if isinstance(direction, ErrorFeedback):
                 check_feedback(way, encoder.bind(schema), Key(seed).fold("check"))
@@ -113,16 +119,19 @@ class Protocol:
             )
             self.groups[name] = _group(schema_of(tensors), its_down, its_up, prefix)
             self.initial_groups |= tensors
-        whole = schema_of(state)
+        whole = schema_of(parts.travelling(state))
         self.exact = EXACT.bind(whole)
         attached = self.weights.broadcast.attached_schema
         self.to_all = EXACT.bind(whole, attached) if self.submodels else self.weights.broadcast
+        base = self.initial if down.reference == "initial" else parts.frozen
+        self._base = EXACT.bind({name: TensorSpec.of(as_bytes(self.initial[name])) for name in base})
+        self._agree_on_base()
         # if all tensors travel exact, no message has a reference
         self.follows = down.reference == "last" and self.weights.broadcast.sends_differences
         self.report = EXACT.bind(
             {
                 _REPORT + name: TensorSpec((), torch.float64 if kind is float else torch.int64)
-                for name, kind in TrainingMetrics.__annotations__.items()
+                for name, kind in {"loss": float, **task.reported, "seen": int, "steps": int}.items()
             }
         )
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
@@ -141,8 +150,19 @@ class Protocol:
         An earlier message that builds on other weights is skipped: the client has received it, but its answer was lost.
 
         Raises MessageError for messages that are damaged or of another run. Raises ClientFailure if the client does not
-        hold the weights that a message builds on.
+        hold the weights that a message builds on, OtherBase if the server's base may help; see `write_base`.
         """
+        if self._base.schema and messages and self._base.expects(messages[0], {}):
+            self._take_base(messages[0])
+            messages = messages[1:]
+        try:
+            return self._receive(messages, held, client)
+        except (SchemaMismatch, ClientFailure) as error:
+            if self._base.schema and not held:
+                raise OtherBase("lost", str(error)) from error
+            raise
+
+    def _receive(self, messages: Sequence[bytes], held: Sequence[Tensors], client: int) -> Received:
         start = len(messages) - len(self.groups)
         if start < 0 or (start and not self.follows):
             raise MessageError(f"a broadcast has {len(self.groups)} messages, this one {len(messages)}")
@@ -172,22 +192,66 @@ class Protocol:
         up = {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}
         return Received(key.round, weights, tensors, attached, up, reference)
 
+    def start(self, received: Received, client: int) -> dict[str, Tensor]:
+        """Returns the state_dict from which a client trains: what it received, and what is frozen."""
+        frozen = {name: self.initial[name] for name in self.parts.frozen}
+        if frozen and self.submodels:
+            frozen = self.submodels.cut(frozen, self.submodels.drawn(Key(self.seed, received.attempt, client)))
+        return self.parts.with_ties(frozen | received.weights)
+
+    def write_base(self, attempt: int) -> bytes:
+        """Returns the message of the base: the frozen tensors or, with reference=initial, all first weights.
+
+        A client whose base differs, and so the fingerprint of all messages, raises OtherBase and is sent the base.
+        """
+        tensors = {name: as_bytes(self.initial[name]) for name in self._base.schema}
+        return self._base.encode(tensors, Key(self.seed, attempt)).message
+
+    def _take_base(self, message: bytes) -> None:
+        """Replaces this side's base by the one in a message. No other thread may train meanwhile."""
+        key = Key(self.seed, peek(message)[1].round)
+        for name, data in self._base.decode(message, key, device=self.device).tensors.items():
+            value = self.initial[name]
+            self.initial[name] = data.clone().view(value.dtype).reshape(value.shape)
+        self.initial = self.parts.with_ties(self.initial)
+        self._agree_on_base()
+
+    def _agree_on_base(self) -> None:
+        if frozen := {name: self.initial[name] for name in self.parts.frozen}:
+            for codec in (self.weights.broadcast, self.weights.upload, self.to_all, self.exact):
+                codec.agree_on(digest(frozen))
+
     def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
         """Returns the bytes of a client's report."""
-        specs = self.report.schema.items()
-        tensors = {n: torch.tensor(v, dtype=spec.dtype) for (n, spec), v in zip(specs, metrics, strict=True)}
+        values = {**metrics.all_sums, "seen": metrics.seen, "steps": metrics.steps}
+        schema = self.report.schema.items()
+        tensors = {name: torch.tensor(values[name.removeprefix(_REPORT)], dtype=spec.dtype) for name, spec in schema}
         return self.report.encode(tensors, key).message
 
-    def read_report(self, report: bytes, key: Key, examples: int) -> TrainingMetrics:
-        """Returns what a client with so many examples reports.
+    def read_report(self, report: bytes, key: Key, registered: Registered) -> TrainingMetrics:
+        """Returns what a client reports.
 
         Raises MessageError for damaged bytes, and for numbers that the client's training cannot give.
         """
-        loss, correct, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
-        metrics = TrainingMetrics(float(loss), int(correct), int(seen), int(steps))
-        if not self.training.can_give(metrics, examples):
-            raise MessageError(f"no training gives the report {metrics} of {examples} examples")
+        loss, *sums, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
+        reported = dict(zip(self.task.reported, sums, strict=True))
+        metrics = TrainingMetrics(loss, {"targets": seen} | reported, int(seen), int(steps))
+        examples, targets = registered
+        # a client sees its examples once in each epoch, and perhaps some of them once more
+        if (
+            not (examples and self.training.can_give(metrics, examples))
+            or not seen // examples * targets <= metrics.sums["targets"] <= -(-seen // examples) * targets
+            or not self.task.can_give(metrics.all_sums)
+        ):
+            raise MessageError(f"no training gives the report {metrics} of {examples} examples, {targets} targets")
         return metrics
+
+    def registered(self, examples: Examples, key: Key) -> Registered:
+        """Returns what the server registers of a client's examples in a round; `key` is the client's key."""
+        used, most = examples.y, self.training.max_examples
+        if most and most < len(used):
+            used = used[torch.from_numpy(self.training.chosen(len(used), key.fold("train"))).to(used.device)]
+        return Registered(len(used), self.task.count(used))
 
 
 def attach(down: Tensors, up: Tensors) -> dict[str, Tensor]:

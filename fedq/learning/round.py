@@ -80,6 +80,17 @@ class Answer(NamedTuple):
     to_keep: dict[str, Tensor]
 
 
+class Registered(NamedTuple):
+    """What the server has registered of a client, for the examples that the client uses in a round.
+
+    examples: The number of examples.
+    targets: The number of their targets that count for the task.
+    """
+
+    examples: int
+    targets: int
+
+
 class Summand(NamedTuple):
     """What the server adds up over clients.
 
@@ -122,7 +133,7 @@ class ClientRecord:
     report_bits: int = 0
     weight: int = 0
     norm: float | None = None
-    training: TrainingMetrics = TrainingMetrics(0.0, 0, 0, 0)
+    training: TrainingMetrics = TrainingMetrics(0.0, {}, 0, 0)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 

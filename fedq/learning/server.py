@@ -13,7 +13,7 @@ from fedq.encoding.numerics import is_finite
 from fedq.learning.error_feedback import compensate
 from fedq.learning.guard import NormGuard, norm
 from fedq.learning.protocol import Protocol, attach
-from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Summand, timed
+from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Registered, Summand, timed
 from fedq.learning.state import ServerState
 
 ServerOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -53,7 +53,7 @@ class Downlink:
                 reports |= group.broadcast.adaptation.as_cohort(encoded.reports)
         broadcast = Broadcast(state.attempt, messages, state.norm)
         if protocol.follows:
-            all_at_once = protocol.exact.encode(reference, key).message
+            all_at_once = protocol.exact.encode(protocol.parts.travelling(reference), key).message
             missed = {client: state.missed(client) for client in clients}
             broadcast = broadcast._replace(
                 all_at_once=all_at_once, kept=[bytes(k.numpy()) for k in state.kept], missed=missed
@@ -66,6 +66,14 @@ class Downlink:
         if missed < 0:
             return [broadcast.all_at_once, *broadcast.messages]
         return [*broadcast.kept[len(broadcast.kept) - missed :], *broadcast.messages]
+
+    def with_base(self, broadcast: Broadcast, messages: list[bytes]) -> list[bytes]:
+        """Returns the messages for a client that raised OtherBase: the base, all weights at once, then this round's.
+
+        messages: The messages that the client could not read.
+        """
+        at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
+        return [self._protocol.write_base(broadcast.attempt), *at_once, *messages[-len(self._protocol.groups) :]]
 
     def part(self, received: Received, client: int) -> tuple[bytes, dict[str, Tensor]]:
         """Returns a client's own message with its sub-model, for federated dropout, and the reports of its encoding.
@@ -94,12 +102,14 @@ class Uplink:
         self._protocol, self.guard = protocol, guard
         self._stop_at_sum = not protocol.submodels
 
-    def open(self, answer: Answer, received: Received, examples: int, estimate: float, record: ClientRecord) -> Summand:
+    def open(
+        self, answer: Answer, received: Received, registered: Registered, estimate: float, record: ClientRecord
+    ) -> Summand:
         """Returns the summand of an answer, and writes the client's weight, norm and metrics to `record`.
 
         answer: The bytes that the server received.
         received: What the client's broadcast decodes to.
-        examples: The number of the client's examples, as the server has registered it.
+        registered: What the server has registered of the client's examples. A report cannot change the weight.
         estimate: The norm guard's estimate.
         record: The client's record.
 
@@ -117,12 +127,13 @@ class Uplink:
                 )
                 if attached:
                     reports |= group.upload.adaptation.as_cohort(attached)
-            record.training = protocol.read_report(answer.report, key, examples)
+            record.training = protocol.read_report(answer.report, key, registered)
         with timed(record.seconds, "aggregate"):
             if self.guard:
                 record.norm = math.hypot(*map(norm, updates.values()))
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
-            weight, factor, sums = protocol.algorithm.weigh(examples, protocol.training, record.training)
+            weight = protocol.training.weigh(*registered)
+            weight, factor, sums = protocol.algorithm.weigh(weight, protocol.training, record.training)
             record.weight = weight
             total = weighted(updates.pop("weights"), received.weights, weight, scale)
             if factor != 1.0:

@@ -6,8 +6,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Any
@@ -93,19 +93,13 @@ class Ranks:
         """Sends an order of plain values and tensors to every other rank."""
         if self.size > 1:
             with self._connection():
-                data = _packed(order)
-                dist.broadcast(torch.tensor([len(data)]), 0)
-                dist.broadcast(data, 0)
+                _put(order, partial(dist.broadcast, src=0))
 
     def listen(self) -> Iterator[dict[str, Any]]:
         """Yields rank 0's orders until rank 0 is done."""
         while True:
             with self._connection():
-                length = torch.empty(1, dtype=torch.int64)
-                dist.broadcast(length, 0)
-                data = torch.empty(int(length), dtype=torch.uint8)
-                dist.broadcast(data, 0)
-            order = _unpacked(data)
+                order = _take(partial(dist.broadcast, src=0))
             if "end" in order:
                 return
             yield order
@@ -116,12 +110,9 @@ class Ranks:
         Rank 0 calls this method while the others call `contribute_to`.
         """
         bounds = split([client.examples for client in clients], self.size)
-        parts = broadcast._asdict() | {
-            name: list(map(_bytes, getattr(broadcast, name))) for name in ("messages", "kept")
-        }
-        parts |= {"all_at_once": _bytes(broadcast.all_at_once), "missed": dict(broadcast.missed)}
+        sent = _with_each_message(broadcast, _as_tensor)
         self.apart = self.size > 1
-        self.tell({"broadcast": parts, "numbers": [client.number for client in clients], "bounds": bounds})
+        self.tell({"broadcast": sent, "numbers": [client.number for client in clients], "bounds": bounds})
         result = self._reduce(contribute(broadcast, list(enumerate(clients))[: bounds[1]]))
         self.apart = False
         return result
@@ -137,9 +128,7 @@ class Ranks:
         `clients` returns clients of a round by their numbers.
         """
         first, last = order["bounds"][self.rank : self.rank + 2]
-        parts = order["broadcast"]
-        parts |= {name: [message.numpy().tobytes() for message in parts[name]] for name in ("messages", "kept")}
-        broadcast = Broadcast(**parts | {"all_at_once": parts["all_at_once"].numpy().tobytes()})
+        broadcast = _with_each_message(order["broadcast"], lambda message: message.numpy().tobytes())
         mine = clients(broadcast.attempt, order["numbers"][first:last])
         self._reduce(contribute(broadcast, enumerate(mine, first)))
 
@@ -149,10 +138,16 @@ class Ranks:
         while step < self.size:
             with self._connection():
                 if self.rank & step:
-                    _send(result, self.rank - step)
+                    parts = (result.sums.partial_results(), result.records, result.seconds)
+                    _put(parts, partial(dist.send, dst=self.rank - step))
                     break
                 if self.rank + step < self.size:
-                    _receive(self.rank + step, result)
+                    sums, records, seconds = _take(partial(dist.recv, src=self.rank + step))
+                    for level, place, summand in sums:
+                        result.sums.add(place, summand, level)
+                    result.records |= records
+                    for phase, value in seconds.items():
+                        result.seconds[phase] += value
             step *= 2
         return result
 
@@ -211,41 +206,31 @@ def _store(prefix: str, patience: float) -> PrefixStore:
     return PrefixStore(prefix, TCPStore(address, port, None, os.environ["RANK"] == "0", timeout, multi_tenant=True))
 
 
-def _send(result: CohortResult, to: int) -> None:
-    """Sends partial sums and records."""
-    sums = [(level, place, summand and summand._asdict()) for level, place, summand in result.sums.partial_results()]
-    records = {place: asdict(record) | {"training": tuple(record.training)} for place, record in result.records.items()}
-    data = _packed({"sums": sums, "records": records, "seconds": result.seconds})
-    dist.send(torch.tensor([len(data)]), to)
-    dist.send(data, to)
+def _with_each_message(broadcast: Broadcast, convert: Callable[[Any], Any]) -> Broadcast:
+    """Returns the broadcast with its messages converted: torch's files hold tensors faster than bytes."""
+    messages, kept = ([*map(convert, part)] for part in (broadcast.messages, broadcast.kept))
+    return Broadcast(
+        broadcast.attempt, messages, broadcast.norm, convert(broadcast.all_at_once), kept, dict(broadcast.missed)
+    )
 
 
-def _receive(source: int, result: CohortResult) -> None:
-    """Receives partial sums and records from `_send`, and adds them to `result`."""
-    length = torch.empty(1, dtype=torch.int64)
-    dist.recv(length, source)
-    data = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(data, source)
-    parts = _unpacked(data)
-    for level, place, summand in parts["sums"]:
-        result.sums.add(place, None if summand is None else Summand(**summand), level)
-    for place, record in parts["records"].items():
-        result.records[place] = ClientRecord(**record | {"training": TrainingMetrics(*record["training"])})
-    for phase, value in parts["seconds"].items():
-        result.seconds[phase] += value
-
-
-def _packed(values: dict[str, Any]) -> Tensor:
-    """Returns plain values and tensors as bytes (uint8, one dimension)."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-
-
-def _unpacked(data: Tensor) -> Any:
-    """Returns the values that `_packed` packed, on their devices. The bytes cannot run code."""
-    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
-
-
-def _bytes(message: bytes) -> Tensor:
+def _as_tensor(message: bytes) -> Tensor:
     return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
+
+
+def _put(value: Any, move: Callable[[Tensor], Any]) -> None:
+    """Sends a value, with `move` for each tensor of bytes: the length, then the content."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    move(torch.tensor([buffer.tell()]))
+    move(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8))
+
+
+def _take(move: Callable[[Tensor], Any]) -> Any:
+    """Receives a value that another rank sends with `_put`. The bytes cannot run code."""
+    length = torch.empty(1, dtype=torch.int64)
+    move(length)
+    data = torch.empty(int(length), dtype=torch.uint8)
+    move(data)
+    with torch.serialization.safe_globals([Broadcast, ClientRecord, Summand, TrainingMetrics]):
+        return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)

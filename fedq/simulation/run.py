@@ -32,6 +32,7 @@ from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
 from fedq.learning import FederatedAveraging, ServerState
+from fedq.learning.parts import as_bytes
 from fedq.learning.server import server_step
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
@@ -41,6 +42,7 @@ from fedq.simulation.stopping import Stopping
 from fedq.simulation.sweep import varied_keys
 from fedq.simulation.workers import Workers
 from fedq.tracking.console import ConsoleProgress
+from fedq.tracking.headline import Headline
 from fedq.tracking.metrics import MetricsFile
 from fedq.tracking.summary import Summary
 from fedq.tracking.tensorboard import TensorBoard
@@ -79,30 +81,34 @@ def train(
             ranks.tell({"job": config, **shared})
         process, dataset, clients = assemble(cfg, stopping, stack, store)
         state, done = process.initialize(), []
-        exact_message = process.protocol.exact.encode(state.weights, Key(run.seed)).message
+        protocol = process.protocol
+        exact_message = protocol.exact.encode(protocol.parts.travelling(state.weights), Key(run.seed)).message
         log.info("run.rounds=%d in %s", run.rounds, folder)
         for way in ("broadcast", "upload"):
-            if config["encoder"][way]["stages"] and not getattr(process.protocol.weights, way).compressed:
+            if config["encoder"][way]["stages"] and not getattr(protocol.weights, way).compressed:
                 log.warning("encoder.%s compresses nothing: no tensor has more than encoder.threshold elements", way)
         if earlier:
             check_form(process, *earlier)
             state, its_folder = earlier
             log.info("resumed after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
+        gather = partial(ranks.gather, process.contribute) if ranks else None
+        to_do = rounds(process, state, dataset, run, clients, gather)
         # no check refuses the run from here on
-        summary.start(config, 8 * len(exact_message))
+        task = process.protocol.task
+        headline = Headline(task.headline, task.more_is_better)
+        summary.start(config, 8 * len(exact_message), headline)
         keep_configuration(cfg, folder)
         for metrics in done:
             summary.write(metrics)
         # a resumed run, for example with more rounds, keeps its name in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
-        tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done))
-        progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
-        gather = partial(ranks.gather, process.contribute) if ranks else None
+        tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done, headline))
+        progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round, headline)))
         saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store)
         try:
             saver.save(state)
-            for after, metrics in rounds(process, state, dataset, run, clients, gather):
+            for after, metrics in to_do:
                 for tracker in (metrics_file, summary, tensorboard, progress):
                     tracker.write(metrics)
                 state = after
@@ -170,9 +176,13 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
     for way in ("broadcast", "upload"):
         if schema_of(getattr(state, way)) != schema_of(getattr(fresh, way)):
             raise ConfigError(f"{folder}: its checkpoint holds another state of encoder.{way}")
-    zeros = {name: torch.zeros_like(value) for name, value in state.weights.items()}
+    for name in process.protocol.parts.frozen:
+        if not torch.equal(as_bytes(state.weights[name]), as_bytes(fresh.weights[name]).cpu()):
+            raise ConfigError(f"{folder}: its checkpoint is of another model: the frozen {name!r} differs")
+    weights = {name: state.weights[name] for name in process.protocol.parameters}
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     try:
-        server_step(process.server, state.optimizer, state.weights, frozenset(process.protocol.parameters), zeros, 1)
+        server_step(process.server, state.optimizer, weights, frozenset(weights), zeros, 1)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder}: its checkpoint holds another state of the server optimizer: {reason}") from error
@@ -189,11 +199,7 @@ def client_store(
 ) -> ClientStateFiles:
     """Returns the store of the clients' state in the run's `folder`, as it was when `earlier` was saved."""
     store = ClientStateFiles(folder / "checkpoints" / "residuals", run.seed, run.residual_memory * 2**20, shared)
-    if earlier:
-        state, its_folder = earlier
-        store.resume(state.attempt, its_folder / "checkpoints" / "residuals")
-    else:
-        store.resume(0)
+    store.resume(earlier[0].attempt if earlier else 0, earlier and earlier[1] / "checkpoints" / "residuals")
     return store
 
 

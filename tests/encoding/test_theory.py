@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import pytest
 
-from fedq.bench import measure, synthetic
+from experiments.rate_distortion.bench import measure, synthetic
 from fedq.encoding import (
     ANS,
     Eden,

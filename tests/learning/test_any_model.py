@@ -36,15 +36,6 @@ class Dense(nn.Module):
         return self.last(torch.relu(self.first(x.flatten(1))))
 
 
-def test_tied_weights_are_refused_by_their_names(process):
-    def tied(model):
-        model.twin = nn.Linear(10, 10)
-        model.twin.weight = model.last.weight
-
-    with pytest.raises(FedqError, match="'last.weight' and 'twin.weight' are one tensor"):
-        process(model=partial(Dense, tied))
-
-
 @pytest.mark.parametrize("dropout", [None, FederatedDropout(0.5)])
 def test_what_is_frozen_does_not_move(process, client, dropout):
     """No client's step and no weight decay on the server moves a frozen weight."""

@@ -31,7 +31,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.message import pack, peek, repacked
 from fedq.errors import FedqError
-from fedq.learning import ClientFailure, Diverged, LocalTraining, TooFewClients, TrainingMetrics, evaluate
+from fedq.learning import ClientFailure, Diverged, LocalTraining, Registered, TooFewClients, TrainingMetrics, evaluate
 from fedq.learning.cohort import _longest_first
 from fedq.simulation.workers import Workers
 
@@ -193,7 +193,9 @@ def test_a_report_that_no_client_sends_is_refused_with_its_update(process, clien
 def test_a_client_without_examples_can_give_no_report(process):
     protocol, key = process().protocol, Key(0, 0, 1)
     with pytest.raises(MessageError, match="no training gives the report"):
-        protocol.read_report(protocol.write_report(TrainingMetrics(0.0, 0, 0, 0), key), key, 0)
+        protocol.read_report(
+            protocol.write_report(TrainingMetrics(0.0, {"correct": 0}, 0, 0), key), key, Registered(0, 0)
+        )
 
 
 def test_a_clients_weight_does_not_follow_its_report(process, client):

@@ -30,9 +30,9 @@ class FedNova(FedAvg):
             )
 
     @override
-    def weigh(self, examples: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
+    def weigh(self, weight: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
         work = _work(training, metrics.steps)
-        return Weighing(examples, 1 / work, {"work": examples * work})
+        return Weighing(weight, 1 / work, {"work": weight * work})
 
     @override
     def rescale(self, sums: Mapping[str, float], weight: int) -> float:

@@ -43,6 +43,8 @@ class Scaffold(FedAvg):
     def check(self, training: LocalTraining) -> None:
         if training.momentum or training.proximal:
             raise FedqError("algorithm=scaffold needs client.momentum=0 and client.proximal=0: it assumes plain SGD")
+        if training.weight == "targets":
+            raise FedqError("algorithm=scaffold needs client.weight=uniform: its mean is over clients")
 
     @override
     def correct(
@@ -66,7 +68,7 @@ class Scaffold(FedAvg):
         return {name: kept[name] + change.cpu() if kept else change.cpu() for name, change in decoded.items()}
 
     @override
-    def weigh(self, examples: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
+    def weigh(self, weight: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
         return Weighing(1)
 
     @override

@@ -1,7 +1,7 @@
 """Measures each encoder's rate and distortion in real bytes: a table, a CSV file and a picture.
 
-python -m fedq.bench                                  the uploads of all of conf/encoder, on every source
-python -m fedq.bench eden qsgd:levels=2 --sources normal,update
+python -m experiments.rate_distortion.bench             the uploads of all of conf/encoder, on every source
+python -m experiments.rate_distortion.bench eden qsgd:levels=2 --sources normal,update
 
 The rate is 8 × bytes / elements, where bytes are a message of one tensor without the frame. Tables and side values
 count. The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE). It is given for one client, and for
@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from experiments.tables import show
 from fedq.config import build, build_encoder, build_run, check, explain
 from fedq.encoding import Codec, Key, StateDictEncoder, TensorSpec
 from fedq.encoding.message import OVERHEAD
@@ -213,19 +213,14 @@ def _upload(cfg: DictConfig) -> StateDictEncoder:
 
 def table(results: list[Result]) -> Table:
     """Returns the table of the results on one source."""
-    shown = Table(title=results[0].source, box=SIMPLE_HEAD)
-    shown.add_column("encoder", no_wrap=True)
+    shown = Table(title=results[0].source)
+    shown.add_column("encoder")
     for heading in ("bits", "NMSE", "of mean", "encode ms", "decode ms"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+        shown.add_column(heading, justify="right")
     for r in results:
         errors = (f"{r.nmse:.3g}", f"{r.nmse_of_mean:.3g}")
         shown.add_row(r.encoder, f"{r.bits:.4f}", *errors, f"{r.encode_ms:.1f}", f"{r.decode_ms:.1f}")
     return shown
-
-
-def print_table(shown: Table) -> None:
-    """Prints a table in its full width, without cut cells, also on a narrow terminal."""
-    Console(width=Console(width=10_000).measure(shown).maximum).print(shown)
 
 
 def plot(results: list[Result], path: Path) -> None:
@@ -286,7 +281,7 @@ def _panel(panel: "Axes", source: str, curves: dict[str, list[Point]], names: li
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fedq.bench", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("encoders", nargs="*", metavar="ENCODER", help="an option of conf/encoder, or NAME:KEY=VALUE,…")
     parser.add_argument("--sources", default=",".join(SOURCES), help="which of %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of training before the updates are taken")
@@ -321,7 +316,7 @@ def main() -> None:
                 except FedqError as error:
                     console.print(f"{source}: {name} is left out: {error}", markup=False, soft_wrap=True)
             if found := [result for result in results if result.source == source]:
-                print_table(table(found))
+                show(table(found))
     if not results:
         sys.exit("fedq: nothing could be measured")
     with (arguments.out / "bench.csv").open("w", newline="") as file:

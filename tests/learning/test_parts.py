@@ -1,0 +1,340 @@
+"""What of a model travels: frozen tensors stay where they are, tied tensors travel once."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from fedq.config import build_encoder
+from fedq.data import Client, Examples
+from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, UniformQuantization
+from fedq.errors import FedqError
+from fedq.learning import ErrorFeedback, FedAvg, FederatedDropout, FedNova, LocalTraining, Scaffold
+from fedq.learning.guard import NormGuard
+from fedq.simulation import checkpoint
+from fedq.simulation.run import check_form
+from fedq.train import CONF
+
+UINT8 = StateDictEncoder(Encoder([UniformQuantization(bits=8)], FixedWidth()), threshold=0)
+DROP = Encoder([UniformQuantization(bits=2)], FixedWidth())
+
+
+class Adapter(nn.Module):
+    """A frozen base of 99,000 parameters, and 1,000 that train."""
+
+    def __init__(self, frozen=True):
+        super().__init__()
+        self.base, self.head = nn.Linear(100, 990, bias=False), nn.Linear(990, 1, bias=False)
+        self.out = nn.Linear(1, 10, bias=False)
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.base.requires_grad_(not frozen)
+        self.units = {"hidden": (("base.weight", 0), ("head.weight", 1))}
+
+    def forward(self, x):
+        return self.out(self.head(self.base(x * self.scale)))
+
+
+def make(number, features=100, examples=40):
+    draw = torch.Generator().manual_seed(number)
+    x, y = torch.randn(examples, features, generator=draw), torch.randint(10, (examples,), generator=draw)
+    return Client(number, lambda: Examples(x, y))
+
+
+CLIENTS = [make(0), make(1), make(2)]
+
+
+def test_a_model_that_is_99_percent_frozen_sends_one_percent_of_the_bytes(process):
+    bits = {}
+    for frozen in (True, False):
+        averaging = process(model=partial(Adapter, frozen), broadcast=UINT8, upload=UINT8)
+        _, metrics = averaging.next(averaging.initialize(), CLIENTS[:1])
+        bits[frozen] = metrics["broadcast_bits"], metrics["aggregated_bits"]
+    trains = 990 + 10
+    for few, all_bits in zip(bits[True], bits[False], strict=True):
+        assert few / 8 < trains + 100
+        assert few < all_bits / 90
+
+
+CHANGES = {
+    "plain": {},
+    "feedback": {"broadcast": ErrorFeedback(UINT8), "upload": ErrorFeedback(UINT8)},
+    "initial": {"broadcast": replace(UINT8, reference="initial")},
+    "last": {"broadcast": replace(UINT8, reference="last")},
+    "parts": {"submodel": FederatedDropout(0.5)},
+    "joint": {"broadcast": replace(UINT8, joint=True), "upload": replace(UINT8, joint=True)},
+    "scaffold": {"algorithm": Scaffold()},
+    "fednova": {"algorithm": FedNova()},
+    "guard": {"guard": NormGuard("clip")},
+    "decay": {"server": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_frozen_tensors_keep_their_bits(process, changes):
+    """Also in a run that is saved after two rounds and resumed."""
+    averaging = process(model=Adapter, **{"broadcast": UINT8, "upload": UINT8, **changes})
+    start = state = averaging.initialize()
+    for _ in range(5):
+        state, metrics = averaging.next(state, CLIENTS)
+        assert metrics["clients"] == 3
+    assert torch.equal(state.weights["base.weight"], start.weights["base.weight"])
+    assert not torch.equal(state.weights["head.weight"], start.weights["head.weight"])
+    assert list(state.weights) == list(Adapter().state_dict())
+
+
+def test_structured_updates_of_a_frozen_model(process):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        upload = build_encoder(compose("config", ["encoder=structured_mask", "encoder.threshold=100"]), "upload")
+    averaging = process(model=Adapter, upload=upload, client=LocalTraining(lr=0.1, structured=True))
+    start = averaging.initialize()
+    state, _ = averaging.next(start, CLIENTS)
+    assert torch.equal(state.weights["base.weight"], start.weights["base.weight"])
+    assert not torch.equal(state.weights["head.weight"], start.weights["head.weight"])
+
+
+def test_a_frozen_base_trains_as_in_a_bare_loop(process):
+    averaging = process(model=Adapter, client=LocalTraining(lr=0.1, batch_size=40))
+    state = averaging.initialize()
+    model = Adapter()
+    model.load_state_dict(state.weights)
+    for _ in range(3):
+        state, _ = averaging.next(state, CLIENTS[:1])
+    loop(model, CLIENTS[0].load(), 3)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(state.weights[name], value)
+
+
+def loop(model, examples, steps):
+    """Takes plain steps of rate 0.1 on all examples."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(examples.x), examples.y))
+        optimizer.step()
+
+
+def test_patterns_freeze_parameters_and_buffers(process):
+    averaging = process(model=partial(Adapter, False), algorithm=FedAvg(frozen=["base.*", "sca?e"]))
+    assert averaging.protocol.parts.travels == ["head.weight", "out.weight"]
+    state, _ = averaging.next(averaging.initialize(), CLIENTS)
+    assert torch.equal(state.weights["base.weight"], averaging.protocol.initial["base.weight"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sentence"),
+    [
+        (["base.*", "bass.*"], r"algorithm.frozen: no tensor fits 'bass.\*'. The tensors are scale, base.weight, head"),
+        (["*"], "no parameter to train"),
+    ],
+)
+def test_patterns_that_fit_nothing_or_everything(process, patterns, sentence):
+    with pytest.raises(FedqError, match=sentence):
+        process(model=Adapter, algorithm=FedAvg(frozen=patterns))
+
+
+class Writes(Adapter):
+    """A model that writes to its frozen tensors in training: to a buffer, and to a parameter's data."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        if self.training:
+            self.get_parameter(self.name).data += 1 if "." in self.name else 0
+            self.scale += "." not in self.name
+        return super().forward(x)
+
+    def get_parameter(self, name):
+        return self.scale if name == "scale" else super().get_parameter(name)
+
+
+@pytest.mark.parametrize("name", ["scale", "base.weight"])
+def test_a_write_to_a_frozen_tensor_is_an_error(process, name):
+    averaging = process(model=partial(Writes, name), algorithm=FedAvg(frozen=["scale"]))
+    with pytest.raises(FedqError, match=f"training changes {name!r}, which is frozen"):
+        averaging.next(averaging.initialize(), CLIENTS)
+
+
+class Grows(Adapter):
+    """A model whose extra state changes in training: of two elements its length, of integers its dtype."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state.clone()
+
+    def forward(self, x):
+        if self.training:
+            self.state = torch.cat([self.state, self.state]) if len(self.state) > 1 else self.state + 0.5
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("state", [torch.zeros(2), torch.zeros(1, dtype=torch.int64)])
+def test_a_change_of_shape_or_dtype_is_an_error(process, state):
+    averaging = process(model=partial(Grows, state))
+    with pytest.raises(FedqError, match="training changes the shape or dtype of '_extra_state'"):
+        averaging.next(averaging.initialize(), CLIENTS)
+
+
+def test_an_extra_state_that_is_a_tensor_is_averaged(process):
+    averaging = process(model=partial(Grows, torch.zeros(1)))
+    state, _ = averaging.next(averaging.initialize(), CLIENTS)  # each client takes two steps
+    assert state.weights["_extra_state"].tolist() == [1.0]
+    assert averaging.evaluate(state, CLIENTS[0].load())["loss"] > 0
+
+
+class Masked(Adapter):
+    """A model with constant buffers that have no mean, or are not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        self.register_buffer("nothing", torch.tensor(float("nan")))
+        self.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
+        self.register_buffer("small", torch.ones(2, 2).to(torch.float8_e4m3fn))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("empty", torch.zeros(0, 3))
+
+
+def test_constant_buffers_of_any_values_and_dtypes(process):
+    names = ["mask", "nothing", "turns", "small", "flags", "empty"]
+    averaging, other = (process(model=Masked, algorithm=FedAvg(frozen=names), seed=seed) for seed in (1, 2))
+    assert averaging.protocol.parts.frozen == ["mask", "nothing", "turns", "small", "flags", "empty", "base.weight"]
+    state, metrics = averaging.next(averaging.initialize(), CLIENTS)
+    assert metrics["clients"] == 3
+    averaging.evaluate(state, CLIENTS[0].load())
+    broadcast, _ = averaging.downlink.open(state, [0])
+    other.protocol.seed = 1  # both sides have the same seed, but drew other weights
+    other.protocol.receive(averaging.downlink.with_base(broadcast, broadcast.messages))
+    for name in averaging.protocol.parts.frozen:
+        ours, theirs = averaging.protocol.initial[name], other.protocol.initial[name]
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert ours.numpy(force=True).tobytes() == theirs.numpy(force=True).tobytes() if ours.itemsize > 1 else True
+
+
+def test_a_checkpoint_with_another_base_is_refused(process, tmp_path):
+    averaging = process(model=Adapter)
+    state, _ = averaging.next(averaging.initialize(), CLIENTS)
+    path = checkpoint.save(state, {}, tmp_path, 1)
+    loaded, _ = checkpoint.load(path)
+    check_form(averaging, loaded, tmp_path)
+    with pytest.raises(FedqError, match="of another model: the frozen 'base.weight' differs"):
+        check_form(process(model=Adapter, seed=1), loaded, tmp_path)
+
+
+class Tied(nn.Module):
+    """A model in the form of a language model: the last layer has the weights of the first, one block stands twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.letters = nn.Embedding(26, 12)
+        self.block = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12))
+        self.again = self.block
+        self.out = nn.Linear(12, 26)
+        self.out.weight = self.letters.weight
+
+    def forward(self, x):
+        return self.out(self.again(torch.relu(self.block(self.letters(x).mean(1)))))
+
+
+class Filters(nn.Module):
+    """Two convolutions with one kernel, whose channels are last in memory in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.second.weight = self.first.weight
+        self.out = nn.Linear(75, 10)
+
+    def forward(self, x):
+        return self.out(self.second(torch.relu(self.first(x))).flatten(1))
+
+
+LETTERS = Examples(torch.randint(26, (40, 5), generator=torch.Generator().manual_seed(0)), torch.arange(40) % 26)
+PICTURES = Examples(torch.rand(40, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10)
+TIES = {
+    Tied: {"out.weight": "letters.weight", "again.0.weight": "block.0.weight", "again.1.bias": "block.1.bias"},
+    Filters: {"second.weight": "first.weight"},
+}
+
+
+@pytest.mark.parametrize(("model", "examples"), [(Tied, LETTERS), (Filters, PICTURES)])
+def test_tied_tensors_travel_once_and_train_as_in_a_bare_loop(process, tmp_path, model, examples):
+    averaging = process(model=model, client=LocalTraining(lr=0.1, batch_size=40))
+    state = averaging.initialize()
+    bare = model()
+    bare.load_state_dict(state.weights)
+    for _ in range(4):
+        state, metrics = averaging.next(state, [Client(0, lambda: examples)])
+    size = sum(p.numel() * p.itemsize for p in (*bare.parameters(), *bare.buffers()))  # ties count once here
+    assert metrics["broadcast_bits"] == metrics["aggregated_bits"] == 8 * (size + 48)
+    state, _ = checkpoint.load(checkpoint.save(state, {}, tmp_path, 1))
+    check_form(averaging, state, tmp_path)
+    loop(bare, examples, 4)
+    for name, value in bare.state_dict().items():
+        torch.testing.assert_close(state.weights[name], value, rtol=1e-5, atol=1e-6)
+    for name, first in TIES[model].items():
+        assert state.weights[name].data_ptr() == state.weights[first].data_ptr()
+    expected = float(F.cross_entropy(bare.eval()(examples.x), examples.y).detach())
+    assert averaging.evaluate(state, examples)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["feedback", "initial", "last", "joint", "scaffold", "fednova", "guard", "decay"])
+def test_tied_tensors_stay_tied(process, name):
+    averaging = process(model=Tied, **{"broadcast": UINT8, "upload": UINT8, **CHANGES[name]})
+    start = state = averaging.initialize()
+    for _ in range(3):
+        state, metrics = averaging.next(state, [Client(0, lambda: LETTERS), Client(1, lambda: LETTERS)])
+        assert metrics["clients"] == 2
+    assert list(state.weights) == list(Tied().state_dict())
+    assert not torch.equal(state.weights["letters.weight"], start.weights["letters.weight"])
+    for name, first in TIES[Tied].items():
+        assert torch.equal(state.weights[name], state.weights[first])
+
+
+def test_a_pattern_may_name_any_of_the_tied(process):
+    averaging = process(model=Tied, algorithm=FedAvg(frozen=["out.weight", "again.1.num*"]))
+    assert averaging.protocol.parts.frozen == ["letters.weight", "block.1.num_batches_tracked"]
+
+
+def test_tied_weights_have_no_parts(process):
+    with pytest.raises(
+        FedqError, match="'block.0.weight' and 'again.0.weight' are tied, and a sub-model would untie them"
+    ):
+        process(model=Tied, submodel=FederatedDropout(0.5))
+
+
+def two_buffers(model):
+    model.register_buffer("one", torch.zeros(3))
+    model.register_buffer("other", model.one)
+
+
+def halves_of_a_parameter(model):
+    model.tail = nn.Parameter(model.first.weight.detach()[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (two_buffers, "'one' and 'other' are one tensor: only one Parameter can stand in two places"),
+        (halves_of_a_parameter, "'tail' and 'first.weight' share memory: no part of a tensor can stand in two places"),
+    ],
+)
+def test_other_tensors_that_share_memory_are_refused(process, change, sentence):
+    def changed():
+        model = Filters()
+        change(model)
+        return model
+
+    with pytest.raises(FedqError, match=sentence):
+        process(model=changed)
