@@ -12,6 +12,7 @@ from command import fedq
 from data.cifar_files import write_cifar
 from encoding.configured import CONF
 from PIL import Image
+from tff_files import cifar100_files, shakespeare_files, stackoverflow_files
 
 SMALL = """
 from pathlib import Path
@@ -35,6 +36,7 @@ class Net(torch.nn.Module):
 """A module without the MD5 of CIFAR's files, and with a model of colour images."""
 
 CIFAR = ("dataset._target_=small.torchvision_dataset", "dataset.clients=4", "model._target_=small.Net")
+TEXT = ("task=next_token", "model._target_=tiny_models.Bigram")
 ROUNDS = ("model=mlp", "run.rounds=2", "run.clients_per_round=2", "encoder.threshold=100")
 PARTITIONS = sorted(path.stem for path in Path(CONF, "dataset", "partition").glob("*.yaml"))
 
@@ -79,6 +81,9 @@ FILES = {  # dataset → (writes its files, further arguments)
         write_parquet,
         ("dataset.client=writer", "dataset.x=image", "dataset.y=label", "dataset.shape=[1,28,28]"),
     ),
+    "fed_cifar100": (cifar100_files, ("model._target_=tiny_models.Colour",)),
+    "tff_shakespeare": (shakespeare_files, TEXT),
+    "stackoverflow": (stackoverflow_files, TEXT),
 }
 
 

@@ -12,6 +12,7 @@ from fedq.encoding import Key, MessageError
 from fedq.encoding.numerics import is_finite
 from fedq.learning.error_feedback import compensate
 from fedq.learning.guard import NormGuard, norm
+from fedq.learning.optimizers import Scheduled
 from fedq.learning.protocol import Protocol, attach
 from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Registered, Summand, timed
 from fedq.learning.state import ServerState
@@ -133,7 +134,8 @@ class Uplink:
                 record.norm = math.hypot(*map(norm, updates.values()))
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
             weight = protocol.training.weigh(*registered)
-            weight, factor, sums = protocol.algorithm.weigh(weight, protocol.training, record.training)
+            training = protocol.training.at(received.attempt)
+            weight, factor, sums = protocol.algorithm.weigh(weight, training, record.training)
             record.weight = weight
             total = weighted(updates.pop("weights"), received.weights, weight, scale)
             if factor != 1.0:
@@ -223,11 +225,13 @@ def server_step(
     parameters: frozenset[str],
     total: Mapping[str, Tensor],
     weight: int | float | Mapping[str, Tensor],
+    round: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the next weights and optimizer state.
 
     total: The weighted sum of updates; its memory is reused.
     weight: The sum of the weights, or a tensor of sums for each name if coordinates have different clients.
+    round: The number of the round, from 0, for the learning rate.
 
     The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 1). Other floating
     tensors (batch norm's running statistics) take the mean as it is. Integers and booleans take the mean rounded to the
@@ -238,6 +242,9 @@ def server_step(
     optimizer = build(leaves.values())
     if state:
         optimizer.load_state_dict(deepcopy(dict(state)))
+    if isinstance(build, Scheduled):
+        for group in optimizer.param_groups:
+            group["lr"] = build.rate(round)
     for name, leaf in leaves.items():
         leaf.grad = total[name].div_(-share[name]).to(leaf.dtype)
     optimizer.step()
