@@ -104,6 +104,12 @@ def completed(cwd: Path) -> list[float]:
     return losses
 
 
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """Returns the metrics of a run, without seconds."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_dataset_of_files_trains(tmp_path, name):
     fedq(tmp_path, *prepare(tmp_path, name))
@@ -116,3 +122,15 @@ def test_every_partition_trains(tmp_path):
     fedq(tmp_path, *prepare(tmp_path, "image_folder")[:-1], "dataset/partition=natural")
     losses = completed(tmp_path)
     assert len(set(losses)) == len(losses) == len(PARTITIONS)
+
+
+def test_inputs_change_alike_for_any_number_of_workers(tmp_path):
+    command = (*prepare(tmp_path, "cifar10"), "run.clients_per_round=4")
+    for name, changes in {
+        "plain": (),
+        "one": ("client/augment=crop_and_flip", "run.workers=1"),
+        "two": ("client/augment=crop_and_flip", "run.workers=2"),
+    }.items():
+        fedq(tmp_path, *command, *changes, f"hydra.run.dir={name}")
+    plain, one, two = (metrics_of(tmp_path / name) for name in ("plain", "one", "two"))
+    assert one == two != plain
