@@ -30,7 +30,17 @@ from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, G
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import Task, TaskError, check_examples, check_fit, check_works, of, outputs_of
+from fedq.learning.task import (
+    Task,
+    TaskError,
+    check_examples,
+    check_fit,
+    check_works,
+    of,
+    outputs_of,
+    remedy,
+    remedy_of_model,
+)
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +213,10 @@ class FederatedAveraging:
                     made = deepcopy(self.protocol.model).eval()(x)
                 except Exception as error:  # whatever an author's model raises
                     reason = str(error).splitlines()[0] if str(error) else ""
-                    raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
+                    raise TaskError(
+                        f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}{remedy_of_model(x)}"
+                        f"{remedy(self.protocol.task, examples.y)}"
+                    ) from error
                 outputs, y = outputs_of(made), examples.y[:2].to(self.device)
                 check_fit(self.protocol.task, outputs, len(x), examples.y)
                 check_works(self.protocol.task, outputs, y)
