@@ -20,7 +20,7 @@ from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.cohort import Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.evaluation import Map, evaluate
+from fedq.learning.evaluation import Map, evaluate, evaluate_clients
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
@@ -170,9 +170,19 @@ class FederatedAveraging:
     @one_thread()
     def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
         """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`."""
-        model = deepcopy(self.protocol.model)  # a copy: evaluation may write to buffers outside the state_dict
+        return evaluate(self._model(state), examples, batch_size, self.map, self.precision, self.protocol.task)
+
+    @one_thread()
+    def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:
+        """Returns mean, median and worst tenth over clients; see `evaluation.evaluate_clients`."""
+        task = self.protocol.task
+        return evaluate_clients(lambda _: self._model(state), clients, batch_size, self.map, self.precision, task)
+
+    def _model(self, state: ServerState) -> nn.Module:
+        """Returns a model with the server's weights: a copy, as evaluation may write to buffers outside them."""
+        model = deepcopy(self.protocol.model)
         model.load_state_dict(state.weights)
-        return evaluate(model, examples, batch_size, self.map, self.precision, self.protocol.task)
+        return model
 
     @one_thread()
     def check(self, whose: str, examples: Examples) -> None:

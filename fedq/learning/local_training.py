@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
+from fedq.data.augment import Augment
 from fedq.errors import FedqError, check_choice
 from fedq.keys import Key
 from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
@@ -72,6 +73,7 @@ class LocalTraining:
     max_grad_norm: The largest norm of a step's gradients together; larger gradients are scaled. None for no limit.
     schedule: Changes `lr` over the rounds, with a step for each round; None for the same rate in all rounds.
     keep_optimizer: Whether a client keeps the optimizer's state from one of its rounds to the next.
+    augment: Changes an epoch's inputs at random; None to train on the inputs as they are.
     """
 
     lr: float
@@ -87,6 +89,7 @@ class LocalTraining:
     max_grad_norm: float | None = None
     schedule: Schedule | None = None
     keep_optimizer: bool = False
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -199,9 +202,11 @@ class LocalTraining:
         while steps < self._steps(len(chosen)):
             if epoch:
                 order = chosen[key.fold("shuffle").fold(str(epoch)).permutation(len(chosen))]
-            epoch += 1
             places = torch.from_numpy(order[: (self._steps(len(chosen)) - steps) * self.batch_size]).to(device)
             x, y = all_x[places], all_y[places]
+            if self.augment is not None:
+                x = self.augment(x, torch.Generator().manual_seed(key.fold("augment").fold(str(epoch)).integer()))
+            epoch += 1
             for start in range(0, len(places), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
                 model.zero_grad()
