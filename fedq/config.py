@@ -76,7 +76,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
                 raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
         for part in _PARTIAL.get(group, ()):
             node = to_container(cfg, part)
-            if node is not None and not (isinstance(node, dict) and node.get("_partial_")):
+            if node is not None and not (isinstance(node, dict) and node.get("_target_") and node.get("_partial_")):
                 raise ConfigError(f"{part} must be null, or a node with _target_ and _partial_: true")
         if group == "model" and "num_classes" in to_container(cfg, group):
             raise ConfigError("model.num_classes is not a key: the dataset gives the number")

@@ -156,7 +156,8 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
             if takes_any or key in (knobs or ()):
                 continue
             others = ", and keys that a ${…} refers to" if knobs is not None else ""
-            allowed_here = f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}{others}"
+            allowed = ", ".join(name for name in parameters if name not in added)
+            allowed_here = f"{path}.{key} is not a key; allowed here: {allowed}{others}"
             raise ConfigError(moved(f"{path}.{key}", node) or allowed_here)
         allowed = hints.get(key, Any)
         if isinstance(value, float) and not math.isfinite(value):
