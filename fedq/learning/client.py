@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
-from fedq.encoding import Codec, Key, TensorSpec
+from fedq.encoding import Codec, EncodeError, Key, TensorSpec
+from fedq.encoding.numerics import is_finite
 from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.keys import BROADCAST
@@ -59,7 +60,7 @@ class ClientHalf:
         protocol, key = self.protocol, Key(self.protocol.seed, received.attempt, client)
         params = received.upload_params
         with timed(seconds, "train"):
-            model, start = self._worker_model(), protocol.start(received, client)
+            model, start = self._worker_model(), protocol.start(received, client, kept)
             metrics = self._trained(model, start, received, examples, kept, params, key)
             if not metrics.sums["targets"]:
                 raise ClientFailure("unable", "none of its targets counts")
@@ -78,8 +79,11 @@ class ClientHalf:
                 tensors = uploads.get(name, update)
                 messages.append(group.upload.encode(tensors, key, params, loss=loss).message)
             report = protocol.write_report(metrics, key)
-        to_keep: dict[str, Tensor] = {}
-        if protocol.kept_schema:
+        to_keep = {name: trained[name].detach().clone() for name in protocol.parts.personal}
+        for name, value in to_keep.items():
+            if not is_finite(value):
+                raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not kept")
+        if protocol.kept_schema.keys() > to_keep.keys():
             decoded: dict[str, Tensor] = {}
             # the client decodes its own messages, to keep state that follows what the server decodes
             with timed(seconds, "decode"):
@@ -87,11 +91,11 @@ class ClientHalf:
                     decoded |= group.upload.decode(message, key, params, device=protocol.device).tensors
             with timed(seconds, "encode"):
                 if protocol.upload_feedback:
-                    to_keep = residual_of(protocol.weights.upload, update, decoded)
+                    to_keep |= residual_of(protocol.weights.upload, update, decoded)
                 groups = {name: decoded[name] for name in protocol.initial_groups}
                 to_keep |= protocol.algorithm.keep(groups, kept)
-                # in the schema's order and contiguous, as read from a file: nothing depends on the kind of store
-                to_keep = {name: to_keep[name].contiguous().cpu() for name in protocol.kept_schema}
+        # in the schema's order and contiguous, as read from a file: nothing depends on the kind of store
+        to_keep = {name: to_keep[name].contiguous().cpu() for name in protocol.kept_schema}
         return Answer(messages, report, to_keep)
 
     def _trained(
@@ -112,7 +116,7 @@ class ClientHalf:
         if protocol.projection:
             project = partial(_project, protocol.projection, received.weights, key, params)
         if protocol.initial_groups:
-            correct = partial(protocol.algorithm.correct, received=received, kept=kept)
+            correct = partial(_correct, protocol, received, kept)
         try:
             return protocol.training.train(
                 model, start, examples, key.fold("train"), project, self._precision, correct, protocol.task
@@ -170,13 +174,22 @@ def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> N
             raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
 
 
+def _correct(
+    protocol: Protocol, received: Received, kept: Tensors, gradients: Tensors, weights: Mapping[str, Tensor]
+) -> None:
+    """Lets the algorithm correct the gradients of parameters that travel."""
+    shared = {name: gradients[name] for name in protocol.parameters if name in gradients}
+    protocol.algorithm.correct(shared, {name: weights[name] for name in shared}, received, kept)
+
+
 def _project(
     codec: Codec, weights: Tensors, key: Key, params: Tensors, gradients: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Returns what the server would decode from `gradients`. `weights` stand for the other tensors of the schema."""
-    message = codec.encode({**weights, **gradients}, key, params, loss=0.0).message
+    sent = {name: gradients.get(name, value) for name, value in weights.items()}
+    message = codec.encode(sent, key, params, loss=0.0).message
     decoded, _ = codec.decode(message, key, params, device=next(iter(weights.values())).device)
-    return {name: decoded[name] for name in gradients}
+    return {name: decoded[name] for name in weights if name in gradients}
 
 
 def _check_projection(protocol: Protocol, codec: Codec) -> None:

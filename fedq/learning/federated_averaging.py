@@ -1,9 +1,9 @@
 """Federated averaging with encoded messages: the algorithm, as two pure steps."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from statistics import fmean
 from time import perf_counter
 
 import torch
@@ -24,15 +24,13 @@ from fedq.learning.evaluation import Map, evaluate
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
-from fedq.learning.metrics import counts_of, metrics_of
+from fedq.learning.metrics import counted, counts_of, metrics_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
-from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
+from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, server_step
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
 from fedq.learning.task import Task
-
-log = logging.getLogger(__name__)
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -147,7 +145,7 @@ class FederatedAveraging:
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         result, total, records = self._answers(broadcast, clients, gather, seconds)
         usable = [record for record in records if not record.failure]
-        sent = self._counted(state, records)
+        sent = counted(state, records, self.uplink.guard)
         if total is None or len(usable) < self.min_clients:
             raise self._too_few(state, sent, records, seconds)
         with timed(seconds, "decode"):
@@ -158,7 +156,7 @@ class FederatedAveraging:
         with timed(seconds, "aggregate"):
             after = self._stepped(replace(sent, round=state.round + 1), sums, total.weight, usable)
             if any(group.adaptive for group in self.protocol.groups.values()):
-                after = self._adapted(after, broadcast_reports | total.broadcast_reports, total.reports)
+                after = adapted(self.protocol, after, broadcast_reports | total.broadcast_reports, total.reports)
             if self.protocol.broadcast_feedback:
                 compensated = compensate(state.weights, state.residual)
                 after = replace(after, residual=residual_of(self.protocol.to_all, compensated, result.received))
@@ -168,11 +166,28 @@ class FederatedAveraging:
         return after, metrics_of(self.protocol.task, state, after, records, seconds)
 
     @one_thread()
-    def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
-        """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`."""
-        model = deepcopy(self.protocol.model)  # a copy: evaluation may write to buffers outside the state_dict
-        model.load_state_dict(state.weights)
-        return evaluate(model, examples, batch_size, self.map, self.precision, self.protocol.task)
+    def evaluate(
+        self, state: ServerState, examples: Examples, batch_size: int = 50, clients: Iterable[Client] = ()
+    ) -> dict[str, float]:
+        """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
+
+        clients: With personal tensors, the metrics are the mean over these clients. Each completes the weights with
+            its own tensors, and takes its own test examples if it has any.
+        """
+        protocol = self.protocol
+
+        def metrics(weights: Tensors, examples: Examples) -> dict[str, float]:
+            model = deepcopy(protocol.model)  # a copy: evaluation may write to buffers outside the state_dict
+            model.load_state_dict(weights)
+            return evaluate(model, examples, batch_size, self.map, self.precision, protocol.task)
+
+        found = []
+        for client in clients if protocol.parts.personal else ():
+            own = protocol.personal(self.store.load(client.number, state.attempt, protocol.kept_schema))
+            weights = protocol.parts.with_ties(state.weights | own)
+            found.append(metrics(weights, client.test() if client.test else examples))
+        found = found or [metrics(state.weights, examples)]
+        return {name: fmean(one[name] for one in found) for name in found[0]}
 
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
@@ -185,27 +200,6 @@ class FederatedAveraging:
         for phase in PHASES:
             seconds[phase] += wall * result.seconds[phase] / max(work, 1e-9)
         return result, total, records
-
-    def _counted(self, state: ServerState, records: Sequence[ClientRecord]) -> ServerState:
-        """Returns the state with the cohort's bits counted and its failures logged."""
-        failed: dict[str, list[int]] = {}
-        for record in records:
-            if record.failure:
-                failed.setdefault(record.reason, []).append(record.client)
-        for reason, (first, *others) in failed.items():
-            who = f"{first} and {len(others)} more are" if others else f"{first} is"
-            log.warning("round %d: client %s left out: %s", state.round + 1, who, reason)
-        guard = self.uplink.guard
-        norms = [record.norm for record in records if record.norm is not None]
-        lost = {record.client for record in records if record.failure == "lost"}
-        return replace(
-            state,
-            broadcasted_bits=state.broadcasted_bits + sum(record.broadcast_bits for record in records),
-            aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
-            reported_bits=state.reported_bits + sum(record.report_bits for record in records),
-            norm=guard.update(state.norm, norms) if guard else state.norm,
-            last_received={c: rounds for c, rounds in state.last_received.items() if c not in lost},
-        )
 
     def _too_few(
         self, state: ServerState, sent: ServerState, records: Sequence[ClientRecord], seconds: dict[str, float]
@@ -242,14 +236,3 @@ class FederatedAveraging:
             optimizer=optimizer,
             groups=protocol.algorithm.step(state.groups, means, share) if means else {},
         )
-
-    def _adapted(
-        self, state: ServerState, broadcast_reports: dict[str, Tensor], upload_reports: dict[str, Tensor]
-    ) -> ServerState:
-        """Returns the state with the adaptive parts of both directions after the round."""
-        broadcast: dict[str, Tensor] = {}
-        upload: dict[str, Tensor] = {}
-        for group in self.protocol.groups.values():
-            broadcast |= group.broadcast.adaptation.update_state(state.broadcast, broadcast_reports)
-            upload |= group.upload.adaptation.update_state(state.upload, upload_reports)
-        return replace(state, broadcast=broadcast, upload=upload)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -254,3 +255,15 @@ def server_step(
             nearest = (whole << _LOW) + torch.div(2 * rest + share[name], 2 * share[name], rounding_mode="floor")
             after[name] = (value.to(torch.int64) + nearest).to(value.dtype)
     return after, optimizer.state_dict()
+
+
+def adapted(
+    protocol: Protocol, state: ServerState, broadcast_reports: dict[str, Tensor], upload_reports: dict[str, Tensor]
+) -> ServerState:
+    """Returns the state with the adaptive parts of both directions after the round."""
+    broadcast: dict[str, Tensor] = {}
+    upload: dict[str, Tensor] = {}
+    for group in protocol.groups.values():
+        broadcast |= group.broadcast.adaptation.update_state(state.broadcast, broadcast_reports)
+        upload |= group.upload.adaptation.update_state(state.upload, upload_reports)
+    return replace(state, broadcast=broadcast, upload=upload)

@@ -76,7 +76,8 @@ def rounds(
         metrics["seconds/evaluate"] = 0.0
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:
             evaluating = perf_counter()
-            for name, value in process.evaluate(state, test, run.test_batch_size).items():
+            everyone = map(dataset.client, range(dataset.num_clients))
+            for name, value in process.evaluate(state, test, run.test_batch_size, everyone).items():
                 metrics[f"test/{name}"] = value
             metrics["seconds/evaluate"] = perf_counter() - evaluating
         metrics["seconds"] = perf_counter() - started

@@ -185,9 +185,10 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:
-    """Returns whether clients keep state between their rounds: residuals, or state of the algorithm."""
-    one = {"parameter": TensorSpec((1,), torch.float32)}
-    return bool(to_container(cfg, "encoder.upload").get("error_feedback") or build(cfg, "algorithm").kept_schema(one))
+    """Returns whether clients keep state between their rounds: residuals, personal tensors, or control variates."""
+    one, algorithm = {"parameter": TensorSpec((1,), torch.float32)}, build(cfg, "algorithm")
+    feedback = to_container(cfg, "encoder.upload").get("error_feedback")
+    return bool(feedback or algorithm.personal or algorithm.kept_schema(one))
 
 
 def client_store(

@@ -23,7 +23,7 @@ from fedq.encoding import (
     StateDictEncoder,
     UniformQuantization,
 )
-from fedq.learning import ErrorFeedback, FederatedAveraging, FederatedDropout, LocalTraining
+from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
 from fedq.learning.error_feedback import Direction
 from fedq.learning.guard import NormGuard
@@ -53,8 +53,9 @@ def make_process(
 ) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
     broadcast = learning() if dropout else ROTATED  # with dropout, ranks encode broadcasts and report
-    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights
-        broadcast = replace(ROTATED, reference="last")
+    personal: list[str] = []
+    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights and personal tensors
+        broadcast, personal = replace(ROTATED, reference="last"), ["dense3.*"]
     return FederatedAveraging(
         partial(MLP, 10),
         LocalTraining(lr=0.1),
@@ -65,6 +66,7 @@ def make_process(
         map=workers.map,
         store=store,
         submodel=dropout,
+        algorithm=FedAvg(personal=personal),
         guard=NormGuard("clip", multiple=1.0),  # clips about half of the updates from the second round on
     )
 
@@ -103,6 +105,7 @@ def run(
         for _ in range(rounds):
             clients = clients[1:] + clients[:1]  # the ranks have other clients in the next round
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
+        metrics |= process.evaluate(state, make_client(0).load(), clients=clients)
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
         queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits, state.reported_bits))
