@@ -2,30 +2,24 @@
 
 python -m fedq.compare outputs/DATE/TIME outputs/multirun/DATE/TIME     (installed: fedq-compare …)
 
-Experiments use its parts: `read_runs`, `group_by_seed`, `distinguishing_columns`, `table`, `plot`.
+Experiments use its parts: `distinguishing_columns`, `table`, `plot`.
 """
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.box import SIMPLE_HEAD
 from rich.measure import Measurement
 from rich.table import Table
 
-from fedq.config import CHANGES_NOTHING, flatten
 from fedq.errors import FedqError
+from fedq.runs import Group, Run, group_by_seed, read_runs
 from fedq.tracking.console import stdout_console
 from fedq.tracking.units import human_bytes
 
@@ -34,153 +28,8 @@ if TYPE_CHECKING:  # matplotlib takes a second to load, and only pictures need i
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-IGNORED = ("run.seed", "dataset.path", *CHANGES_NOTHING)
-"""Keys in which runs of one experiment may differ: the seed, a dataset's folder, and keys without effect."""
 NEVER = "–"
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A completed run, as read from its folder.
-
-    folder: the run's folder.
-    choices: group → choice, such as "encoder" → "uint8".
-    config: key → value, such as "encoder.bits" → 8. Keys of IGNORED, and keys that refer to them, are None.
-    written: key → value before interpolation, such as "encoder.broadcast.bits" → "${encoder.bits}".
-    given: the keys that the command line set.
-    metrics: for each round the metrics of metrics.jsonl, and `cumulative_bits`, the bits sent both ways so far.
-    summary: summary.json.
-    """
-
-    folder: Path
-    choices: dict[str, str]
-    config: dict[str, Any]
-    written: dict[str, Any]
-    given: frozenset[str]
-    metrics: list[dict[str, float]]
-    summary: dict[str, Any]
-
-    @property
-    def identity(self) -> str:
-        """Text that is equal for runs that differ only in IGNORED."""
-        return repr((sorted(self.choices.items()), sorted(self.config.items())))
-
-    def curve(self, name: str) -> dict[int, float]:
-        """Returns rounds done → value of a metric, for the rounds that have the metric."""
-        return {done: values[name] for done, values in enumerate(self.metrics, start=1) if name in values}
-
-    def reaches(self, target: float) -> tuple[int, float] | None:
-        """Returns the rounds done and the bits sent both ways at the first test that reached the target accuracy."""
-        done = next((done for done, value in self.curve("test/accuracy").items() if value >= target), None)
-        return None if done is None else (done, self.metrics[done - 1]["cumulative_bits"])
-
-
-Group = Sequence[Run]
-"""Runs that differ only in IGNORED."""
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run's folder. Raises FedqError with the reason if the run is unfinished or its files disagree."""
-    if not (folder / "summary.json").exists() and not (folder / "metrics.jsonl").exists():
-        raise FedqError("unfinished: the run did not begin")
-    summary = _read(folder / "summary.json", json.loads, "unfinished")
-    try:
-        if summary["status"] != "completed":
-            raise FedqError(" ".join(f"unfinished: {summary['status']} {summary.get('error', '')}".split()))
-        hydra = _read(folder / ".hydra/hydra.yaml", lambda text: yaml.load(text, _YAML))["hydra"]
-        choices = {g: str(choice) for g, choice in hydra["runtime"]["choices"].items() if not g.startswith("hydra/")}
-        given = {override.lstrip("+~").split("=")[0] for override in hydra["overrides"]["task"]}
-        config, written = _read(folder / ".hydra/config.yaml", _configs)
-        metrics = _read(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
-        _check(metrics, summary, config)
-        for line in metrics:
-            line["cumulative_bits"] = line["cumulative_broadcasted_bits"] + line["cumulative_aggregated_bits"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise FedqError(f"damaged: its files lack something ({type(error).__name__}: {error})") from error
-    return Run(folder, choices, config, written, frozenset(given - set(choices)), metrics, summary)
-
-
-def _read(path: Path, parse: Callable[[str], Any], missing: str = "damaged") -> Any:
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FedqError(f"{missing}: it has no {path.name}") from error
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise FedqError(f"damaged: {path.name} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _configs(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the fields `config` and `written` of a Run, from the text of config.yaml."""
-    cfg = OmegaConf.create(text)
-    written = dict(flatten(OmegaConf.to_container(cfg)))
-    for key in set(IGNORED) & set(written):
-        OmegaConf.update(cfg, key, None)
-    return dict(flatten(OmegaConf.to_container(cfg, resolve=True))), written
-
-
-def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises FedqError unless metrics.jsonl has every round, and adds up to the totals of summary.json."""
-    numbers, rounds = [line["round"] for line in metrics], config["run.rounds"]
-    if not numbers or numbers != list(range(rounds)) or len(numbers) != summary["rounds"]:
-        found = f"{len(numbers)} lines; of {rounds} rounds, summary.json has {summary['rounds']}"
-        raise FedqError(f"damaged: metrics.jsonl has not each round once ({found})")
-    for sent, total in (("broadcast_bits", "broadcasted_bits"), ("aggregated_bits", "aggregated_bits")):
-        sums = [line[f"cumulative_{total}"] for line in metrics]
-        if sums != list(accumulate(line[sent] for line in metrics)) or sums[-1] != summary[total]:
-            raise FedqError(f"damaged: {sent} and cumulative_{total} of metrics.jsonl and summary.json do not agree")
-    tested = [line["test/accuracy"] for line in metrics if "test/accuracy" in line]
-    if not tested or (tested[-1], max(tested)) != (summary["final_test_accuracy"], summary["best_test_accuracy"]):
-        raise FedqError("damaged: test/accuracy of metrics.jsonl and summary.json do not agree")
-    for key in ("broadcast_ratio", "upload_ratio", "seconds", "seed"):
-        if not isinstance(summary[key], int | float):
-            raise FedqError(f"damaged: {key} of summary.json is {summary[key]!r}, not a number")
-
-
-def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Returns the folders of runs at or below `folders`, each once. Raises FedqError for a folder that is missing."""
-    found: dict[Path, Path] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise FedqError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
-        for path, below, files in os.walk(folder):
-            run = Path(path)
-            if {"metrics.jsonl", "summary.json"} & set(files) or (run / ".hydra/config.yaml").exists():
-                found.setdefault(run.resolve(), run)
-                below.clear()
-            below.sort(key=lambda name: (len(name) * name.isdigit(), name))  # job 10 of a sweep comes after job 9
-    return list(found.values())
-
-
-def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """Reads every completed run at or below `folders`. For each ignored run, a line on stderr gives the reason.
-
-    If several runs have the same configuration and seed, the last one counts. Raises FedqError if no run is left.
-    """
-    runs: dict[tuple[str, int], Run] = {}
-    folders = list(folders)
-    for folder in find_runs(folders):
-        try:
-            run = read_run(folder)
-        except FedqError as error:
-            print(f"fedq: left out {folder}: {error}", file=sys.stderr)
-            continue
-        key = run.identity, run.summary["seed"]
-        if key in runs:
-            print(f"fedq: left out {runs[key].folder}: same configuration and seed as {folder}", file=sys.stderr)
-        runs[key] = run
-    if not runs:
-        raise FedqError(f"no completed run in {', '.join(map(str, folders))}")
-    return list(runs.values())
-
-
-def group_by_seed(runs: Iterable[Run]) -> list[Group]:
-    """Returns the runs in groups whose members differ only in IGNORED, in the order of each group's first run."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.identity, []).append(run)
-    return list(groups.values())
 
 
 def distinguishing_columns(runs: Sequence[Run]) -> list[str]:
@@ -215,22 +64,22 @@ def value(run: Run, column: str) -> str:
 def table(groups: Sequence[Group], columns: Sequence[str], target: float) -> list[dict[str, str]]:
     """Returns a row for each group, header → cell: first the distinguishing columns, then the numbers.
 
-    target: the test accuracy, from 0 to 1, for the columns "bytes to …" and "rounds to …".
+    target: the value of the headline metric for the columns "bytes to …" and "rounds to …"; an accuracy is from 0 to 1.
     """
-    rows = []
+    rows, headline = [], groups[0][0].headline
     for group in groups:
         row = {column: value(group[0], column) for column in columns} | {"runs": str(len(group))}
         for name in ("final", "best"):
-            mean, deviation = spread([100 * run.summary[f"{name}_test_accuracy"] for run in group])
-            row[f"{name} accuracy"] = f"{mean:.2f} %" + (f" ± {deviation:.2f}" if len(group) > 1 else "")
+            mean, deviation = spread([run.summary[headline.key(name)] for run in group])
+            row[f"{name} {headline.words}"] = headline.spread_text(mean, deviation if len(group) > 1 else None)
         for name, total in (("broadcast", "broadcasted"), ("upload", "aggregated")):
             bits, ratio = (fmean(run.summary[key] for run in group) for key in (f"{total}_bits", f"{name}_ratio"))
             row[name] = f"{human_bytes(bits)} {ratio:.2f}×"
         reached = [point for run in group if (point := run.reaches(target))]
         rounds, bits = (fmean(numbers) for numbers in zip(*reached, strict=True)) if reached else (0.0, 0.0)
         of = f" ({len(reached)} of {len(group)})" if len(group) > 1 else ""
-        row[f"bytes to {100 * target:g} %"] = human_bytes(bits) if reached else NEVER
-        row[f"rounds to {100 * target:g} %"] = f"{rounds:.1f}{of}" if reached else NEVER
+        row[f"bytes to {headline.target_text(target)}"] = human_bytes(bits) if reached else NEVER
+        row[f"rounds to {headline.target_text(target)}"] = f"{rounds:.1f}{of}" if reached else NEVER
         row["s/round"] = f"{fmean(run.summary['seconds'] / run.summary['rounds'] for run in group):.2f}"
         rows.append(row)
     return rows
@@ -310,16 +159,17 @@ def save(figure: "Figure", axes: "Axes", path: Path) -> None:
 
 
 def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: Path) -> None:
-    """Writes a PNG with two panels: test accuracy over rounds, and over bytes sent."""
+    """Writes a PNG with two panels: the test's headline metric over rounds, and over bytes sent."""
     from matplotlib.figure import Figure  # not pyplot, which may open a window
     from matplotlib.ticker import LogLocator
 
+    headline = groups[0][0].headline
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, x in ((left, "rounds"), (right, "cumulative_bits")):
-        plot(axes, groups, columns, "test/accuracy", x)
+        plot(axes, groups, columns, f"test/{headline.name}", x)
         if any(run.reaches(target) for group in groups for run in group):
-            axes.axhline(target, color="black", lw=0.8, ls=(0, (1, 4)), label=f"target {100 * target:g} %")
+            axes.axhline(target, color="black", lw=0.8, ls=(0, (1, 4)), label=f"target {headline.target_text(target)}")
     right.set(xlabel="bytes sent, both ways, all clients", ylabel="")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
@@ -327,20 +177,36 @@ def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: P
     save(figure, left, path)
 
 
+def target_of(runs: Sequence[Run], target: float | None) -> float:
+    """Returns the target of a comparison. Raises FedqError for runs of different headlines, or for another `target`."""
+    headline, *others = dict.fromkeys(run.headline for run in runs)
+    if others:
+        raise FedqError(f"some runs have test {headline.words}, others test {others[0].words}: compare them apart")
+    if target is None:
+        worst = max(run.summary[headline.key("final")] for run in runs)
+        return 0.95 if headline.more_is_better else worst
+    if headline.more_is_better and not 0 < target <= 1:
+        raise FedqError(f"--target: {target} is not an accuracy, such as 0.95")
+    return target
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser("fedq-compare", description="Compares finished runs: a table and a picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a sweep's, or any above")
-    parser.add_argument("--target", type=float, default=0.95, help="test accuracy to reach (default: %(default)s)")
+    words = (
+        "test accuracy, or other headline metric, to reach (default: 0.95; if less is better, the worst final value)"
+    )
+    parser.add_argument("--target", type=float, help=words)
     parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args()
     try:
-        if not 0 < args.target <= 1:
-            raise FedqError(f"--target: {args.target} is not an accuracy, such as 0.95")
-        groups = group_by_seed(read_runs(args.runs))
+        runs = read_runs(args.runs)
+        target = target_of(runs, args.target)
+        groups = group_by_seed(runs)
         columns = distinguishing_columns([group[0] for group in groups])
-        show(table(groups, columns, args.target), columns)
-        draw(groups, columns, args.target, args.output)
+        show(table(groups, columns, target), columns)
+        draw(groups, columns, target, args.output)
         print(f"picture in {args.output}")
     except FedqError as error:
         sys.exit(f"fedq: {error}")

@@ -51,7 +51,8 @@ class RunConfig:
     faults: The faults of clients, if any.
     guard: The guard against updates with a norm out of line, if any.
     submodel: How much of the model each client trains, if not all of it.
-    accuracy_floor: Final test accuracy, 0 to 1, at which hydra/sweeper=fewest_bits searches for the fewest bits.
+    accuracy_floor: Final test accuracy, or other headline metric, at which hydra/sweeper=fewest_bits searches for the
+        fewest bits.
     residual_memory: MiB of memory for the clients' residuals; the least recently used others are in files.
     """
 
@@ -84,8 +85,6 @@ class RunConfig:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.min_clients > self.clients_per_round:
             raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
-        if self.accuracy_floor is not None and not 0 <= self.accuracy_floor <= 1:
-            raise ValueError(f"accuracy_floor must be from 0 to 1, not {self.accuracy_floor}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
 
@@ -163,7 +162,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
         raise ConfigError(f"{unknown[0]} is not a key; allowed here: {', '.join((*_GROUPS, 'encoder'))}")
     for key in given:  # first, so that an error names the key that the command line set
         to_container(cfg, key if key.partition(".")[0] in (*_GROUPS, "encoder") else "run")
-    build_run(cfg)
+    floor = build_run(cfg).accuracy_floor
     for group in _GROUPS:
         if group != "run":
             check_is_built(cfg, group)
@@ -173,6 +172,8 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
         if group == "model" and "num_classes" in to_container(cfg, group):
             raise ConfigError("model.num_classes is not a key: the dataset gives the number")
         check_targets(cfg, group)
+    if floor is not None and not 0 <= floor <= 1 and build(cfg, "task").more_is_better:
+        raise ConfigError(f"run: accuracy_floor must be from 0 to 1, not {floor}")
     for name in ("faults", "guard", "submodel"):
         if to_container(cfg, f"run.{name}") is not None:
             check_is_built(cfg, f"run.{name}")

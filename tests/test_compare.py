@@ -17,8 +17,9 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from fedq import compare
-from fedq.compare import distinguishing_columns, find_runs, group_by_seed, read_run, read_runs, show, table, value
+from fedq.compare import distinguishing_columns, show, table, value
 from fedq.errors import FedqError
+from fedq.runs import find_runs, group_by_seed, read_run, read_runs
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "float32": {"threshold": 10000, "broadcast": {"stages": []}},
@@ -404,7 +405,7 @@ def test_what_cannot_be_done_is_told_in_one_sentence(
 def test_reading_waits_for_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     code = (
-        "import sys, pathlib, fedq.compare as c; c.read_runs([pathlib.Path(sys.argv[1])]); "
+        "import sys, pathlib, fedq.compare, fedq.runs as c; c.read_runs([pathlib.Path(sys.argv[1])]); "
         "sys.exit(str({'torch', 'matplotlib'} & set(sys.modules) or 0))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)

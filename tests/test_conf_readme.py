@@ -23,12 +23,31 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_ones_own_dataset_model_and_optimizer_train_as_shown(folder):
-    (command,) = [text.split() for _, text in BLOCKS if "dataset=noise" in text]
+    (command,) = [text.split() for _, text in BLOCKS if "server=rmsprop" in text]
     fedq(folder, *command[3:])
     (path,) = folder.rglob("metrics.jsonl")
     *_, last = map(json.loads, path.read_text().splitlines())
     assert last["test/accuracy"] > 0.9
     assert last["clients"] == 10
+
+
+def test_ones_own_task_is_short_and_trains_as_shown(folder):
+    code, yaml = (text for _, text in BLOCKS if re.match(r"# (ordinal\.py|mine/task/ordinal\.yaml)\n", text))
+    assert len([line for line in (code + yaml).splitlines() if line]) <= 20
+    (command,) = [text.split() for _, text in BLOCKS if "task=ordinal" in text]
+    done = fedq(folder, *command[3:])
+    (path,) = folder.rglob("metrics.jsonl")
+    *_, last = map(json.loads, path.read_text().splitlines())
+    # with two classes the distance is the share of errors
+    assert 0 < last["test/distance"] < 0.1
+    assert last["train/distance"] < 0.1
+    assert "train/accuracy" not in last
+    (path,) = folder.rglob("summary.json")
+    summary = json.loads(path.read_text())
+    assert summary["headline"] == ["distance", False]
+    assert summary["best_test_distance"] == summary["final_test_distance"] == last["test/distance"]
+    assert f"test distance          │ {last['test/distance']:.4g} (best" in done.stdout
+    assert re.search(r"train distance 0\.\d{3}, test distance 0\.\d{3}", done.stderr)
 
 
 def test_ones_own_encoder_starts_from_a_file_of_fedqs(folder):
@@ -42,7 +61,7 @@ def test_ones_own_encoder_starts_from_a_file_of_fedqs(folder):
 
 def test_every_command_shown_chooses_what_there_is():
     for line in [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]:
-        for group, choice in re.findall(r"\b(dataset|model|encoder|server|client|run)=(\w+)", line):
+        for group, choice in re.findall(r"\b(dataset|model|task|encoder|server|client|run)=(\w+)", line):
             files = [CONF / group / f"{choice}.yaml", Path("mine", group, f"{choice}.yaml")]
             assert files[0].exists() or f"# {files[1]}\n" in TEXT, line
 

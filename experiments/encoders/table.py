@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
-from fedq.compare import Group, find_runs, group_by_seed, read_run, read_runs
 from fedq.errors import FedqError
+from fedq.runs import Group, find_runs, group_by_seed, read_run, read_runs
 
 
 def row(group: Group) -> dict[str, str]:

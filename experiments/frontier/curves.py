@@ -11,8 +11,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
-from fedq.compare import MARKERS, Run, bytes_ticks, read_runs
+from fedq.compare import MARKERS, bytes_ticks
 from fedq.errors import FedqError
+from fedq.runs import Run, read_runs
 from fedq.tracking.units import human_bytes
 
 

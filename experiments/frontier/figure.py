@@ -22,8 +22,8 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedq.compare import IGNORED, Group, Run, read_runs
 from fedq.errors import FedqError
+from fedq.runs import IGNORED, Group, Run, read_runs
 
 RESULTS = Path(__file__).with_name("results.csv")
 DATASETS = {"mnist5k": "mnist5k", "writers": "writers, drawn", "emnist_digits": "120 real writers"}

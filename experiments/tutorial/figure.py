@@ -12,8 +12,9 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from fedq.compare import bytes_ticks, distinguishing_columns, group_by_seed, plot, read_runs, save, table
+from fedq.compare import bytes_ticks, distinguishing_columns, plot, save, table
 from fedq.errors import FedqError
+from fedq.runs import group_by_seed, read_runs
 
 PANELS = {
     "train/loss": "train loss",

@@ -143,7 +143,7 @@ class LocalClients:
         """
         protocol, seconds, sent = self.half.protocol, record.seconds, False
         with timed(seconds, "train"):
-            examples = _loaded(client, protocol.device)
+            examples = loaded(client, protocol.device)
         with timed(seconds, "encode"):
             schema = protocol.kept_schema
             kept = self.store.load(client.number, received.attempt, schema) if schema else {}
@@ -165,7 +165,7 @@ class LocalClients:
         return answer, protocol.registered(examples, Key(protocol.seed, received.attempt, client.number))
 
 
-def _loaded(client: Client, device: torch.device) -> Examples:
+def loaded(client: Client, device: torch.device) -> Examples:
     """Returns a client's examples. Raises FedqError if a file cannot be read, which is no fault of the client."""
     before = generators(device)
     try:

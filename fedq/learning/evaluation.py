@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedq.data import Examples
 from fedq.errors import FedqError
 from fedq.learning.local_training import CLASSIFICATION, Precision
-from fedq.learning.task import Sums, Task, check_examples, check_fit, outputs_of
+from fedq.learning.task import Sums, Task, check_examples, check_fit, outputs_of, summable
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and yields the results in order, as Python's `map` or a pool's does."""
@@ -58,11 +58,3 @@ def evaluate(
     if not total["targets"]:
         raise FedqError("no target of the test set counts")
     return task.metrics(total)
-
-
-def summable(value: Any) -> Any:
-    """Returns a number or tensor as a Python number, or as a tensor of float64 or of its integers on the CPU."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.double().cpu() if value.is_floating_point() else value.cpu()
-    return value if value.dim() else value.item()

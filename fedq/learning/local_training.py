@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedq.data import Examples
 from fedq.errors import FedqError, check_choice
 from fedq.keys import Key
-from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of
+from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
 
 CLASSIFICATION = Classification()
 
@@ -172,8 +172,8 @@ class LocalTraining:
                         gradient.add_(parameters[name].detach() - weights[name], alpha=self.proximal)
                 self._step(parameters, gradients, velocities)
                 loss_sum += float(loss.detach()) * targets
-                for name, value in (*task.sums(outputs.detach(), batch_y).items(), ("targets", targets)):
-                    sums[name] += float(value) if task.reported.get(name) is float else int(value)
+                made = {**task.sums(outputs.detach(), batch_y), "targets": targets}
+                sums = {name: value + summable(made[name]) for name, value in sums.items()}
                 seen += len(batch_y)
                 steps += 1
         check_nothing_drawn(before, device)

@@ -135,7 +135,7 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
     """
     if not outputs.dim() or len(outputs) != examples:
         raise TaskError(
-            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be theirs"
+            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be that of examples"
         )
     task.check(outputs, targets)
     if "targets" not in task.reported and task.count(targets) != len(targets):
@@ -143,6 +143,31 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
             f'task: {type(task).__name__}.reported must have "targets": int, because {len(targets)} examples have '
             f"{task.count(targets)} targets that count"
         )
+
+
+def check_works(task: Task, outputs: Tensor, targets: Tensor) -> None:
+    """Raises TaskError unless the methods of an author's task work, and give what `reported` and the headline name."""
+    try:
+        made = task.sums(outputs, targets)
+        sums = {"loss": task.loss(outputs, targets), "targets": task.count(targets), **made}
+        if lacking := task.reported.keys() - sums.keys():
+            raise TaskError(f"task: sums() of {type(task).__name__} lacks {min(lacking)!r}, which `reported` names")
+        of_client = {name: summable(sums[name]) for name in ("loss", "targets", *task.reported)}
+        if of_client["targets"] and task.headline not in task.metrics(of_client):
+            raise TaskError(f"task: metrics() of {type(task).__name__} lacks {task.headline!r}, the headline")
+    except TaskError:
+        raise
+    except Exception as error:  # whatever an author's task raises
+        reason = f"{type(error).__name__}: {error}"
+        raise TaskError(f"task: {type(task).__name__} fails on {in_words(outputs, targets)}: {reason}") from error
+
+
+def summable(value: Any) -> Any:
+    """Returns a number or tensor as a Python number, or as a tensor of float64 or of its integers on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.double().cpu() if value.is_floating_point() else value.cpu()
+    return value if value.dim() else value.item()
 
 
 def outputs_of(made: Any) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from time import perf_counter
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from fedq.config import RunConfig
 from fedq.data import Client, Examples, FederatedDataset
 from fedq.encoding import Key
-from fedq.learning import FederatedAveraging, Gather, ServerState, TooFewClients
+from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TooFewClients
+from fedq.learning.cohort import loaded
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def rounds(
     clients: Clients | None = None,
     gather: Gather | None = None,
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
-    """Yields the state and the metrics after each round, until `run.rounds` are done.
+    """Returns an iterator over the state and the metrics after each round, until `run.rounds` are done.
 
     The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the test metrics. A
     round in which too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The
@@ -52,9 +54,26 @@ def rounds(
     clients: returns the clients of a round; None for the dataset's clients.
     gather: as for `FederatedAveraging.next`.
 
-    Raises TooFewClients when the repeats are used up.
+    Raises TaskError at once unless a client and the test set fit the model and the task. The iterator raises
+    TooFewClients when the repeats are used up.
     """
-    test = Examples(*(part.to(process.device) for part in dataset.test()))
+    test = dataset.test()
+    with suppress(ClientFailure):  # rounds leave out a client that cannot be read
+        process.check("client 0", loaded(dataset.client(0), process.device))
+    process.check("the test set", test)
+    return _rounds(process, state, dataset, test, run, clients, gather)
+
+
+def _rounds(
+    process: FederatedAveraging,
+    state: ServerState,
+    dataset: FederatedDataset,
+    test: Examples,
+    run: RunConfig,
+    clients: Clients | None,
+    gather: Gather | None,
+) -> Iterator[tuple[ServerState, dict[str, float]]]:
+    test = Examples(*(part.to(process.device) for part in test))
     while state.round < run.rounds:
         started, before, repeated = perf_counter(), state, Counter[str]()
         while state.round == before.round:

@@ -42,6 +42,7 @@ from fedq.simulation.stopping import Stopping
 from fedq.simulation.sweep import varied_keys
 from fedq.simulation.workers import Workers
 from fedq.tracking.console import ConsoleProgress
+from fedq.tracking.headline import Headline
 from fedq.tracking.metrics import MetricsFile
 from fedq.tracking.summary import Summary
 from fedq.tracking.tensorboard import TensorBoard
@@ -91,20 +92,23 @@ def train(
             state, its_folder = earlier
             log.info("resumed after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
+        gather = partial(ranks.gather, process.contribute) if ranks else None
+        to_do = rounds(process, state, dataset, run, clients, gather)
         # no check refuses the run from here on
-        summary.start(config, 8 * len(exact_message))
+        task = process.protocol.task
+        headline = Headline(task.headline, task.more_is_better)
+        summary.start(config, 8 * len(exact_message), headline)
         keep_configuration(cfg, folder)
         for metrics in done:
             summary.write(metrics)
         # a resumed run, for example with more rounds, keeps its name in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
-        tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done))
-        progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round)))
-        gather = partial(ranks.gather, process.contribute) if ranks else None
+        tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done, headline))
+        progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round, headline)))
         saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store)
         try:
             saver.save(state)
-            for after, metrics in rounds(process, state, dataset, run, clients, gather):
+            for after, metrics in to_do:
                 for tracker in (metrics_file, summary, tensorboard, progress):
                     tracker.write(metrics)
                 state = after

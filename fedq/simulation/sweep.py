@@ -1,6 +1,7 @@
 """A sweep: checks all jobs before the first one starts, and reports failed jobs at the end."""
 
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from fedq.config_check import overridden
 from fedq.config_differences import config_differences
 from fedq.files import written_whole
 from fedq.simulation.earlier import in_short
+from fedq.tracking.headline import Headline
 from fedq.tracking.units import human_bytes
 
 _JOBS = ".jobs"
@@ -48,15 +50,17 @@ def varied_keys() -> set[str]:
 def objective(summary: Mapping[str, Any], floor: float | None) -> float:
     """Returns the value that a search minimises: all bits that a completed run sent, both ways.
 
-    A run whose final test accuracy is below `floor` gets a larger value than any number of bits. The value grows with
-    the distance from the floor: Deb 2000, section 3, orders solutions that break a constraint this way.
+    A run whose final test accuracy, or other headline metric, is worse than `floor` gets a larger value than any number
+    of bits. The value grows with the distance from the floor: Deb 2000, section 3, orders solutions that break a
+    constraint this way.
 
     summary: the run's summary.json.
-    floor: a test accuracy from 0 to 1, None for no floor.
+    floor: the worst value of the headline metric that is allowed, None for no floor.
     """
-    accuracy = float(summary["final_test_accuracy"])
-    if floor is not None and accuracy < floor:
-        return 1e30 * (1 + floor - accuracy)
+    headline = Headline.of(summary)
+    final = summary[headline.key("final")]
+    if floor is not None and (final is None or not headline.reaches(final, floor)):
+        return 1e30 * (1 + (math.inf if final is None else abs(floor - final)))
     return float(summary["broadcasted_bits"] + summary["aggregated_bits"])
 
 
@@ -163,12 +167,13 @@ def _fewest_bits(summaries: Mapping[Path, Mapping[str, Any]], floor: float, give
     folder, best = min(summaries.items(), key=lambda item: objective(item[1], floor))
     overrides = map(str, OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
     job = " ".join([shlex.join(override for override in overrides if override not in given), "in", str(folder)])
-    accuracy = best["final_test_accuracy"]
-    if accuracy < floor:
-        return f"no job reached a test accuracy of {floor:.2%}; nearest is {job}, with {accuracy:.2%}"
+    headline = Headline.of(best)
+    final, at = best[headline.key("final")], f"test {headline.words} of {headline.text(floor)}"
+    if final is None or not headline.reaches(final, floor):
+        return f"no job reached a {at}; nearest is {job}, with {headline.text(final)}"
     size = human_bytes(best["broadcasted_bits"] + best["aggregated_bits"])
     rate = 32 / best["broadcast_ratio"] + 32 / best["upload_ratio"]
     return (
-        f"fewest bits at a test accuracy of {floor:.2%} or more: {job}, with {size} both ways, "
-        f"{rate:.2f} bits a parameter down and up together, at {accuracy:.2%}"
+        f"fewest bits at a {at} or {'more' if headline.more_is_better else 'less'}: {job}, with {size} both ways, "
+        f"{rate:.2f} bits a parameter down and up together, at {headline.text(final)}"
     )

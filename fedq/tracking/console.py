@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fedq.tracking.headline import ACCURACY, Headline
 from fedq.tracking.metrics import Metrics
 from fedq.tracking.units import human_bytes
 
@@ -29,10 +30,16 @@ def stdout_console() -> Console:
 
 
 class ConsoleProgress:
-    """Shows rounds done, training loss and accuracy, the last test accuracy, and all bytes sent so far each way."""
+    """Shows rounds done, loss and headline of training, the last test's headline, and all bytes sent each way."""
 
-    def __init__(self, rounds: int, done: int = 0) -> None:
-        """Starts the bar of a run of `rounds` rounds, of which `done` were done before this process."""
+    def __init__(self, rounds: int, done: int = 0, headline: Headline = ACCURACY) -> None:
+        """Starts the bar of a run.
+
+        rounds: the number of rounds.
+        done: the rounds that were done before this process.
+        headline: the metric to show.
+        """
+        self._headline = headline
         console = stdout_console()
         self._separator = ", " if console.width >= _WIDE else "\n"
         self._progress = Progress(
@@ -51,12 +58,13 @@ class ConsoleProgress:
 
     def write(self, metrics: Metrics) -> None:
         """Shows one more round."""
-        if "test/accuracy" in metrics:
-            self._tested = f", test acc {metrics['test/accuracy']:.3f}"
+        name, short = self._headline.name, self._headline.short
+        if f"test/{name}" in metrics:
+            self._tested = f", test {short} {metrics[f'test/{name}']:.3f}"
         down, up = (metrics[f"cumulative_{way}_bits"] for way in ("broadcasted", "aggregated"))
         text = self._separator.join(
             (
-                f"train loss {metrics['train/loss']:.3f}, train acc {metrics['train/accuracy']:.3f}{self._tested}",
+                f"train loss {metrics['train/loss']:.3f}, train {short} {metrics[f'train/{name}']:.3f}{self._tested}",
                 f"{human_bytes(down)} down, {human_bytes(up)} up",
             )
         )

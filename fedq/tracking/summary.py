@@ -1,6 +1,7 @@
 """summary.json: how a run ended, in numbers."""
 
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from fedq.files import written_whole
 from fedq.tracking.console import stdout_console
+from fedq.tracking.headline import ACCURACY, Headline
 from fedq.tracking.metrics import Metrics
 from fedq.tracking.units import human_bytes
 
@@ -30,6 +32,7 @@ class Summary:
         self.values: dict[str, Any] = {
             "status": "running",
             "rounds": 0,
+            "headline": ACCURACY,
             "final_test_accuracy": None,
             "best_test_accuracy": None,
             "broadcasted_bits": 0,
@@ -45,13 +48,16 @@ class Summary:
             "git_commit": _git_commit(),
         }
 
-    def start(self, config: dict[str, Any], uncompressed_bits: int) -> None:
+    def start(self, config: dict[str, Any], uncompressed_bits: int, headline: Headline = ACCURACY) -> None:
         """Marks the run as begun.
 
         config: the run's plain configuration.
         uncompressed_bits: bits of one message with every tensor exact.
+        headline: the metric whose final and best values the summary has.
         """
-        self.values |= {"seed": config["run"]["seed"], "config": config}
+        names = {ACCURACY.key(which): headline.key(which) for which in ("final", "best")}
+        self.values = {names.get(name, name): value for name, value in self.values.items()}
+        self.values |= {"headline": headline, "seed": config["run"]["seed"], "config": config}
         self._uncompressed_bits = uncompressed_bits
 
     def write(self, metrics: Metrics) -> None:
@@ -69,9 +75,13 @@ class Summary:
         for total, ratio in (("broadcasted_bits", "broadcast_ratio"), ("aggregated_bits", "upload_ratio")):
             values[f"uncompressed_{total}"] = self._uncompressed_bits * self._messages[total]
             values[ratio] = values[f"uncompressed_{total}"] / values[total]
-        if "test/accuracy" in metrics:
-            values["final_test_accuracy"] = metrics["test/accuracy"]
-            values["best_test_accuracy"] = max(values["best_test_accuracy"] or 0.0, metrics["test/accuracy"])
+        headline = Headline.of(values)
+        tested = metrics.get(f"test/{headline.name}")
+        if tested is not None:
+            final, best = headline.key("final"), headline.key("best")
+            values[final] = tested if math.isfinite(tested) else None
+            known = [value for value in (values[best], values[final]) if value is not None]
+            values[best] = headline.best(known) if known else None
 
     def __enter__(self) -> "Summary":
         return self
@@ -99,8 +109,10 @@ class Summary:
         """Prints how the run ended, and the command that shows its curves."""
         values = self.values
         table = Table("", "", title="done", show_header=False, title_justify="left")
-        final, best = values["final_test_accuracy"], values["best_test_accuracy"]
-        table.add_row("test accuracy", f"{final:.2%} (best {best:.2%})" if best is not None else "not tested yet")
+        headline = Headline.of(values)
+        final, best = (values[headline.key(which)] for which in ("final", "best"))
+        text = "not tested yet" if best is None else f"{headline.text(final)} (best {headline.text(best)})"
+        table.add_row(f"test {headline.words}", text)
         for way, total, ratio in (("down", "broadcasted_bits", "broadcast"), ("up", "aggregated_bits", "upload")):
             rate = f"{values[f'{ratio}_ratio']:.2f} x less than uncompressed"
             table.add_row(f"bytes {way}", f"{human_bytes(values[total])}, {rate}")

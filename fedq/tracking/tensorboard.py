@@ -10,6 +10,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from fedq.tracking.headline import ACCURACY, Headline
 from fedq.tracking.metrics import Metrics
 
 TUTORIAL = {"train/loss": "loss", "train/accuracy": "sparse_categorical_accuracy"}
@@ -29,7 +30,12 @@ class TensorBoard:
     """
 
     def __init__(
-        self, folder: Path, name: str, hparams: Mapping[str, str | float | bool], done: Iterable[Metrics] = ()
+        self,
+        folder: Path,
+        name: str,
+        hparams: Mapping[str, str | float | bool],
+        done: Iterable[Metrics] = (),
+        headline: Headline = ACCURACY,
     ) -> None:
         """Starts the file, and deletes the files of earlier processes.
 
@@ -37,7 +43,9 @@ class TensorBoard:
         name: the subfolder of `folder` that holds the file; TensorBoard shows this name.
         hparams: the run's hyperparameters; TensorBoard finds out which of them differ between runs.
         done: the metrics of the rounds before this process.
+        headline: the metric that is also drawn over the bytes sent.
         """
+        self._headline = f"test/{headline.name}"
         place, now, done = folder / name, time(), list(done)
         place.mkdir(exist_ok=True)
         for old in place.glob("events.out.tfevents.*"):
@@ -78,9 +86,9 @@ class TensorBoard:
                 others[f"at_a_glance/{name.replace('/', '_')}"] = value
         self._add_scalars(done - 1, training, ended)
         self._add_scalars(done, others, ended)
-        if "test/accuracy" in metrics:
-            tag = "at_a_glance/test_accuracy_by_KiB"
-            self._add_scalars(int(sent / 8 / 2**10), {tag: metrics["test/accuracy"]}, ended)
+        if self._headline in metrics:
+            tag = f"at_a_glance/{self._headline.replace('/', '_')}_by_KiB"
+            self._add_scalars(int(sent / 8 / 2**10), {tag: metrics[self._headline]}, ended)
 
     def __enter__(self) -> "TensorBoard":
         return self

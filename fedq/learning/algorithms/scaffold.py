@@ -43,6 +43,8 @@ class Scaffold(FedAvg):
     def check(self, training: LocalTraining) -> None:
         if training.momentum or training.proximal:
             raise FedqError("algorithm=scaffold needs client.momentum=0 and client.proximal=0: it assumes plain SGD")
+        if training.weight == "targets":
+            raise FedqError("algorithm=scaffold needs client.weight=uniform: its mean is over clients")
 
     @override
     def correct(
