@@ -21,6 +21,7 @@ from fedq.config_check import (
     moved,
     overridden,
     references,
+    takes,
 )
 from fedq.config_check import ConfigError as ConfigError
 from fedq.config_check import explain as explain
@@ -228,11 +229,12 @@ def build_run(cfg: DictConfig) -> RunConfig:
 def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
     """Returns the object that the node at `path`, such as "dataset", describes by its `_target_`.
 
-    arguments: Further arguments of the constructor.
+    arguments: Further arguments of the constructor. A model that takes no num_classes does not get it.
     Raises ConfigError if the constructor refuses an argument, or if the object lacks attributes that `path` needs.
     """
+    given = {name: value for name, value in arguments.items() if path != "model" or takes(cfg.model._target_, name)}
     # Constructors receive plain containers, never objects of OmegaConf.
-    part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **arguments, _convert_="all"))
+    part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **given, _convert_="all"))
     if lacking := [name for name in _REQUIRED.get(path, ()) if not hasattr(part, name)]:
         raise ConfigError(f"{path}: a {type(part).__name__} has no {', '.join(lacking)}")
     if path == "model":

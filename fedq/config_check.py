@@ -130,8 +130,6 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
     except NameError:  # the annotation names a class that only type checkers import
         hints = {}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if path == "model" and "num_classes" not in parameters and not takes_any:
-        raise ConfigError(f"model._target_: {node['_target_']} must take num_classes, which the dataset has")
     # the code adds these arguments: the parameters of a server optimizer come first
     added = {"model": ["num_classes"], "server": list(parameters)[:1]}.get(path, [])
     for name, parameter in parameters.items():
@@ -158,6 +156,15 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
             of_group = of_group and not matches_type("", allowed) and matches_type({}, allowed)
             hint = f"; {path}/{key}={value} chooses a file of the group" if of_group else ""
             raise ConfigError(f"{place}: {value!r} is not allowed; it must be {type_in_words(allowed)}{hint}")
+
+
+def takes(target: str, name: str) -> bool:
+    """Returns whether a `_target_` takes an argument of that name, also by **kwargs."""
+    try:
+        parameters = inspect.signature(pkgutil.resolve_name(target)).parameters
+    except ValueError:  # some classes written in C have no signature
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def references(node: Any, path: str, holder: str = "") -> set[str]:

@@ -153,6 +153,21 @@ def test_what_a_constructor_refuses_names_the_group(override, group, message):
         build(cfg, group)
 
 
+@pytest.mark.parametrize(
+    ("override", "shape"),
+    [
+        ("~model +model={_target_:torch.nn.Linear,_partial_:true,in_features:3,out_features:5}", (5, 3)),
+        ("model=mlp", (7, 200)),
+        ("model=torchvision model._target_=torchvision.models.squeezenet1_1", (7, 512, 1, 1)),  # by **kwargs
+    ],
+)
+def test_a_model_that_takes_num_classes_gets_the_datasets_number(override, shape):
+    cfg = configured(*override.split())
+    check(cfg, override.split())
+    *_, last = (p for p in build(cfg, "model", num_classes=7)().parameters() if p.dim() > 1)
+    assert last.shape == shape
+
+
 def test_what_a_stage_refuses_names_its_place():
     with pytest.raises(ConfigError, match=re.escape("encoder.upload.stages[0]: bits must be from 1 to 16, not 17")):
         build_encoder(configured("encoder.upload.bits=17"), "upload")
@@ -359,7 +374,7 @@ class WithoutTest:
         ("~dataset +dataset={_target_:test_config.WithoutTest}", "dataset: a WithoutTest has no test"),
         ("dataset._target_=torch.nn.Linear", "dataset.in_features is missing"),
         ("dataset._target_=null", "dataset._target_ is missing"),
-        ("model._target_=torch.nn.Linear", "model._target_: torch.nn.Linear must take num_classes, which the dataset has"),
+        ("model._target_=torch.nn.Linear", "model.in_features is missing"),
         ("model._target_=builtins.dict", "model: a dict is not a torch.nn.Module"),
         ("client._target_=builtins.dict", "client: a dict has no train, structured"),
         ("server._target_=builtins.dict", "server: dictionary update sequence element #0 has length 1; 2 is required"),

@@ -19,6 +19,7 @@ from command import fedq
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+from test_datasets import FILES
 
 from fedq.errors import FedqError
 from fedq.simulation import checkpoint
@@ -285,7 +286,6 @@ TINY = ("run.rounds=1", "run.clients_per_round=2")
 MLP = ("model=mlp", *TINY)
 WRITERS = ("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=4", "dataset.test_examples=10")
 EVERY = {  # group → (overrides for training with its options, number of parts)
-    "model": (TINY, 1),
     "encoder": (("model=mlp", "run.rounds=2", "run.clients_per_round=2"), 4),
     "client": ((*MLP, "encoder=structured_mask"), 1),  # client=structured cannot train with every encoder
     "server": (MLP, 1),
@@ -301,6 +301,16 @@ def test_every_option_of_a_group_trains(tmp_path, group, part):
     names = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))[part::parts]
     small = tuple(o for o in SMALL if not o.startswith(("run.", "model", "dataset")))
     fedq(tmp_path, "-m", *WRITERS, *small, f"{group}={','.join(names)}", *others)
+    assert_all_trained(tmp_path, len(names))
+
+
+def test_every_model_trains(tmp_path):
+    grey, text = ("mlp", "fedavg_cnn"), ("char_lstm", "word_lstm")
+    names = sorted({path.stem for path in Path(CONF, "model").glob("*.yaml")} - {"transformer"})
+    colour = [name for name in names if name not in (*grey, *text)]
+    for models, shape, *others in ((grey, "[1,28,28]"), (colour, "[3,32,32]"), (text, "null", "task=next_token")):
+        dataset = f"+dataset={{_target_:random_examples.RandomExamples,shape:{shape}}}"
+        fedq(tmp_path, "-m", f"model={','.join(models)}", "~dataset", dataset, *others, *TINY)
     assert_all_trained(tmp_path, len(names))
 
 
@@ -339,7 +349,7 @@ def test_every_dataset_trains(tmp_path):
         emnist_files(tmp_path / "emnist", name, classes)
     fedq(tmp_path, "-m", "dataset=mnist5k,writers", *MLP)
     fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", *MLP)
-    assert_all_trained(tmp_path, len(list(Path(CONF, "dataset").glob("*.yaml"))))
+    assert_all_trained(tmp_path, len(list(Path(CONF, "dataset").glob("*.yaml"))) - len(FILES))
 
 
 def assert_all_trained(cwd: Path, count: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fedq.data.dataset import Client, Examples
 from fedq.data.download import cache_folder
+from fedq.data.partition import deal
 from fedq.files import written_whole
 from fedq.keys import Key
 
@@ -49,7 +50,10 @@ class Mnist5k:
         key = Key(seed).fold("mnist5k")
         order = key.fold("order").permutation(len(labels))
         members = np.stack([order[labels[order] == c] for c in range(CLASSES)])  # (10, 500)
-        train, test = members[_deal(clients, alpha, key.fold("deal").generator())], members[:, TRAIN:].ravel()
+        generator = key.fold("deal").generator()
+        drawn = generator.dirichlet(np.full(CLASSES, alpha), clients)
+        dealt = deal(np.full(CLASSES, TRAIN), clients, lambda client, left: drawn[client] * left, generator)
+        train, test = members[dealt], members[:, TRAIN:].ravel()
         x = torch.from_numpy(pixels).float().div(255).reshape(-1, 1, 28, 28)
         x, y = 1 - x if background else x, torch.from_numpy(labels).long()
         self._train, self._test = Examples(x[train], y[train]), Examples(x[test], y[test])
@@ -68,24 +72,6 @@ class Mnist5k:
     def _load(self, number: int) -> Examples:
         turns = slice(number, None, self.num_clients)  # training examples lie in the order of the split
         return Examples(self._train.x[turns].clone(), self._train.y[turns].clone())
-
-
-def _deal(clients: int, alpha: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the class of each training example and its rank in the class, int64, (4000,) each.
-
-    Example k goes to client k mod `clients`.
-    """
-    proportions = generator.dirichlet(np.full(CLASSES, alpha), clients)
-    used = np.zeros(CLASSES, dtype=np.int64)
-    classes, ranks = np.empty((2, CLASSES * TRAIN), dtype=np.int64)
-    for k, uniform in enumerate(generator.random(CLASSES * TRAIN)):
-        edges = (proportions[k % clients] * (used < TRAIN)).cumsum()
-        if edges[-1] < 1e-12:  # the client's classes have no examples left: draw from the other classes
-            edges = (TRAIN - used).cumsum()
-        c = edges.searchsorted(uniform * edges[-1], side="right")
-        classes[k], ranks[k] = c, used[c]
-        used[c] += 1
-    return classes, ranks
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

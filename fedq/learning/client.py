@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from fedq.encoding.numerics import is_finite
 from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.keys import BROADCAST
+from fedq.learning.draws import KeyedDraws
 from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import Precision, TrainingMetrics, update_of
@@ -39,6 +41,7 @@ class ClientHalf:
         """
         self.protocol, self._precision = protocol, precision
         self._local = threading.local()
+        self._draws: bool | None = None  # whether the model draws in training; None before the first client
         buffers, saved = dict(protocol.client_model.named_buffers()), protocol.client_model.state_dict()
         self._unsaved = {name: value for name, value in buffers.items() if name not in saved}
         if protocol.projection:
@@ -117,16 +120,22 @@ class ClientHalf:
             project = partial(_project, protocol.projection, received.weights, key, params)
         if protocol.initial_groups:
             correct = partial(_correct, protocol, received, kept)
+        # torch asks the mode before each of its functions: without draws, that time is saved
+        draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
-            return protocol.training.train(
-                model, start, examples, key.fold("train"), project, self._precision, correct, protocol.task
-            )
+            with draws:
+                metrics = protocol.training.train(
+                    model, start, examples, key.fold("train"), project, self._precision, correct, protocol.task
+                )
         except TaskError as error:
             raise TaskError(f"with the examples of client {key.client}: {error}") from error
         except (FedqError, ClientFailure):
             raise
         except Exception as error:
             raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+        if isinstance(draws, KeyedDraws):
+            self._draws = self._draws or draws.drawn
+        return metrics
 
     def _worker_model(self) -> nn.Module:
         """Returns the calling thread's own copy of the model, as before its first client.

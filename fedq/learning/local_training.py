@@ -133,7 +133,7 @@ class LocalTraining:
         task: Gives the loss and the sums.
 
         Raises TaskError if the examples or the model's outputs do not fit the task. Raises FedqError if the model draws
-        from a generator that all threads share.
+        from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
         """
         check_examples(examples)
         model.load_state_dict(weights)
@@ -201,9 +201,9 @@ def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None
     after = generators(device)
     if drawn := [name for name in before if before[name] != after[name]]:
         raise FedqError(
-            "the model draws random numbers in training, as nn.Dropout does, or the dataset draws while it is read. "
-            f"The generator is {drawn[0]}'s, which all threads share, so that no run could be repeated. Remove such "
-            "layers, and give the dataset a generator of its own"
+            f"the model or the dataset draws random numbers from {drawn[0]}'s global generator, which all threads "
+            "share: no run could be repeated. Draw with torch's functions in the model: in training they use a "
+            "generator of the client's own. Give the dataset a generator of its own"
         )
 
 
@@ -211,7 +211,8 @@ def generators(device: torch.device) -> dict[str, Any]:
     """Returns the states of the generators that all threads share; each draw changes its generator's state."""
     of_numpy: Any = np.random.get_state(legacy=False)
     states: dict[str, Any] = {
-        "torch": torch.get_rng_state().numpy().tobytes(),
+        # not torch.get_rng_state: in a client's training, that is about the client's generator
+        "torch": torch.default_generator.get_state().numpy().tobytes(),
         "numpy": (of_numpy["state"]["key"].tobytes(), of_numpy["state"]["pos"], of_numpy["has_gauss"]),
         "Python": random.getstate(),
     }

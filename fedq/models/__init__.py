@@ -1,6 +1,9 @@
-"""Models: nn.Modules from float32 images (N, 1, 28, 28) to logits (N, classes)."""
+"""Models: nn.Modules from examples to logits."""
 
 from fedq.models.fedavg_cnn import FedAvgCNN
+from fedq.models.lstm import CharLSTM, WordLSTM
 from fedq.models.mlp import MLP
+from fedq.models.resnet import ResNet
+from fedq.models.transformer import Transformer
 
-__all__ = ["MLP", "FedAvgCNN"]
+__all__ = ["MLP", "CharLSTM", "FedAvgCNN", "ResNet", "Transformer", "WordLSTM"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedq.data import emnist
+from fedq.data import tff
 from fedq.data.dataset import FederatedDataset
 from fedq.data.download import DatasetError
 from fedq.data.emnist import Emnist
@@ -156,7 +156,7 @@ ZEROS = np.zeros((3, 28, 28), np.float32)
         (replaced("label", np.zeros(3, np.float32)), "has 'label' as float32 (3,), not int32 ('N',)."),
         (replaced("label", np.zeros((3, 1), np.int32)), "has 'label' as int32 (3, 1)"),
         (replaced("label", np.int32(3)), "has 'label' as int32 ()"),
-        (replaced("label", np.zeros(2, np.int32)), "has 3 images but 2 labels."),
+        (replaced("label", np.zeros(2, np.int32)), "has 3 of 'pixels' and 2 of 'label'."),
         (replaced("label", np.array([0, 1, 10], np.int32)), "has labels outside 0 to 9."),
         (replaced("label", np.array([0, 1, -1], np.int32)), "has labels outside 0 to 9."),
         (replaced("pixels", ZEROS - 0.1), "has pixels outside [0, 1]."),
@@ -248,7 +248,7 @@ def test_a_file_without_clients_is_named(folder: Path, name: str, content: str) 
 
 def test_without_path_the_files_come_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDQ_CACHE", str(folder))
-    monkeypatch.setattr(emnist, "URL", "http://127.0.0.1:9/")  # no server answers at this address
+    monkeypatch.setattr(tff, "URL", "http://127.0.0.1:9/")  # no server answers at this address
     assert Emnist().client_ids == ["writer_a", "writer_b", "writer_c"]
     monkeypatch.setenv("no_proxy", "*")
     (folder / TEST).unlink()
@@ -266,7 +266,7 @@ def test_archives_are_tensorflow_federateds(only_digits: bool, monkeypatch: pyte
         asked.append(arguments)
         raise DatasetError
 
-    monkeypatch.setattr(emnist, "obtain", obtain)
+    monkeypatch.setattr(tff, "obtain", obtain)
     with pytest.raises(DatasetError):
         Emnist(only_digits=only_digits)
     prefix, sha256 = {

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from command import PROCESSES
+from torch.utils.checkpoint import checkpoint
 
 from fedq.data import Client, Examples
 from fedq.encoding import (
@@ -48,8 +50,19 @@ def make_client(number: int) -> Client:
     return Client(number, load, SIZES[number])
 
 
+class Dropping(MLP):
+    """A model that draws, also in the computation of its middle again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(checkpoint(F.dropout, x, 0.1, use_reentrant=False) + 0.01 * torch.randn(28))
+
+
 def make_process(
-    upload: Direction, workers: Workers, store: ClientStateFiles, dropout: FederatedDropout | None = None
+    upload: Direction,
+    workers: Workers,
+    store: ClientStateFiles,
+    dropout: FederatedDropout | None = None,
+    model: type[MLP] = MLP,
 ) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
     broadcast = learning() if dropout else ROTATED  # with dropout, ranks encode broadcasts and report
@@ -57,7 +70,7 @@ def make_process(
     if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights and personal tensors
         broadcast, personal = replace(ROTATED, reference="last"), ["dense3.*"]
     return FederatedAveraging(
-        partial(MLP, 10),
+        partial(model, 10),
         LocalTraining(lr=0.1),
         server,
         broadcast,
@@ -90,11 +103,12 @@ def run(
     queue,
     rounds: int = 3,
     dropout: FederatedDropout | None = None,
+    model: type[MLP] = MLP,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with Ranks(Stopping()) as ranks, Workers(workers) as pool:
         store = ClientStateFiles(folder, 5, 10**6, shared=size > 1)
-        process = make_process(upload, pool, store, dropout)
+        process = make_process(upload, pool, store, dropout, model)
         if rank:
             for order in ranks.listen():
                 ranks.contribute_to(order, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
@@ -127,19 +141,20 @@ SOME = ((2, 2), (3, 1))  # (ranks, workers of each rank)
 
 
 @pytest.mark.parametrize(
-    ("upload", "dropout", "numbers"),
+    ("upload", "dropout", "model", "numbers"),
     [
-        (ROTATED, None, ((1, 2), (2, 1), (2, 2), (3, 1), (4, 2))),
-        (learning(), None, SOME),
-        (feeding_back(), None, SOME),
-        (learning(), FederatedDropout(0.5), SOME),
+        (ROTATED, None, MLP, ((1, 2), (2, 1), (2, 2), (3, 1), (4, 2))),
+        (learning(), None, MLP, SOME),
+        (feeding_back(), None, MLP, SOME),
+        (learning(), FederatedDropout(0.5), MLP, SOME),
+        (ROTATED, None, Dropping, SOME),
     ],
-    ids=["summed before it is decoded", "adaptive", "with error feedback", "dropout"],
+    ids=["summed before it is decoded", "adaptive", "with error feedback", "dropout", "a model that draws"],
 )
-def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, numbers, tmp_path):
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, model, numbers, tmp_path):
     def outcome(size: int, workers: int):
         queue, port, folder = PROCESSES.Queue(), free_port(), tmp_path / f"{size} {workers}"
-        arguments = (size, workers, port, upload, folder, queue, 3, dropout)
+        arguments = (size, workers, port, upload, folder, queue, 3, dropout, model)
         started = [PROCESSES.Process(target=run, args=(rank, *arguments)) for rank in range(size)]
         for process in started:
             process.start()

@@ -1,0 +1,222 @@
+"""Parquet files with a column of clients, as a snapshot of a Hugging Face dataset on disk. The file needs pyarrow."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedq.data.characters import LENGTH, VOCABULARY, sequences, tokens
+from fedq.data.dataset import Client, Examples
+from fedq.data.download import DatasetError
+from fedq.data.images import check_shape, decoded
+from fedq.data.partitioned import normalised, stacked
+from fedq.errors import MissingPackage
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+except ImportError as error:
+    raise MissingPackage('dataset=parquet needs pyarrow: pip install "fedq[parquet]"') from error
+
+
+class Parquet:
+    """A client for each value of a column. Each load reads the row groups that may hold the client, and no other.
+
+    Files sorted by client, with small row groups and a plain column of clients, load fastest. Clients are numbered in
+    the sorted order of their values (`client_ids`). A client has own test examples if the test files have the column of
+    clients, too.
+
+    x by the type of its column: an image file (bytes, or a struct with `bytes`, as Hugging Face stores images); text;
+    a number or numbers. uint8 becomes float32 in [0, 1], lists of other integers int64, and other numbers float32.
+    Text becomes tokens as in `fedq.data.shakespeare`: without y sequences of 80, with the next tokens as y; with y the
+    first 80 tokens, padded with 0.
+
+    path: folder of the .parquet files. The files of a part begin with its name, or lie in a folder that does.
+    client: column of the clients.
+    x: column of the inputs, or columns of numbers.
+    y: column of the labels (integers) or targets (other numbers, or lists); null for the next tokens of a text.
+    shape: shape of an input. Images, which need it, are converted and stretched to [channels, height, width].
+    classes: number of labels; null for one more than the highest label. Other targets and text need none.
+    mean: mean of each channel, to subtract.
+    std: standard deviation of each channel, to divide by.
+    train: name of the training part.
+    test: name of the test part.
+
+    Raises ValueError if there is no such column, and DatasetError, here or in a load, if files are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        client: str,
+        x: str | list[str],
+        y: str | None = None,
+        shape: list[int] | None = None,
+        classes: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        train: str = "train",
+        test: str = "test",
+    ) -> None:
+        self._client, self._x, self._y = client, [x] if isinstance(x, str) else x, y
+        self._shape, self._mean, self._std = shape, mean, std
+        folder = Path(path).expanduser()
+        self._train, self._test = (_opened(folder, part) for part in (train, test))
+        names = [*self._x, *([] if y is None else [y])]
+        for part, needed in ((self._train, [client, *names]), (self._test, names)):
+            for name in needed:
+                if name not in part.schema.names:
+                    raise ValueError(f"{folder} has no column {name!r}, only {', '.join(part.schema.names)}.")
+        self._kind = _kind(self._train.schema.field(self._x[0]).type)
+        if self._kind == "image":
+            check_shape(shape or [])
+        if y is None and self._kind != "text":
+            raise ValueError(f"y must be a column: {self._x[0]!r} is no text, whose next tokens could be predicted.")
+        self.num_classes = VOCABULARY if y is None else self._classes(y, classes)
+        self._ids, self._counts = _clients(self._train, client)
+        own = _clients(self._test, client)[0] if client in self._test.schema.names else self._ids[:0]
+        self._own_test = pc.is_in(self._ids, own.cast(self._ids.type)).to_pylist()
+        self.num_clients = len(self._ids)
+
+    @property
+    def client_ids(self) -> list[Any]:
+        """The values of the column of clients, in the order of the clients' numbers."""
+        ids: list[Any] = self._ids.to_pylist()
+        return ids
+
+    def client(self, number: int) -> Client:
+        """Returns client `number`; raises IndexError for other numbers."""
+        if not 0 <= number < self.num_clients:
+            raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
+        rows = ds.field(self._client) == self._ids[number]
+        examples = 0 if self._y is None else self._counts[number].as_py()  # a text has any number of sequences
+        test = partial(self._read, self._test, rows) if self._own_test[number] else None
+        return Client(number, partial(self._read, self._train, rows), examples, test=test)
+
+    def test(self) -> Examples:
+        """Returns the examples of the test files, in the order of the files; each call reads them."""
+        return self._read(self._test, None)
+
+    def _read(self, part: Any, rows: Any) -> Examples:
+        table = _table(part, [*self._x, *([] if self._y is None else [self._y])], rows)
+        where = f"{Path(part.files[0]).parent}: column"
+        columns = [table[name].combine_chunks() for name in self._x]
+        if self._y is None:
+            parts = [sequences(tokens((text or "").encode())) for text in columns[0].to_pylist()]
+            return Examples(*(torch.cat(both) for both in zip(*parts, strict=True)))
+        y = _numbers(table[self._y].combine_chunks(), f"{where} {self._y!r}")
+        y = y.reshape(len(y), -1) if y.is_floating_point() else y.long()  # a regression has outputs (N, numbers)
+        return Examples(self._inputs(columns, f"{where} {self._x[0]!r}"), y)
+
+    def _inputs(self, columns: list[Any], where: str) -> Tensor:
+        if self._kind == "text":
+            x = torch.zeros(len(columns[0]), LENGTH, dtype=torch.int64)
+            for row, text in zip(x, columns[0].to_pylist(), strict=True):
+                ids = torch.from_numpy(tokens((text or "").encode()[:LENGTH]).copy())
+                row[: len(ids)] = ids
+            return x
+        if self._kind == "image":
+            files = columns[0].field("bytes") if pa.types.is_struct(columns[0].type) else columns[0]
+            images = [decoded(file or b"", self._shape or [], where) for file in files.to_pylist()]
+            return normalised(stacked(images), self._mean, self._std)
+        numbers = [_numbers(column, where) for column in columns]
+        x = numbers[0] if len(numbers) == 1 else torch.stack([column.float() for column in numbers], dim=1)
+        x = x / 255 if x.dtype == torch.uint8 else x
+        try:
+            return x if self._shape is None else x.reshape(len(x), *self._shape)
+        except RuntimeError as error:
+            raise DatasetError(f"{where} has inputs of shape {list(x.shape[1:])}, not {self._shape}.") from error
+
+    def _classes(self, y: str, classes: int | None) -> int:
+        """Returns the number of classes, or of the numbers of a target that is no label."""
+        if not pa.types.is_integer(self._train.schema.field(y).type):
+            return _numbers(self._train.head(1, columns=[y])[y].combine_chunks(), f"column {y!r}")[0].numel()
+        labels = pa.chunked_array(chunk for part in (self._train, self._test) for chunk in _table(part, [y])[y].chunks)
+        low, high = pc.min_max(labels).as_py().values()
+        if labels.null_count or low < 0 or high >= (classes or 2**63):
+            allowed = "0 to classes - 1" if classes else "0"
+            raise DatasetError(
+                f"column {y!r} has labels from {low} to {high}, and {labels.null_count} missing; they must be from "
+                f"{allowed}, and none missing."
+            )
+        return classes or 1 + int(high)
+
+
+def _opened(folder: Path, part: str) -> Any:
+    """Returns the pyarrow dataset of the files of a part, whose rows are not read."""
+    files = sorted(
+        str(file)
+        for file in folder.rglob("*.parquet")
+        if any(name.startswith(part) for name in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise DatasetError(f"{folder} must hold .parquet files whose name, or folder, begins with {part!r}.")
+    try:
+        schema = ds.dataset(files, format="parquet").schema
+        # categories are read as their values, because other files may number them differently
+        plain = [
+            field.with_type(f.value_type) if pa.types.is_dictionary(f := field.type) else field for field in schema
+        ]
+        return ds.dataset(files, pa.schema(plain), format="parquet")
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DatasetError(f"{folder}: the files of {part!r} cannot be read ({reason}).") from error
+
+
+def _table(part: Any, columns: list[str], rows: Any = None) -> Any:
+    """Returns columns of the rows that an expression selects, or of all."""
+    try:
+        return part.to_table(columns=columns, filter=rows, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DatasetError(f"{Path(part.files[0]).parent}: the files cannot be read ({reason}).") from error
+
+
+def _clients(part: Any, client: str) -> tuple[Any, Any]:
+    """Returns the sorted values of the column of clients and the number of rows of each."""
+    column = _table(part, [client])[client]
+    if column.null_count:
+        raise DatasetError(f"{Path(part.files[0]).parent}: {column.null_count} rows have no {client!r}.")
+    counts = pc.value_counts(column)
+    values = counts.field("values")
+    order = pc.sort_indices(values)
+    return values.take(order), counts.field("counts").take(order)
+
+
+def _kind(column: Any) -> str:
+    """Returns what a column of inputs holds, by its type: "text", "image" or "numbers"."""
+    if pa.types.is_string(column) or pa.types.is_large_string(column):
+        return "text"
+    if pa.types.is_struct(column) and column.get_field_index("bytes") < 0:
+        raise ValueError(f"the inputs are {column}, without the bytes of an image.")
+    if pa.types.is_binary(column) or pa.types.is_large_binary(column) or pa.types.is_struct(column):
+        return "image"
+    return "numbers"
+
+
+def _numbers(column: Any, where: str) -> Tensor:
+    """Returns a column of numbers or of lists of equal length as a tensor (N, …), lists of any depth.
+
+    uint8 keeps its dtype; other integers become int64, and other numbers float32.
+    Raises DatasetError for other types, missing values and lists of several lengths.
+    """
+    shape = [len(column)]
+    while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type) and not column.null_count:
+        lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+        if len(lengths) != 1:
+            raise DatasetError(f"{where} has lists of {len(lengths)} lengths; all must have one length.")
+        shape.append(lengths[0])
+        column = column.flatten()
+    if column.null_count:
+        raise DatasetError(f"{where} has missing values.")
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise DatasetError(f"{where} holds {kind}; it must hold numbers.")
+    values = column.to_numpy(zero_copy_only=False)
+    if not pa.types.is_uint8(kind):
+        values = values.astype(np.float32 if pa.types.is_floating(kind) else np.int64)
+    return torch.from_numpy(values.copy()).reshape(shape)

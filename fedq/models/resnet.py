@@ -1,0 +1,93 @@
+"""Residual networks for small images."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResNet(nn.Module):
+    """The residual network of He et al. (2016) for small images: a 3 × 3 convolution without pooling comes first.
+
+    ResNet(10) is their ResNet-20 (§4.2). With batch norm it has 272,474 parameters.
+    ResNet(10, 2, (64, 128, 256, 512), projection=True) is their ResNet-18 with that first layer: 11,173,962 parameters.
+    The input is float32 (N, channels, H, W), the output logits (N, num_classes).
+
+    num_classes: Number of classes.
+    blocks: Number of blocks of each stage; a block has two 3 × 3 convolutions.
+    widths: Number of channels of each stage. All stages except the first halve height and width.
+    projection: How a shortcut changes its shape: true by a 1 × 1 convolution (option B), false by zeros (option A).
+    channels: Number of channels of an image.
+    norm: "batch", or "group" for two groups a layer (Hsieh 2020, Reddi 2021), which depend on no other example.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        blocks: int = 3,
+        widths: Sequence[int] = (16, 32, 64),
+        projection: bool = False,
+        channels: int = 3,
+        norm: Literal["group", "batch"] = "batch",
+    ) -> None:
+        super().__init__()
+        self.conv = _conv(channels, widths[0])
+        self.norm = _norm(norm, widths[0])
+        self.stages = nn.Sequential()
+        before = widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                self.stages.append(Block(before, width, stride, projection, norm))
+                before = width
+        self.dense = nn.Linear(before, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits of images `x`."""
+        x = self.stages(F.relu(self.norm(self.conv(x))))
+        logits: Tensor = self.dense(x.mean((2, 3)))
+        return logits
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut around them. A stride of 2 halves height and width."""
+
+    def __init__(self, before: int, width: int, stride: int, projection: bool, norm: Literal["group", "batch"]) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = _conv(before, width, stride), _norm(norm, width)
+        self.conv2, self.norm2 = _conv(width, width), _norm(norm, width)
+        self.shortcut: nn.Module
+        if stride == 1 and before == width:
+            self.shortcut = nn.Identity()
+        elif projection:
+            self.shortcut = nn.Sequential(_conv(before, width, stride, size=1), _norm(norm, width))
+        else:
+            self.shortcut = PaddedShortcut(stride, width - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, width, H / stride, W / stride) for `x` of (N, before, H, W)."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class PaddedShortcut(nn.Module):
+    """Takes every `stride`-th row and column, and adds channels of zeros, half of them before and half behind."""
+
+    def __init__(self, stride: int, added: int) -> None:
+        super().__init__()
+        self.stride, self.before, self.behind = stride, added // 2, added - added // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, C + added, H / stride, W / stride) for `x` of (N, C, H, W)."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.behind))
+
+
+def _conv(before: int, width: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
+    conv = nn.Conv2d(before, width, size, stride, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _norm(norm: Literal["group", "batch"], width: int) -> nn.Module:
+    return nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(2, width)
