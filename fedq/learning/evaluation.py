@@ -9,7 +9,17 @@ from torch import nn
 from fedq.data import Examples
 from fedq.errors import FedqError
 from fedq.learning.local_training import CLASSIFICATION, Precision
-from fedq.learning.task import Sums, Task, check_examples, check_fit, outputs_of, summable
+from fedq.learning.task import (
+    Sums,
+    Task,
+    TaskError,
+    check_examples,
+    check_fit,
+    check_works,
+    of,
+    outputs_of,
+    summable,
+)
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and yields the results in order, as Python's `map` or a pool's does."""
@@ -58,3 +68,32 @@ def evaluate(
     if not total["targets"]:
         raise FedqError("no target of the test set counts")
     return task.metrics(total)
+
+
+def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
+    """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
+
+    model: The model; evaluation may write to it.
+    whose: Whose examples they are, for the error's text.
+    examples: The model evaluates the first two; the targets of all are checked. No examples are right.
+    task: The task.
+
+    Changes neither the examples nor torch's generator.
+    """
+    device = next(model.parameters()).device
+    try:
+        check_examples(examples)
+        if not len(examples.y):
+            return
+        x = examples.x[:2].to(device, copy=True)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            try:
+                made = model.eval()(x)
+            except Exception as error:  # whatever an author's model raises
+                reason = str(error).splitlines()[0] if str(error) else ""
+                raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
+            outputs, y = outputs_of(made), examples.y[:2].to(device)
+            check_fit(task, outputs, len(x), examples.y)
+            check_works(task, outputs, y)
+    except TaskError as error:
+        raise TaskError(f"with the examples of {whose}: {error}") from error

@@ -20,7 +20,7 @@ from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.cohort import Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.evaluation import Map, evaluate
+from fedq.learning.evaluation import Map, check, evaluate
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
@@ -30,7 +30,7 @@ from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, G
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, server_step
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import Task, TaskError, check_examples, check_fit, check_works, of, outputs_of
+from fedq.learning.task import Task
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -191,29 +191,8 @@ class FederatedAveraging:
 
     @one_thread()
     def check(self, whose: str, examples: Examples) -> None:
-        """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
-
-        whose: Whose examples they are, for the error's text.
-        examples: The model evaluates the first two; the targets of all are checked. No examples are right.
-
-        Changes nothing: neither the model, nor the examples, nor torch's generator.
-        """
-        try:
-            check_examples(examples)
-            if not len(examples.y):
-                return
-            x = examples.x[:2].to(self.device, copy=True)
-            with torch.random.fork_rng(devices=[]), torch.inference_mode():
-                try:
-                    made = deepcopy(self.protocol.model).eval()(x)
-                except Exception as error:  # whatever an author's model raises
-                    reason = str(error).splitlines()[0] if str(error) else ""
-                    raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
-                outputs, y = outputs_of(made), examples.y[:2].to(self.device)
-                check_fit(self.protocol.task, outputs, len(x), examples.y)
-                check_works(self.protocol.task, outputs, y)
-        except TaskError as error:
-            raise TaskError(f"with the examples of {whose}: {error}") from error
+        """Raises TaskError unless model and task take the examples of `whose`; see `evaluation.check`."""
+        check(deepcopy(self.protocol.model), whose, examples, self.protocol.task)
 
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
