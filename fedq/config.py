@@ -52,8 +52,13 @@ class RunConfig:
     faults: The faults of clients, if any.
     guard: The guard against updates with a norm out of line, if any.
     submodel: How much of the model each client trains, if not all of it.
-    accuracy_floor: Final test accuracy, or other headline metric, at which hydra/sweeper=fewest_bits searches for the
-        fewest bits.
+    accuracy_floor: Final accuracy, or other headline metric, at which hydra/sweeper=fewest_bits searches for the fewest
+        bits: on validation examples, or on the test set without `validation`.
+    validation: The share of examples or clients that is held out, above 0 and below 1; "own" takes the validation
+        examples that the dataset has.
+    validation_by: Whether the share is of each client's examples, or of the clients.
+    patience: The run stops early after this number of evaluations in a row without a better value.
+    evaluate_clients: The number of clients, or "all", whose own metrics an evaluation adds.
     residual_memory: MiB of memory for the clients' residuals; the least recently used others are in files.
     """
 
@@ -74,18 +79,24 @@ class RunConfig:
     guard: dict[str, Any] | None
     submodel: dict[str, Any] | None
     accuracy_floor: float | None = None
+    validation: float | Literal["own"] | None = None
+    validation_by: Literal["examples", "clients"] = "examples"
+    patience: int | None = None
+    evaluate_clients: int | Literal["all"] | None = None
     residual_memory: int = 1024
 
     def __post_init__(self) -> None:
         counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "keep")
-        for name in (*counts, "min_clients", "workers"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+        for name in (*counts, "min_clients", "workers", "patience", "evaluate_clients"):
+            if getattr(self, name) not in (None, "auto", "all") and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("repeats", "residual_memory"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.min_clients > self.clients_per_round:
             raise ValueError(f"min_clients={self.min_clients} is more than clients_per_round={self.clients_per_round}")
+        if isinstance(self.validation, int | float) and not 0 < self.validation < 1:
+            raise ValueError(f"validation must be above 0 and below 1, or own, not {self.validation}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
 
@@ -141,6 +152,9 @@ _OPTIONS = ("joint", "reference", "common_scale")
 NO_CODER = (None, {"_target_": None})
 """Values of `coder` that select the coder that fits the last stage."""
 
+_PARTIAL = {"client": ("client.optimizer", "client.schedule"), "server": ("server.schedule",)}
+"""Parts of a group that may be null, and that the code gives their first argument."""
+
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
     "task": ("loss", "metrics", "headline", "more_is_better", "reported"),
@@ -170,6 +184,10 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
             partial = group in ("model", "server")
             if to_container(cfg, group).get("_partial_", False) is not partial:
                 raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
+        for part in _PARTIAL.get(group, ()):
+            node = to_container(cfg, part)
+            if node is not None and not (isinstance(node, dict) and node.get("_partial_")):
+                raise ConfigError(f"{part} must be null, or a node with _target_ and _partial_: true")
         if group == "model" and "num_classes" in to_container(cfg, group):
             raise ConfigError("model.num_classes is not a key: the dataset gives the number")
         check_targets(cfg, group)
@@ -234,16 +252,18 @@ def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
     """
     given = {name: value for name, value in arguments.items() if path != "model" or takes(cfg.model._target_, name)}
     # Constructors receive plain containers, never objects of OmegaConf.
-    part = call_or_config_error(path, lambda: instantiate(to_container(cfg, path), **given, _convert_="all"))
+    node = to_container(cfg, path)
+    if path == "server":
+        node.pop("schedule", None)
+    part = call_or_config_error(path, lambda: instantiate(node, **given, _convert_="all"))
     if lacking := [name for name in _REQUIRED.get(path, ()) if not hasattr(part, name)]:
         raise ConfigError(f"{path}: a {type(part).__name__} has no {', '.join(lacking)}")
     if path == "model":
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            module = call_or_config_error(path, part)
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
+            if not isinstance(module := call_or_config_error(path, part), torch.nn.Module):
+                raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
     return part
 
 
@@ -269,6 +289,8 @@ def build_server(cfg: DictConfig) -> Any:
     """Returns a function that makes the server optimizer. A trial step checks its arguments before the first round."""
     import torch
 
+    from fedq.learning.optimizers import Scheduled, tried
+
     server = build(cfg, "server")
 
     def try_once() -> None:
@@ -280,7 +302,11 @@ def build_server(cfg: DictConfig) -> Any:
             raise ValueError(error) from error
 
     call_or_config_error("server", try_once)
-    return server
+    if to_container(cfg, "server.schedule") is None:
+        return server
+    scheduled = Scheduled(server, build(cfg, "server.schedule"))
+    tried("server.schedule", lambda: scheduled.rate(1))
+    return scheduled
 
 
 def build_encoder(cfg: DictConfig, direction: Literal["broadcast", "upload"]) -> "Direction":

@@ -120,7 +120,9 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
     node = to_container(cfg, path)
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: {node!r} is not allowed; it must be keys and values")
-    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    # schedule is of the server, not of its optimizer's class
+    besides = ("_target_", "_partial_", "schedule") if path == "server" else ("_target_", "_partial_")
+    given = {key: value for key, value in node.items() if key not in besides}
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # some classes written in C have no signature
@@ -130,8 +132,17 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
     except NameError:  # the annotation names a class that only type checkers import
         hints = {}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    # the code adds these arguments: the parameters of a server optimizer come first
-    added = {"model": ["num_classes"], "server": list(parameters)[:1]}.get(path, [])
+    # the code adds these arguments: the parameters of an optimizer, and the optimizer of a schedule, come first
+    if path == "client.optimizer" and "lr" in given:
+        raise ConfigError("client.optimizer.lr is not a key: client.lr is the rate")
+    first = list(parameters)[:1]
+    added = {
+        "model": ["num_classes"],
+        "server": first,
+        "client.optimizer": [*first, "lr"],
+        "client.schedule": first,
+        "server.schedule": first,
+    }.get(path, [])
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,
@@ -209,7 +220,9 @@ def matches_type(value: Any, allowed: Any) -> bool:
     """Returns whether a `value` from YAML is of the annotated type `allowed`. True for types that YAML cannot hold."""
     origin = typing.get_origin(allowed)
     if origin in (typing.Union, types.UnionType):
-        return any(matches_type(value, option) for option in _yaml_members(allowed))
+        is_built = isinstance(value, dict) and "_target_" in value  # may become an object that YAML cannot hold
+        options = typing.get_args(allowed) if is_built else _yaml_members(allowed)
+        return any(matches_type(value, option) for option in options)
     if origin is Literal:
         return value in typing.get_args(allowed)
     if allowed is float:

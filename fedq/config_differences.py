@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from fedq.config import CHANGES_NOTHING, NO_CODER, DirectionConfig, EncoderConfig, RunConfig, coder_that_fits
 from fedq.config_check import RENAMED_KEYS, call_or_config_error
 
-RESUMABLE_KEYS = (*CHANGES_NOTHING, "run.rounds", "run.evaluate_every")
+RESUMABLE_KEYS = (*CHANGES_NOTHING, "run.rounds", "run.evaluate_every", "run.evaluate_clients", "run.patience")
 """The keys that may change when a run resumes. These keys change no result."""
 
 FUTURE_ONLY_KEYS = ("run.min_clients", "run.repeats", "dataset.path")

@@ -73,3 +73,9 @@ def test_every_encoder_is_listed_once_with_its_directions():
     default = config("sign").encoder.broadcast
     for name, directions in listed:
         assert (directions == "↓↑") == (config(name).encoder.broadcast != default), name
+
+
+def test_every_dataset_is_listed_once():
+    rows = re.findall(r"^\| (`[^|]*) \|", (CONF / "dataset" / "README.md").read_text(), re.MULTILINE)
+    listed = [name for names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(listed) == sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))

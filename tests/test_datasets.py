@@ -12,6 +12,7 @@ from command import fedq
 from data.cifar_files import write_cifar
 from encoding.configured import CONF
 from PIL import Image
+from tff_files import cifar100_files, shakespeare_files, stackoverflow_files
 
 SMALL = """
 from pathlib import Path
@@ -35,6 +36,7 @@ class Net(torch.nn.Module):
 """A module without the MD5 of CIFAR's files, and with a model of colour images."""
 
 CIFAR = ("dataset._target_=small.torchvision_dataset", "dataset.clients=4", "model._target_=small.Net")
+TEXT = ("task=next_token", "model._target_=tiny_models.Bigram")
 ROUNDS = ("model=mlp", "run.rounds=2", "run.clients_per_round=2", "encoder.threshold=100")
 PARTITIONS = sorted(path.stem for path in Path(CONF, "dataset", "partition").glob("*.yaml"))
 
@@ -79,6 +81,9 @@ FILES = {  # dataset → (writes its files, further arguments)
         write_parquet,
         ("dataset.client=writer", "dataset.x=image", "dataset.y=label", "dataset.shape=[1,28,28]"),
     ),
+    "fed_cifar100": (cifar100_files, ("model._target_=tiny_models.Colour",)),
+    "tff_shakespeare": (shakespeare_files, TEXT),
+    "stackoverflow": (stackoverflow_files, TEXT),
 }
 
 
@@ -99,6 +104,12 @@ def completed(cwd: Path) -> list[float]:
     return losses
 
 
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """Returns the metrics of a run, without seconds."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_dataset_of_files_trains(tmp_path, name):
     fedq(tmp_path, *prepare(tmp_path, name))
@@ -111,3 +122,15 @@ def test_every_partition_trains(tmp_path):
     fedq(tmp_path, *prepare(tmp_path, "image_folder")[:-1], "dataset/partition=natural")
     losses = completed(tmp_path)
     assert len(set(losses)) == len(losses) == len(PARTITIONS)
+
+
+def test_inputs_change_alike_for_any_number_of_workers(tmp_path):
+    command = (*prepare(tmp_path, "cifar10"), "run.clients_per_round=4")
+    for name, changes in {
+        "plain": (),
+        "one": ("client/augment=crop_and_flip", "run.workers=1"),
+        "two": ("client/augment=crop_and_flip", "run.workers=2"),
+    }.items():
+        fedq(tmp_path, *command, *changes, f"hydra.run.dir={name}")
+    plain, one, two = (metrics_of(tmp_path / name) for name in ("plain", "one", "two"))
+    assert one == two != plain

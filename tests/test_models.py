@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from fedq.data import Client, Examples
+from fedq.learning import Classification, FederatedAveraging, LocalTraining, NextToken
 from fedq.learning.local_training import channels_last
 from fedq.models import MLP, CharLSTM, FedAvgCNN, ResNet, Transformer, WordLSTM
 from fedq.models.transformer import rotated, rotations
+from fedq.simulation.workers import Workers
 
 RESNET18 = {"blocks": 2, "widths": (64, 128, 256, 512), "projection": True}
 BUILDS = {
@@ -318,3 +322,19 @@ def test_the_order_of_channels_in_memory_changes_no_result():
     torch.manual_seed(0)
     model, x = ResNet(10, norm="group"), torch.rand(4, 3, 32, 32)
     torch.testing.assert_close(channels_last(copy.deepcopy(model))(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["char_lstm", "transformer", "resnet20", "resnet20, batch norm"])
+def test_a_round_has_the_same_bits_with_any_number_of_workers(name):
+    torch.manual_seed(0)
+    data = [Examples(*examples(name)) for _ in range(4)]
+    clients = [Client(i, partial(data.__getitem__, i)) for i in range(4)]
+    task = NextToken() if name in ("char_lstm", "transformer") else Classification()
+    training, server = LocalTraining(lr=0.1, batch_size=3), partial(torch.optim.SGD, lr=1.0)
+    states = []
+    for count in (1, 2, 3):
+        with Workers(count) as workers:
+            process = FederatedAveraging(BUILDS[name], training, server, task=task, map=workers.map)
+            states.append(process.next(process.initialize(), clients)[0].weights)
+    for other in states[1:]:
+        assert all(torch.equal(value, other[tensor]) for tensor, value in states[0].items())

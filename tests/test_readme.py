@@ -121,7 +121,10 @@ def test_every_command_shown_is_a_valid_configuration(line, tmp_path):
     assert "encoder:" in fedq(tmp_path, *first, "--cfg", "job").stdout
 
 
-@pytest.mark.parametrize("path", ["README.md", "fedq/encoding/README.md", "conf/README.md", "conf/encoder/README.md"])
+@pytest.mark.parametrize(
+    "path",
+    ["README.md", "fedq/encoding/README.md", "conf/README.md", "conf/dataset/README.md", "conf/encoder/README.md"],
+)
 def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / path).read_text()):
         assert ((ROOT / path).parent / link).exists(), link

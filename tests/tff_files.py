@@ -11,6 +11,7 @@ Arrays = Mapping[str, np.ndarray]
 
 def write_clients(path: Path, clients: Mapping[str, Arrays]) -> None:
     """Writes `examples/<client id>/<name>` for each client, in the order given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w", track_order=True) as file:
         examples = file.create_group("examples", track_order=True)
         for client_id, arrays in clients.items():
@@ -49,7 +50,6 @@ def shakespeare_files(folder: Path, clients: int = 4, speeches: int = 3) -> None
 
 def stackoverflow_files(folder: Path, clients: int = 4, sentences: int = 5, words: int = 10_000) -> None:
     """Writes the files of dataset=stackoverflow: sentences of 1 to 30 words, w1 to w40."""
-    folder.joinpath("stackoverflow.word_count").write_text("".join(f"w{i} {10**6 - i}\n" for i in range(1, words + 1)))
     for part in ("train", "held_out", "test"):
         users = {}
         for i in range(clients):
@@ -65,6 +65,7 @@ def stackoverflow_files(folder: Path, clients: int = 4, sentences: int = 5, word
                 "type": strings(["question"] * count),
             }
         write_clients(folder / f"stackoverflow_{part}.h5", users)
+    folder.joinpath("stackoverflow.word_count").write_text("".join(f"w{i} {10**6 - i}\n" for i in range(1, words + 1)))
 
 
 def cifar100_files(folder: Path, clients: int = 4, images: int = 6) -> None:

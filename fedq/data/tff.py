@@ -158,7 +158,7 @@ class TffDataset(ABC):
 
     @abstractmethod
     def _examples(self, where: str, *arrays: np.ndarray) -> Examples:
-        """Returns the examples in a client's arrays, at least one a row. `where` is for errors."""
+        """Returns the examples in a client's arrays, in the order of the rows. `where` is for errors."""
 
     def _count(self, file: ClientsFile, client_id: bytes) -> int:
         return min(file.rows(client_id), self._client_examples or 2**63)

@@ -23,18 +23,15 @@ class TffShakespeare(TffDataset):
 
     Args:
         path: folder of both files. None means the cache folder; missing files are downloaded into it.
-        client_examples: most sequences of a client, the first ones, at least 1; None means all.
         test_examples: most sequences of `test()`, of clients at equal distances, at least 1; None means all.
 
-    Raises ValueError if a limit is below 1. Raises DatasetError, here or in a load, if a file is missing or damaged.
+    Raises ValueError for less than 1 sequence. Raises DatasetError, here or in a load, if a file is missing or damaged.
     """
 
     num_classes = VOCABULARY
 
-    def __init__(
-        self, path: str | None = None, client_examples: int | None = None, test_examples: int | None = None
-    ) -> None:
-        super().__init__(path, "shakespeare", SHA256, LAYOUT, ("train", "test"), client_examples, test_examples)
+    def __init__(self, path: str | None = None, test_examples: int | None = None) -> None:
+        super().__init__(path, "shakespeare", SHA256, LAYOUT, test_examples=test_examples)
 
     @override
     def _examples(self, where: str, *arrays: np.ndarray) -> Examples:
@@ -44,4 +41,4 @@ class TffShakespeare(TffDataset):
 
     @override
     def _count(self, file: ClientsFile, client_id: bytes) -> int:
-        return len(self._load(file, client_id, self._client_examples).y)  # a speech has several sequences
+        return len(self._load(file, client_id, None).y)  # a speech has several sequences

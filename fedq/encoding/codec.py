@@ -14,7 +14,7 @@ from fedq.encoding.adaptation import Adaptation
 from fedq.encoding.adaptive import Adaptive
 from fedq.encoding.encoder import TensorCodec, read, write
 from fedq.encoding.message import MessageError
-from fedq.encoding.numerics import CHUNK, exact_divide, finite, is_finite, saturate
+from fedq.encoding.numerics import CHUNK, exact_divide, is_finite, saturate
 from fedq.encoding.rate_control import RateController
 from fedq.encoding.schema import Schema, Tensors, TensorSpec, canonical_text, schema_of
 from fedq.errors import FedqError
@@ -68,7 +68,6 @@ class Codec:
     compressed: The names of the tensors that pass stages.
     adaptation: The adaptive stages and rate control.
     sends_differences: Whether messages hold differences from a reference.
-    decodes_after_sum: Whether `decode` returns something else with `stop_at_sum` than without.
     """
 
     def __init__(
@@ -101,8 +100,6 @@ class Codec:
         self._scale_spec = TensorSpec((), torch.float64 if wide else torch.float32)
         self._reference = reference
         self.sends_differences = reference != "none" and bool(self.compressed)
-        summable = any(chain.summable_prefix for chain in chains.values())
-        self.decodes_after_sum = summable or bool(joined) or reference != "none"
         agreed: list[object] = [
             list(schema.items()),
             [(name, (chain.spec, chain.encoder)) for name, chain in chains.items()],
@@ -228,7 +225,7 @@ class Codec:
                 tensor = chain.decode(reader, key.fold(name), params, torch.device(device), stop_at_sum)
                 if self._common_scale and chain.compresses:
                     tensor = _multiplied_(tensor, scale)
-                tensors[name] = finite(tensor)
+                tensors[name] = tensor
             what = "the end of the body"
             reader.close()
             if not stop_at_sum:

@@ -121,7 +121,7 @@ class TensorCodec:
             check_declared(f"{name}.encode", side, side_spec)
             spec = stage.encoded_spec(spec, side)
             check_declared(f"{name}.encode", {"encoded": x}, {"encoded": spec})
-            for value, tensor in [(value, side[value]) for value in side_spec] + [("encoded", x)]:
+            for value, tensor in (*side.items(), ("encoded", x)):
                 if not is_finite(tensor):
                     raise ValueError(f"{name} makes {value} NaN or infinite")
             for value, its_spec in side_spec.items():
@@ -129,11 +129,11 @@ class TensorCodec:
         return [*parts, *write(x, spec, self._coder)], reports
 
     def decode(self, reader: Reader, key: Key, params: Tensors, device: torch.device, stop_at_sum: bool) -> Tensor:
-        """Reads one payload and returns the tensor; the caller checks that the tensor is finite.
+        """Reads one payload and returns the tensor.
 
         stop_at_sum: Whether to leave the stages of the summable prefix to `decode_sum`.
 
-        Raises ValueError for bytes that `encode` never makes.
+        Raises ValueError for bytes that `encode` never makes, NaN and infinity.
         """
         specs, sides = [self.spec], []
         for step in self._steps:
@@ -142,9 +142,7 @@ class TensorCodec:
             specs.append(step.stage.encoded_spec(specs[-1], side))
             sides.append(side)
         x = read(reader, specs[-1], self._coder).to(device)
-        stop = len(self.summable_prefix)
-        x = self._decode_stages(x, specs, sides, key, params, len(sides), stop)
-        return x if stop_at_sum or not stop else self.decode_sum(x, key, params)
+        return self._decode_stages(x, specs, sides, key, params, len(self.summable_prefix) if stop_at_sum else 0)
 
     def decode_sum(self, x: Tensor, key: Key, params: Tensors) -> Tensor:
         """Decodes `x`, a sum over clients of results of `decode` with `stop_at_sum`.
@@ -152,27 +150,19 @@ class TensorCodec:
         Without a summable prefix the method returns `x` itself. Raises ValueError for NaN and infinity.
         """
         specs = self.summable_prefix
-        if not specs:
-            return finite(x)
-        return finite(self._decode_stages(finite(x), specs, [{}] * len(specs), key, params, len(specs), 0))
+        return self._decode_stages(finite(x), specs, [{}] * len(specs), key, params, 0)
 
     def _decode_stages(
-        self,
-        x: Tensor,
-        specs: Sequence[TensorSpec],
-        sides: Sequence[Tensors],
-        key: Key,
-        params: Tensors,
-        start: int,
-        stop: int,
+        self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: Tensors, stop: int
     ) -> Tensor:
-        """Decodes `x` by the stages from place `start` − 1 down to place `stop`."""
+        """Decodes `x`, which is finite, by as many stages as there are `sides`, from the last down to place `stop`."""
         own_params = by_part(params) if self.adaptive else {}
-        for i in reversed(range(stop, start)):
+        for i in reversed(range(stop, len(sides))):
             step = self._steps[i]
             arguments = [own_params.get(step.path, {})] if step.adaptive else []
             x = step.stage.decode(x, sides[i], specs[i], key.fold(step.place), *arguments)
             check_declared(f"{step.name}.decode", {"decoded": x}, {"decoded": specs[i]})
+            x = finite(x)
         return x
 
 

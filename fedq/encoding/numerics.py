@@ -1,5 +1,6 @@
 """Numerics of stages: working dtypes, exact division, saturation, sums, and blocks of elements."""
 
+import cmath
 from collections.abc import Callable, Iterator
 
 import torch
@@ -85,12 +86,12 @@ def check_scale(scale: Tensor, spec: TensorSpec) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether `tensor` holds neither NaN nor infinity. Integers never do."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return True
     if tensor.dtype.itemsize == 1:  # torch cannot add up float8
         tensor = tensor.float()
     # One NaN or infinity makes the sum NaN or infinite, in a fifth of the time. The reverse may be an overflow.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def finite(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fedq.errors import FedqError
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.local_training import LocalTraining
+from fedq.learning.optimizers import stepped, tried
 from fedq.learning.parts import Parts
 from fedq.learning.submodel import FederatedDropout
 
@@ -29,6 +30,7 @@ def check_together(
 ) -> None:
     """Raises FedqError for options that cannot be combined, or that a direction does not have."""
     algorithm.check(training)
+    check_optimizer(training)
     down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
     with_groups = type(algorithm).groups is not FedAvg.groups
     refused = {
@@ -41,6 +43,10 @@ def check_together(
         and training.structured,
         f"run.submodel: algorithm={type(algorithm).__name__.lower()} needs clients that train the whole model": submodel
         and with_groups,
+        "run.submodel: client.keep_optimizer must be false: a client's next sub-model has other parameters": submodel
+        and training.keep_optimizer,
+        "client.structured needs client.optimizer=null and client.keep_optimizer=false: other steps are not within "
+        "what the upload can send": training.structured and (training.optimizer or training.keep_optimizer),
         f"client.structured must be false with algorithm={type(algorithm).__name__.lower()}: its corrections of a step "
         "are not within what the upload can send": training.structured
         and type(algorithm).correct is not FedAvg.correct,
@@ -54,6 +60,16 @@ def check_together(
     for sentence, applies in refused.items():
         if applies:
             raise FedqError(sentence)
+
+
+def check_optimizer(training: LocalTraining) -> None:
+    """Raises FedqError if the client's optimizer or schedule cannot be built or stepped, or keeps no tensors."""
+    if training.optimizer:
+        optimizer = tried("client.optimizer", lambda: stepped(training.optimizer_of, {"weight": torch.zeros(2, 2)}))
+        if training.keep_optimizer and not optimizer.state():
+            raise FedqError("client.keep_optimizer must be false: the optimizer has no state")
+    if training.schedule:
+        tried("client.schedule", lambda: training.at(1))
 
 
 def fitted(way: str, encoder: StateDictEncoder, model: nn.Module, parts: Parts) -> StateDictEncoder:

@@ -19,7 +19,8 @@ from fedq.keys import BROADCAST
 from fedq.learning.draws import KeyedDraws
 from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure
-from fedq.learning.local_training import Precision, TrainingMetrics, update_of
+from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
+from fedq.learning.optimizers import PREFIX
 from fedq.learning.parts import as_bytes
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
@@ -61,10 +62,11 @@ class ClientHalf:
         Raises ClientFailure if training fails, EncodeError if the update cannot be encoded.
         """
         protocol, key = self.protocol, Key(self.protocol.seed, received.attempt, client)
-        params = received.upload_params
+        params, training = received.upload_params, protocol.training.at(received.attempt)
+        to_keep = {name: value for name, value in kept.items() if name.startswith(PREFIX)}
         with timed(seconds, "train"):
             model, start = self._worker_model(), protocol.start(received, client, kept)
-            metrics = self._trained(model, start, received, examples, kept, params, key)
+            metrics = self._trained(model, start, received, training, examples, kept, to_keep, key)
             if not metrics.sums["targets"]:
                 raise ClientFailure("unable", "none of its targets counts")
             trained = model.state_dict()
@@ -73,7 +75,7 @@ class ClientHalf:
         with timed(seconds, "encode"):
             uploads: dict[str, dict[str, Tensor]] = {}
             if protocol.initial_groups:
-                uploads = protocol.algorithm.upload(update, metrics.steps, protocol.training, received, kept)
+                uploads = protocol.algorithm.upload(update, metrics.steps, training, received, kept)
             if protocol.upload_feedback:
                 update = compensate(update, kept)
             loss = protocol.task.metrics(metrics.all_sums)["loss"]
@@ -82,11 +84,11 @@ class ClientHalf:
                 tensors = uploads.get(name, update)
                 messages.append(group.upload.encode(tensors, key, params, loss=loss).message)
             report = protocol.write_report(metrics, key)
-        to_keep = {name: trained[name].detach().clone() for name in protocol.parts.personal}
-        for name, value in to_keep.items():
-            if not is_finite(value):
+        for name in protocol.parts.personal:
+            if not is_finite(trained[name]):
                 raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not kept")
-        if protocol.kept_schema.keys() > to_keep.keys():
+            to_keep[name] = trained[name].detach().clone()
+        if protocol.kept_schema.keys() - to_keep.keys():
             decoded: dict[str, Tensor] = {}
             # the client decodes its own messages, to keep state that follows what the server decodes
             with timed(seconds, "decode"):
@@ -97,6 +99,8 @@ class ClientHalf:
                     to_keep |= residual_of(protocol.weights.upload, update, decoded)
                 groups = {name: decoded[name] for name in protocol.initial_groups}
                 to_keep |= protocol.algorithm.keep(groups, kept)
+        if lacking := [name for name in protocol.kept_schema if name not in to_keep]:
+            raise FedqError(f"client.keep_optimizer must be false: training has no gradient for {lacking[0]!r}")
         # in the schema's order and contiguous, as read from a file: nothing depends on the kind of store
         to_keep = {name: to_keep[name].contiguous().cpu() for name in protocol.kept_schema}
         return Answer(messages, report, to_keep)
@@ -106,26 +110,38 @@ class ClientHalf:
         model: nn.Module,
         start: Tensors,
         received: Received,
+        training: LocalTraining,
         examples: Examples,
         kept: Tensors,
-        params: Tensors,
+        optimizer: dict[str, Tensor],
         key: Key,
     ) -> TrainingMetrics:
-        """Trains `model` in place. Raises ClientFailure for any error of the data or the model."""
+        """Trains `model` and the state of its `optimizer` in place.
+
+        Raises ClientFailure for any error of the data or the model.
+        """
         protocol = self.protocol
         if not len(examples.y):
             raise ClientFailure("unable", "it has no examples")
         project = correct = None
         if protocol.projection:
-            project = partial(_project, protocol.projection, received.weights, key, params)
+            project = partial(_project, protocol.projection, received.weights, key, received.upload_params)
         if protocol.initial_groups:
             correct = partial(_correct, protocol, received, kept)
         # torch asks the mode before each of its functions: without draws, that time is saved
         draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
             with draws:
-                metrics = protocol.training.train(
-                    model, start, examples, key.fold("train"), project, self._precision, correct, protocol.task
+                metrics = training.train(
+                    model,
+                    start,
+                    examples,
+                    key.fold("train"),
+                    project,
+                    self._precision,
+                    correct,
+                    protocol.task,
+                    optimizer if training.keep_optimizer else None,
                 )
         except TaskError as error:
             raise TaskError(f"with the examples of client {key.client}: {error}") from error

@@ -1,12 +1,13 @@
 """A task's metrics of a model on examples."""
 
 from collections.abc import Callable, Iterable, Iterator
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedq.data import Examples
+from fedq.data import Client, Examples
 from fedq.errors import FedqError
 from fedq.learning.local_training import CLASSIFICATION, Precision
 from fedq.learning.task import (
@@ -97,3 +98,40 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
             check_works(task, outputs, y)
     except TaskError as error:
         raise TaskError(f"with the examples of {whose}: {error}") from error
+
+
+def evaluate_clients(
+    model_of: Callable[[Client], nn.Module],
+    clients: Iterable[Client],
+    batch_size: int,
+    map: Map,
+    precision: Precision,
+    task: Task,
+) -> dict[str, float]:
+    """Returns mean, median and worst tenth of the headline over clients; each client counts once, as in Li 2020.
+
+    A client is evaluated on its test examples; if it has none, on its validation examples; else on its training
+    examples. Clients without a target that counts are left out. The worst tenth is rounded up to whole clients.
+
+    model_of: Gives the model of a client, a new one each time.
+    map: Evaluates the clients; a pool's `map` evaluates them side by side, with the same result.
+
+    The other arguments are those of `evaluate`. Raises FedqError if no client is left.
+    """
+
+    def headline(client: Client) -> list[float]:
+        examples = (client.test or client.validation or client.load)()
+        if not task.count(examples.y):
+            return []
+        metrics = evaluate(model_of(client), examples, batch_size, precision=precision, task=task)
+        return [metrics[task.headline]]
+
+    values = [value for found in map(headline, clients) for value in found]
+    if not values:
+        raise FedqError("run.evaluate_clients: none of these clients has examples to evaluate on")
+    worst_first = sorted(values, reverse=not task.more_is_better)
+    return {
+        f"{task.headline}_mean": fmean(values),
+        f"{task.headline}_median": median(values),
+        f"{task.headline}_worst_tenth": fmean(worst_first[: -(-len(values) // 10)]),
+    }

@@ -7,12 +7,11 @@ from statistics import fmean
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
+from fedq.encoding import EncodeError, MessageError, StateDictEncoder
 from fedq.encoding.numerics import is_finite
-from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
 from fedq.learning.algorithm import FedAvg
@@ -20,14 +19,14 @@ from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.cohort import Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.evaluation import Map, check, evaluate
+from fedq.learning.evaluation import Map, check, evaluate, evaluate_clients
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counted, counts_of, metrics_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
-from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, server_step
+from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
 from fedq.learning.task import Task
@@ -154,7 +153,8 @@ class FederatedAveraging:
             except MessageError as error:  # a sum may overflow
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         with timed(seconds, "aggregate"):
-            after = self._stepped(replace(sent, round=state.round + 1), sums, total.weight, usable)
+            before = replace(sent, round=state.round + 1)
+            after = stepped(self.protocol, self.server, before, sums, total.weight, usable, self.population)
             if any(group.adaptive for group in self.protocol.groups.values()):
                 after = adapted(self.protocol, after, broadcast_reports | total.broadcast_reports, total.reports)
             if self.protocol.broadcast_feedback:
@@ -167,27 +167,46 @@ class FederatedAveraging:
 
     @one_thread()
     def evaluate(
-        self, state: ServerState, examples: Examples, batch_size: int = 50, clients: Iterable[Client] = ()
+        self,
+        state: ServerState,
+        examples: Examples,
+        batch_size: int = 50,
+        clients: Iterable[tuple[int, Examples]] = (),
     ) -> dict[str, float]:
         """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
 
-        clients: With personal tensors, the metrics are the mean over these clients. Each completes the weights with
-            its own tensors, and takes its own test examples if it has any.
+        clients: With personal tensors, numbers and examples of clients. The metrics are the mean over those clients,
+            each with its own tensors. Clients without a target that counts are left out.
         """
-        protocol = self.protocol
-
-        def metrics(weights: Tensors, examples: Examples) -> dict[str, float]:
-            model = deepcopy(protocol.model)  # a copy: evaluation may write to buffers outside the state_dict
-            model.load_state_dict(weights)
-            return evaluate(model, examples, batch_size, self.map, self.precision, protocol.task)
-
-        found = []
-        for client in clients if protocol.parts.personal else ():
-            own = protocol.personal(self.store.load(client.number, state.attempt, protocol.kept_schema))
-            weights = protocol.parts.with_ties(state.weights | own)
-            found.append(metrics(weights, client.test() if client.test else examples))
-        found = found or [metrics(state.weights, examples)]
+        task, found = self.protocol.task, []
+        for number, its in clients if self.protocol.parts.personal else ():
+            if task.count(its.y):
+                model = self._model(state, number)
+                found.append(evaluate(model, its, batch_size, self.map, self.precision, task))
+        found = found or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
         return {name: fmean(one[name] for one in found) for name in found[0]}
+
+    @one_thread()
+    def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:
+        """Returns mean, median and worst tenth over clients; see `evaluation.evaluate_clients`."""
+
+        def model_of(client: Client) -> nn.Module:
+            return self._model(state, client.number)
+
+        return evaluate_clients(model_of, clients, batch_size, self.map, self.precision, self.protocol.task)
+
+    def _model(self, state: ServerState, client: int | None = None) -> nn.Module:
+        """Returns a model with the server's weights, and with the personal tensors of a client if there are any.
+
+        The model is a copy, because evaluation may write to buffers outside the state_dict.
+        """
+        protocol, weights = self.protocol, state.weights
+        if client is not None and protocol.parts.personal:
+            own = protocol.personal(self.store.load(client, state.attempt, protocol.kept_schema))
+            weights = protocol.parts.with_ties(weights | own)
+        model = deepcopy(protocol.model)
+        model.load_state_dict(weights)
+        return model
 
     @one_thread()
     def check(self, whose: str, examples: Examples) -> None:
@@ -218,26 +237,4 @@ class FederatedAveraging:
             f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}",
             replace(sent, repeats=state.repeats + 1, last_received=sent.last_received | caught_up),
             counts_of(records, seconds),
-        )
-
-    def _stepped(
-        self, state: ServerState, sums: dict[str, Tensor], weight: int, usable: Sequence[ClientRecord]
-    ) -> ServerState:
-        """Returns the state after the server optimizer's step on the mean of weights, and the algorithm's on groups."""
-        protocol = self.protocol
-        total: int | Tensors = weight
-        if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
-            key = Key(protocol.seed, state.attempt - 1)
-            total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
-        before = protocol.parts.travelling(state.weights)
-        weights, optimizer = server_step(
-            self.server, state.optimizer, before, frozenset(protocol.parameters), sums, total
-        )
-        means = {name: sums[name] / len(usable) for name in state.groups}
-        share = len(usable) / (self.population or len(usable))
-        return replace(
-            state,
-            weights=protocol.parts.with_ties(state.weights | weights),
-            optimizer=optimizer,
-            groups=protocol.algorithm.step(state.groups, means, share) if means else {},
         )

@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
+from fedq.data.augment import Augment
 from fedq.errors import FedqError, check_choice
 from fedq.keys import Key
+from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
 from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
 
 CLASSIFICATION = Classification()
@@ -51,19 +55,25 @@ class TrainingMetrics(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """Local SGD (McMahan 2016, ClientUpdate) with heavy-ball momentum and FedProx's proximal term (Li 2020, eq. 2).
+    """Local training (McMahan 2016, ClientUpdate) with FedProx's proximal term (Li 2020, eq. 2).
 
     Each epoch takes the client's examples once, in a random order. The last batch may be smaller.
 
-    lr: The learning rate, as of torch.optim.SGD.
+    lr: The learning rate, as of torch.optim.
     epochs: The number of epochs in a round.
     batch_size: The number of examples of a step.
-    momentum: The momentum, as of torch.optim.SGD.
+    momentum: The momentum of SGD, as of torch.optim.SGD.
     proximal: FedProx's μ, which pulls towards the received weights.
     max_examples: The most examples that a client uses in a round, chosen at random; None for all.
     structured: Whether each step stays within what the client's upload can send, so that the upload loses nothing
         (structured updates, Konečný 2016, §2).
     weight: The client's weight in the mean: the number of its examples, the number of their targets that count, or 1.
+    steps: The number of steps in a round, through as many epochs as they need; None for `epochs`.
+    optimizer: Builds the optimizer; None for SGD.
+    max_grad_norm: The largest norm of a step's gradients together; larger gradients are scaled. None for no limit.
+    schedule: Changes `lr` over the rounds, with a step for each round; None for the same rate in all rounds.
+    keep_optimizer: Whether a client keeps the optimizer's state from one of its rounds to the next.
+    augment: Changes an epoch's inputs at random; None to train on the inputs as they are.
     """
 
     lr: float
@@ -74,19 +84,55 @@ class LocalTraining:
     max_examples: int | None = None
     structured: bool = False
     weight: Weight = "examples"
+    steps: int | None = None
+    optimizer: ClientOptimizer | None = None
+    max_grad_norm: float | None = None
+    schedule: Schedule | None = None
+    keep_optimizer: bool = False
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
-        for name in ("epochs", "batch_size", "max_examples"):
+        for name in ("epochs", "batch_size", "max_examples", "steps"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be 1 or more, not {count}")
+        if self.steps and self.epochs != 1:
+            raise ValueError("give epochs or steps, not both")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be from 0 to below 1, not {self.momentum}")
+        if self.momentum and self.optimizer:
+            raise ValueError("momentum must be 0 with another optimizer: it is SGD's")
+        if self.keep_optimizer and not self.momentum and not self.optimizer:
+            raise ValueError("keep_optimizer must be false with plain SGD, which has no state")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, not {self.max_grad_norm}")
         check_choice("weight", self.weight, Weight)
         if not self.proximal >= 0:
             raise ValueError(f"proximal must be 0 or more, not {self.proximal}")
+
+    def at(self, round: int) -> "LocalTraining":
+        """Returns the training of a round, with the round's learning rate, which may be 0. Rounds count from 0."""
+        if self._rates is None:
+            return self
+        training = copy(self)
+        object.__setattr__(training, "lr", self._rates(round))
+        return training
+
+    @cached_property
+    def _rates(self) -> Rates | None:
+        return Rates(self.lr, self.schedule) if self.schedule else None
+
+    def optimizer_of(self, parameters: Mapping[str, Tensor]) -> Steps:
+        """Returns a new optimizer of the parameters, given by name."""
+        if self.optimizer is None:
+            return SGD(parameters, self.lr, self.momentum)
+        return OfTorch(parameters, self.optimizer, self.lr)
+
+    def _steps(self, examples: int) -> int:
+        """Returns the number of steps on so many examples."""
+        return self.steps or self.epochs * -(-examples // self.batch_size)
 
     def can_give(self, metrics: TrainingMetrics, examples: int) -> bool:
         """Returns whether a client with so many examples can report so many examples seen, and so many steps.
@@ -94,8 +140,10 @@ class LocalTraining:
         A server believes no other report. A subclass that takes another number of steps overrides the method.
         """
         used = min(examples, self.max_examples or examples)
-        steps = -(-used // self.batch_size)
-        return metrics.seen == self.epochs * used and metrics.steps == self.epochs * steps > 0
+        if not used or metrics.steps != self._steps(used):
+            return False
+        epochs, rest = divmod(metrics.steps, -(-used // self.batch_size))
+        return metrics.seen == epochs * used + rest * self.batch_size
 
     def weigh(self, examples: int, targets: int) -> int:
         """Returns the client's weight in the mean, from what the server has registered."""
@@ -119,6 +167,7 @@ class LocalTraining:
         precision: Precision = "float32",
         correct_gradients: Correction | None = None,
         task: Task = CLASSIFICATION,
+        kept: dict[str, Tensor] | None = None,
     ) -> TrainingMetrics:
         """Loads `weights` into `model`, trains it in place on the model's device, and returns the metrics.
 
@@ -129,8 +178,10 @@ class LocalTraining:
         project: Projects each step's gradients on a linear subspace; None for all gradients.
         precision: The precision of matrix products and convolutions. Weights, gradients and steps keep the model's
             dtype.
-        correct_gradients: Changes each step's gradients after the projection; None if the algorithm has no correction.
+        correct_gradients: Changes each step's gradients last; None if the algorithm has no correction.
         task: Gives the loss and the sums.
+        kept: The optimizer's state, which is replaced by the state after training; empty before a client's first
+            round. None if the state is not kept.
 
         Raises TaskError if the examples or the model's outputs do not fit the task. Raises FedqError if the model draws
         from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
@@ -138,20 +189,25 @@ class LocalTraining:
         check_examples(examples)
         model.load_state_dict(weights)
         model.train()
-        parameters = dict(model.named_parameters())
+        parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         device = next(iter(parameters.values())).device
-        velocities: dict[str, Tensor] = {}
+        optimizer = self.optimizer_of(parameters)
+        if kept:
+            optimizer.load(kept)
         all_x, all_y = examples.x.to(device), examples.y.to(device)
         loss_sum, seen, steps = 0.0, 0, 0
         sums: dict[str, float] = dict.fromkeys((*task.reported, "targets"), 0)
         order = self.chosen(len(examples.y), key)
-        chosen, before = np.sort(order), generators(device)
-        for epoch in range(self.epochs):
+        chosen, before, epoch = np.sort(order), generators(device), 0
+        while steps < self._steps(len(chosen)):
             if epoch:
                 order = chosen[key.fold("shuffle").fold(str(epoch)).permutation(len(chosen))]
-            places = torch.from_numpy(order).to(device)
+            places = torch.from_numpy(order[: (self._steps(len(chosen)) - steps) * self.batch_size]).to(device)
             x, y = all_x[places], all_y[places]
-            for start in range(0, len(order), self.batch_size):
+            if self.augment is not None:
+                x = self.augment(x, torch.Generator().manual_seed(key.fold("augment").fold(str(epoch)).integer()))
+            epoch += 1
+            for start in range(0, len(places), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
                 model.zero_grad()
                 # bfloat16 has the range of float32: gradients need no scaling
@@ -165,35 +221,23 @@ class LocalTraining:
                 if project is not None:
                     for name, projected in project(gradients).items():
                         gradients[name].copy_(projected)
-                if correct_gradients is not None:
-                    correct_gradients(gradients, {name: parameters[name].detach() for name in gradients})
                 if self.proximal:
                     for name, gradient in gradients.items():
                         gradient.add_(parameters[name].detach() - weights[name], alpha=self.proximal)
-                self._step(parameters, gradients, velocities)
+                if self.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters.values(), self.max_grad_norm)
+                if correct_gradients is not None:
+                    correct_gradients(gradients, {name: parameters[name].detach() for name in gradients})
+                optimizer.step(gradients)
                 loss_sum += float(loss.detach()) * targets
                 made = {**task.sums(outputs.detach(), batch_y), "targets": targets}
                 sums = {name: value + summable(made[name]) for name, value in sums.items()}
                 seen += len(batch_y)
                 steps += 1
         check_nothing_drawn(before, device)
+        if kept is not None:
+            kept.update(optimizer.state())
         return TrainingMetrics(loss_sum, sums, seen, steps)
-
-    def _step(
-        self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], velocities: dict[str, Tensor]
-    ) -> None:
-        """Takes one step of heavy-ball SGD: v ← momentum · v + gradient, w ← w − lr · v; the first v is the gradient.
-
-        The result has the bits of torch.optim.SGD. Its import would load torch's compiler, which takes seconds.
-        `velocities` may keep the tensors of `gradients`.
-        """
-        with torch.no_grad():
-            if self.momentum:
-                for name, gradient in gradients.items():
-                    before = velocities.get(name)
-                    velocities[name] = gradient if before is None else before.mul_(self.momentum).add_(gradient)
-            steps = velocities if self.momentum else gradients
-            torch._foreach_add_([parameters[n] for n in gradients], [steps[n] for n in gradients], alpha=-self.lr)
 
 
 def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None:

@@ -18,6 +18,7 @@ from fedq.learning.checks import check_feedback, check_model, check_scaled, chec
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
+from fedq.learning.optimizers import stepped
 from fedq.learning.parts import as_bytes, digest, parts_of
 from fedq.learning.round import Received, Registered
 from fedq.learning.submodel import FederatedDropout, SubModels
@@ -140,6 +141,9 @@ class Protocol:
             }
         )
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
+        if client.keep_optimizer:
+            trained = {name: self.initial[name] for name, p in self.model.named_parameters() if p.requires_grad}
+            self.kept_schema |= schema_of(stepped(client.optimizer_of, trained).state())
         if self.upload_feedback:
             self.kept_schema |= {name: schema[name] for name in self.weights.upload.compressed}
         self.kept_schema |= schema_of({name: self.initial[name] for name in parts.personal})

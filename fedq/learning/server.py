@@ -1,7 +1,7 @@
 """The server's half of a round: it opens the broadcast, reads the answers, adds them up and closes the round."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from fedq.encoding import Key, MessageError
 from fedq.encoding.numerics import is_finite
 from fedq.learning.error_feedback import compensate
 from fedq.learning.guard import NormGuard, norm
+from fedq.learning.optimizers import Scheduled
 from fedq.learning.protocol import Protocol, attach
 from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Registered, Summand, timed
 from fedq.learning.state import ServerState
@@ -134,7 +135,8 @@ class Uplink:
                 record.norm = math.hypot(*map(norm, updates.values()))
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
             weight = protocol.training.weigh(*registered)
-            weight, factor, sums = protocol.algorithm.weigh(weight, protocol.training, record.training)
+            training = protocol.training.at(received.attempt)
+            weight, factor, sums = protocol.algorithm.weigh(weight, training, record.training)
             record.weight = weight
             total = weighted(updates.pop("weights"), received.weights, weight, scale)
             if factor != 1.0:
@@ -224,11 +226,13 @@ def server_step(
     parameters: frozenset[str],
     total: Mapping[str, Tensor],
     weight: int | float | Mapping[str, Tensor],
+    round: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the next weights and optimizer state.
 
     total: The weighted sum of updates; its memory is reused.
     weight: The sum of the weights, or a tensor of sums for each name if coordinates have different clients.
+    round: The number of the round, from 0, for the learning rate.
 
     The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 1). Other floating
     tensors (batch norm's running statistics) take the mean as it is. Integers and booleans take the mean rounded to the
@@ -239,6 +243,9 @@ def server_step(
     optimizer = build(leaves.values())
     if state:
         optimizer.load_state_dict(deepcopy(dict(state)))
+    if isinstance(build, Scheduled):
+        for group in optimizer.param_groups:
+            group["lr"] = build.rate(round)
     for name, leaf in leaves.items():
         leaf.grad = total[name].div_(-share[name]).to(leaf.dtype)
     optimizer.step()
@@ -255,6 +262,48 @@ def server_step(
             nearest = (whole << _LOW) + torch.div(2 * rest + share[name], 2 * share[name], rounding_mode="floor")
             after[name] = (value.to(torch.int64) + nearest).to(value.dtype)
     return after, optimizer.state_dict()
+
+
+def stepped(
+    protocol: Protocol,
+    build: ServerOptimizer,
+    state: ServerState,
+    sums: dict[str, Tensor],
+    weight: int,
+    usable: Sequence[ClientRecord],
+    population: int | None,
+) -> ServerState:
+    """Returns the state after the server optimizer's step on the mean of weights, and the algorithm's on groups.
+
+    build: Builds the server optimizer.
+    state: The state, with the round counted.
+    sums: The sums over clients, of all groups.
+    weight: The sum of the clients' weights.
+    usable: The records of the clients whose answers were added up.
+    population: The number of all clients; None for as many as are in `usable`.
+    """
+    total: int | Mapping[str, Tensor] = weight
+    if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
+        key = Key(protocol.seed, state.attempt - 1)
+        total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
+    before = protocol.parts.travelling(state.weights)
+    weights, optimizer = server_step(
+        build,
+        state.optimizer,
+        before,
+        frozenset(protocol.parameters),
+        sums,
+        total,
+        round=state.attempt - 1,
+    )
+    means = {name: sums[name] / len(usable) for name in state.groups}
+    share = len(usable) / (population or len(usable))
+    return replace(
+        state,
+        weights=protocol.parts.with_ties(state.weights | weights),
+        optimizer=optimizer,
+        groups=protocol.algorithm.step(state.groups, means, share) if means else {},
+    )
 
 
 def adapted(

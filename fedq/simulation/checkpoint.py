@@ -24,10 +24,11 @@ class CheckpointError(FedqError):
     """A checkpoint cannot be used. The text names the file and the reason."""
 
 
-def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) -> Path:
+def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int, best: int | None = None) -> Path:
     """Writes `state` and the run's configuration to a new file in `folder`, and returns the file's path.
 
-    The file gets its name after all bytes are on the disk. The newest `keep` files stay. Files of later rounds are
+    The file gets its name after all bytes are on the disk. The newest `keep` files stay,
+    and the file of round `best`. Files of later rounds are
     deleted, because the run was resumed from an earlier round. Raises OSError with the path if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,8 @@ def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int) ->
             raise
     others = _newest_first(folder)
     later = [other for other in others if _round(other) > state.round]
-    for other in [*later, *others[len(later) + keep :]]:
+    older = [other for other in others[len(later) + keep :] if _round(other) != best]
+    for other in [*later, *older]:
         other.unlink()
     return path
 

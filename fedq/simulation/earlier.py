@@ -31,8 +31,10 @@ def finished(cfg: DictConfig, folder: Path) -> tuple[Path, dict[str, Any]] | Non
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             summary = json.loads(path.read_text(encoding="utf-8"))
             rounds, wanted = summary["rounds"], run["rounds"]
-            enough = rounds == wanted or (path.parent == folder and rounds > wanted)
-            same = not config_differences(summary["config"], to_container(cfg), continuing=False)
+            early = rounds < wanted and summary.get("selection", {}).get("stopped_early", False)
+            enough = rounds == wanted or early or (path.parent == folder and rounds > wanted)
+            same = summary["config"]["run"].get("patience") == run.get("patience")
+            same = same and not config_differences(summary["config"], to_container(cfg), continuing=False)
             if summary["status"] == "completed" and enough and same:
                 return path.parent, summary
     return None

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedq.config import RunConfig
 from fedq.data import Client, Examples, FederatedDataset
+from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
 from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TooFewClients
 from fedq.learning.cohort import loaded
@@ -40,12 +41,14 @@ def rounds(
     run: RunConfig,
     clients: Clients | None = None,
     gather: Gather | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
     """Returns an iterator over the state and the metrics after each round, until `run.rounds` are done.
 
-    The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the test metrics. A
-    round in which too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The
-    metrics of the round add up bits, uploads, failures and seconds of all its cohorts.
+    The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the metrics of the
+    test set, of validation examples (`run.validation`) and of single clients (`run.evaluate_clients`). A round in which
+    too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The metrics of the round
+    add up bits, uploads, failures and seconds of all its cohorts.
 
     process: the algorithm.
     state: the state to start from.
@@ -53,28 +56,33 @@ def rounds(
     run: the group `run` of the configuration.
     clients: returns the clients of a round; None for the dataset's clients.
     gather: as for `FederatedAveraging.next`.
+    stop: asked before each round whether the run stops early.
 
-    Raises TaskError at once unless a client and the test set fit the model and the task. The iterator raises
-    TooFewClients when the repeats are used up.
+    Raises TaskError at once unless a client, the test and the validation set fit the model and the task. The iterator
+    raises TooFewClients when the repeats are used up.
     """
-    test = dataset.test()
+    sets = {"test": dataset.test()}
+    if run.validation is not None:
+        sets["validation"] = validation_set(dataset, run.seed)
     with suppress(ClientFailure):  # rounds leave out a client that cannot be read
         process.check("client 0", loaded(dataset.client(0), process.device))
-    process.check("the test set", test)
-    return _rounds(process, state, dataset, test, run, clients, gather)
+    for name, examples in sets.items():
+        process.check(f"the {name} set", examples)
+    return _rounds(process, state, dataset, sets, run, clients, gather, stop)
 
 
 def _rounds(
     process: FederatedAveraging,
     state: ServerState,
     dataset: FederatedDataset,
-    test: Examples,
+    sets: dict[str, Examples],
     run: RunConfig,
     clients: Clients | None,
     gather: Gather | None,
+    stop: Callable[[], bool],
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
-    test = Examples(*(part.to(process.device) for part in test))
-    while state.round < run.rounds:
+    sets = {name: Examples(*(part.to(process.device) for part in examples)) for name, examples in sets.items()}
+    while state.round < run.rounds and not stop():
         started, before, repeated = perf_counter(), state, Counter[str]()
         while state.round == before.round:
             numbers = cohort(run.seed, state.attempt, dataset.num_clients, run.clients_per_round).tolist()
@@ -95,9 +103,27 @@ def _rounds(
         metrics["seconds/evaluate"] = 0.0
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:
             evaluating = perf_counter()
-            everyone = map(dataset.client, range(dataset.num_clients))
-            for name, value in process.evaluate(state, test, run.test_batch_size, everyone).items():
-                metrics[f"test/{name}"] = value
+            for name, examples in sets.items():
+                own = _own_examples(_evaluated(dataset, run), name, examples)
+                found = process.evaluate(state, examples, run.test_batch_size, own)
+                metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+            if run.evaluate_clients:
+                found = process.evaluate_clients(state, _evaluated(dataset, run), run.test_batch_size)
+                metrics |= {f"per_client/{metric}": value for metric, value in found.items()}
             metrics["seconds/evaluate"] = perf_counter() - evaluating
         metrics["seconds"] = perf_counter() - started
         yield state, metrics
+
+
+def _evaluated(dataset: FederatedDataset, run: RunConfig) -> Iterator[Client]:
+    """Yields the clients that an evaluation asks: all, or as many as `run.evaluate_clients` says."""
+    some = run.evaluate_clients
+    wanted = some if isinstance(some, int) else dataset.num_clients
+    yield from map(dataset.client, drawn(run.seed, "evaluated clients", dataset.num_clients, wanted))
+
+
+def _own_examples(clients: Iterable[Client], name: str, examples: Examples) -> Iterator[tuple[int, Examples]]:
+    """Yields each client's number with its own "test" or "validation" examples; `examples` if it has none."""
+    for client in clients:
+        own = getattr(client, name)
+        yield client.number, own() if own else examples

@@ -28,6 +28,7 @@ from fedq.config import (
 from fedq.config_check import overridden
 from fedq.data import Client, FederatedDataset
 from fedq.data.dataset import plain_integer
+from fedq.data.holdout import HeldOut
 from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
@@ -38,6 +39,7 @@ from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.loop import Clients, rounds
 from fedq.simulation.ranks import Ranks, launched_at
+from fedq.simulation.selection import Selection
 from fedq.simulation.stopping import Stopping
 from fedq.simulation.sweep import varied_keys
 from fedq.simulation.workers import Workers
@@ -80,8 +82,9 @@ def train(
             shared = {"store": [str(store.folder), store.mark()]} if store and ranks.size > 1 else {}
             ranks.tell({"job": config, **shared})
         process, dataset, clients = assemble(cfg, stopping, stack, store)
-        state, done = process.initialize(), []
-        protocol = process.protocol
+        state, done, protocol = process.initialize(), [], process.protocol
+        headline = Headline(protocol.task.headline, protocol.task.more_is_better)
+        selection = Selection(run, headline)
         exact_message = protocol.exact.encode(protocol.parts.travelling(state.weights), Key(run.seed)).message
         log.info("run.rounds=%d in %s", run.rounds, folder)
         for way in ("broadcast", "upload"):
@@ -93,28 +96,29 @@ def train(
             log.info("resumed after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
         gather = partial(ranks.gather, process.contribute) if ranks else None
-        to_do = rounds(process, state, dataset, run, clients, gather)
+        to_do = rounds(process, state, dataset, run, clients, gather, selection.stops)
         # no check refuses the run from here on
-        task = process.protocol.task
-        headline = Headline(task.headline, task.more_is_better)
         summary.start(config, 8 * len(exact_message), headline)
         keep_configuration(cfg, folder)
+        if selection.chooses:
+            summary.values["selection"] = selection.values
         for metrics in done:
+            selection.write(metrics)
             summary.write(metrics)
         # a resumed run, for example with more rounds, keeps its name in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done, headline))
         progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round, headline)))
-        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store)
+        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store, selection)
         try:
             saver.save(state)
             for after, metrics in to_do:
-                for tracker in (metrics_file, summary, tensorboard, progress):
+                for tracker in (metrics_file, selection, summary, tensorboard, progress):
                     tracker.write(metrics)
                 state = after
                 if store:
                     store.settle()
-                if state.round % run.checkpoint_every == 0:
+                if state.round % run.checkpoint_every == 0 or selection.improved:
                     saver.save(state)
         except BaseException:
             try:
@@ -128,13 +132,14 @@ def train(
 
 @dataclass
 class Saver:
-    """Writes checkpoints, each with all that a run needs to resume from it."""
+    """Writes checkpoints, each with all that a run needs to resume from it. The best one of the selection stays."""
 
     config: dict[str, Any]
     folder: Path
     keep: int
     metrics_file: MetricsFile
     store: ClientStateFiles | None
+    selection: Selection
     saved: int | None = None
 
     def save(self, state: ServerState) -> None:
@@ -144,7 +149,7 @@ class Saver:
         self.metrics_file.sync()
         if self.store:
             self.store.flush()
-        checkpoint.save(state, self.config, self.folder, self.keep)
+        checkpoint.save(state, self.config, self.folder, self.keep, self.selection.values["round"])
         self.saved = state.round
         if self.store:
             self.store.prune([state.attempt, *checkpoint.attempts(self.folder)])
@@ -189,10 +194,10 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:
-    """Returns whether clients keep state between their rounds: residuals, personal tensors, or control variates."""
+    """Returns whether clients keep state: residuals, an optimizer, personal tensors, or state of the algorithm."""
     one, algorithm = {"parameter": TensorSpec((1,), torch.float32)}, build(cfg, "algorithm")
-    feedback = to_container(cfg, "encoder.upload").get("error_feedback")
-    return bool(feedback or algorithm.personal or algorithm.kept_schema(one))
+    keeps = to_container(cfg, "encoder.upload").get("error_feedback") or to_container(cfg, "client.keep_optimizer")
+    return bool(keeps or algorithm.personal or algorithm.kept_schema(one))
 
 
 def client_store(
@@ -251,10 +256,17 @@ def assemble(
     run = build_run(cfg)
     device, dataset = own_device(run.device), build(cfg, "dataset")
     population = plain_integer("dataset.num_clients", getattr(dataset, "num_clients", None), 1, 2**63)
+    if isinstance(run.validation, float):
+        dataset = HeldOut(dataset, run.validation, run.validation_by, run.seed)
+        population = dataset.num_clients
     if run.clients_per_round > population:
         raise ConfigError(
             f"run.clients_per_round: {run.clients_per_round} is more than the {population} clients; "
             "take fewer, or more with dataset.clients where the dataset allows"
+        )
+    if isinstance(run.evaluate_clients, int) and run.evaluate_clients > population:
+        raise ConfigError(
+            f"run.evaluate_clients: {run.evaluate_clients} is more than the {population} clients; take fewer, or all"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
     faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))

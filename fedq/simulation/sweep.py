@@ -50,18 +50,23 @@ def varied_keys() -> set[str]:
 def objective(summary: Mapping[str, Any], floor: float | None) -> float:
     """Returns the value that a search minimises: all bits that a completed run sent, both ways.
 
-    A run whose final test accuracy, or other headline metric, is worse than `floor` gets a larger value than any number
-    of bits. The value grows with the distance from the floor: Deb 2000, section 3, orders solutions that break a
+    A run whose final accuracy, or other headline metric, is worse than `floor` gets a larger value than any number of
+    bits. The value grows with the distance from the floor: Deb 2000, section 3, orders solutions that break a
     constraint this way.
 
     summary: the run's summary.json.
     floor: the worst value of the headline metric that is allowed, None for no floor.
     """
-    headline = Headline.of(summary)
-    final = summary[headline.key("final")]
+    headline, (final, _) = Headline.of(summary), chosen_by(summary)
     if floor is not None and (final is None or not headline.reaches(final, floor)):
         return 1e30 * (1 + (math.inf if final is None else abs(floor - final)))
     return float(summary["broadcasted_bits"] + summary["aggregated_bits"])
+
+
+def chosen_by(summary: Mapping[str, Any]) -> tuple[float | None, str]:
+    """Returns the final headline by which a search chooses, and its set: "validation" if the run has it, or "test"."""
+    selection = summary.get("selection") or {"final": summary[Headline.of(summary).key("final")], "set": "test"}
+    return selection["final"], selection["set"]
 
 
 def register(folder: Path) -> None:
@@ -86,7 +91,7 @@ class CheckSweep(Callback):
         numbered = config.hydra.sweeper._target_.endswith(".BasicSweeper")  # other sweepers draw jobs one by one
         if not numbered and OmegaConf.select(config, "run.accuracy_floor") is None:
             # Hydra turns a callback's exceptions into warnings, except for SystemExit
-            raise SystemExit("fedq: a search needs the test accuracy to hold: set run.accuracy_floor, such as 0.9")
+            raise SystemExit("fedq: a search needs the accuracy to hold: set run.accuracy_floor, such as 0.9")
         loader = GlobalHydra.instance().config_loader()
         parser = OverridesParser.create(loader)
         params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]
@@ -167,13 +172,15 @@ def _fewest_bits(summaries: Mapping[Path, Mapping[str, Any]], floor: float, give
     folder, best = min(summaries.items(), key=lambda item: objective(item[1], floor))
     overrides = map(str, OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
     job = " ".join([shlex.join(override for override in overrides if override not in given), "in", str(folder)])
-    headline = Headline.of(best)
-    final, at = best[headline.key("final")], f"test {headline.words} of {headline.text(floor)}"
+    headline, (final, examples) = Headline.of(best), chosen_by(best)
+    at, reached = f"{examples} {headline.words} of {headline.text(floor)}", headline.text(final)
+    if examples != "test":
+        reached += f" (test {headline.text(best[headline.key('final')])})"
     if final is None or not headline.reaches(final, floor):
-        return f"no job reached a {at}; nearest is {job}, with {headline.text(final)}"
+        return f"no job reached a {at}; nearest is {job}, with {reached}"
     size = human_bytes(best["broadcasted_bits"] + best["aggregated_bits"])
     rate = 32 / best["broadcast_ratio"] + 32 / best["upload_ratio"]
     return (
         f"fewest bits at a {at} or {'more' if headline.more_is_better else 'less'}: {job}, with {size} both ways, "
-        f"{rate:.2f} bits a parameter down and up together, at {headline.text(final)}"
+        f"{rate:.2f} bits a parameter down and up together, at {reached}"
     )

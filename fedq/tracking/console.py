@@ -60,7 +60,8 @@ class ConsoleProgress:
         """Shows one more round."""
         name, short = self._headline.name, self._headline.short
         if f"test/{name}" in metrics:
-            self._tested = f", test {short} {metrics[f'test/{name}']:.3f}"
+            sets = [part for part in ("validation", "test") if f"{part}/{name}" in metrics]
+            self._tested = "".join(f", {part} {short} {metrics[f'{part}/{name}']:.3f}" for part in sets)
         down, up = (metrics[f"cumulative_{way}_bits"] for way in ("broadcasted", "aggregated"))
         text = self._separator.join(
             (

@@ -113,6 +113,11 @@ class Summary:
         final, best = (values[headline.key(which)] for which in ("final", "best"))
         text = "not tested yet" if best is None else f"{headline.text(final)} (best {headline.text(best)})"
         table.add_row(f"test {headline.words}", text)
+        if (chosen := values.get("selection")) and chosen["best"] is not None:
+            after = f"after round {chosen['round']}"
+            final, best, test = (headline.text(chosen[name]) for name in ("final", "best", "test"))
+            table.add_row(f"{chosen['set']} {headline.words}", f"{final} (best {best} {after})")
+            table.add_row(f"test {after}", test)
         for way, total, ratio in (("down", "broadcasted_bits", "broadcast"), ("up", "aggregated_bits", "upload")):
             rate = f"{values[f'{ratio}_ratio']:.2f} x less than uncompressed"
             table.add_row(f"bytes {way}", f"{human_bytes(values[total])}, {rate}")

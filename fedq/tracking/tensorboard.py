@@ -15,7 +15,15 @@ from fedq.tracking.metrics import Metrics
 
 TUTORIAL = {"train/loss": "loss", "train/accuracy": "sparse_categorical_accuracy"}
 """Metrics that are also written under their names in TensorFlow Federated's tutorial."""
-_OWN_NAME = ("train", "test", "seconds", "cumulative_broadcasted_bits", "cumulative_aggregated_bits")
+_OWN_NAME = (
+    "train",
+    "test",
+    "validation",
+    "per_client",
+    "seconds",
+    "cumulative_broadcasted_bits",
+    "cumulative_aggregated_bits",
+)
 """Metrics whose tag equals their name. All other tags begin with "round/", so that TensorBoard groups them."""
 
 
@@ -82,7 +90,7 @@ class TensorBoard:
                 training |= {name: value, TUTORIAL.get(name, name): value}
             elif name != "round":
                 others[name if group in _OWN_NAME else f"round/{name}"] = value
-            if group == "test":
+            if group in ("test", "validation"):
                 others[f"at_a_glance/{name.replace('/', '_')}"] = value
         self._add_scalars(done - 1, training, ended)
         self._add_scalars(done, others, ended)

@@ -97,3 +97,9 @@ def test_a_damaged_image_is_named(by_class):
         path.write_bytes(damaged)
         with pytest.raises(DatasetError, match=f"^{re.escape(str(path))} is no readable image"):
             dataset.client(0).load()
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(by_class, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DatasetError, match=r"is no readable image \(Image size \(24 pixels\) exceeds limit"):
+        image_folder(str(by_class), [3, 6, 4], Iid(), clients=1).client(0).load()

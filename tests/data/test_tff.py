@@ -99,8 +99,6 @@ def test_speeches_become_sequences_of_80_characters(tmp_path: Path) -> None:
     assert inputs == [b"<Ay, my lord.>", b"<" + b"y" * 79, b"<" + b"z" * 79, b"z>", b"<d??j??\n>", b"<>"]
     assert dataset.client(1).examples == 6 and torch.equal(dataset.test().x, x)
     assert dataset.client(0).examples == 0 and dataset.client(0).load().x.shape == (0, 80)
-    small = TffShakespeare(str(tmp_path), client_examples=3)
-    assert torch.equal(small.client(1).load().y, y[:3]) and small.client(1).examples == 3
 
 
 def test_sentences_become_sequences_of_20_words(tmp_path: Path) -> None:
@@ -169,8 +167,10 @@ def test_images_become_floats_with_channels_first(tmp_path: Path) -> None:
     assert dataset.test().x.shape == (24, 3, 32, 32)
 
 
-@pytest.mark.parametrize("kind", [TffShakespeare, StackOverflow])
-@pytest.mark.parametrize("name", ["client_examples", "test_examples"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(TffShakespeare, "test_examples"), (StackOverflow, "test_examples"), (StackOverflow, "client_examples")],
+)
 def test_a_limit_below_one_is_refused(tmp_path: Path, kind: type[TffDataset], name: str) -> None:
     MAKERS[kind](tmp_path)
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
@@ -326,14 +326,17 @@ def test_archives_are_tensorflow_federateds(
 def test_342477_clients_start_in_seconds_and_keep_little_memory(tmp_path: Path) -> None:
     stackoverflow_files(tmp_path)
     many_clients(tmp_path / "stackoverflow_train.h5", "00000001", 342_477)
+    started = time.process_time()  # of this process alone, because other tests slow the clock on the wall
+    dataset = StackOverflow(str(tmp_path))
+    first, last = dataset.client(0).load(), dataset.client(342_476).load()
+    assert time.process_time() - started < 10
+    assert dataset.num_clients == 342_477
+    assert torch.equal(last.y, dataset.client(1).load().y) and not torch.equal(first.y[:1], last.y[:1])
+    del dataset
     tracemalloc.start()
     try:
-        started = time.perf_counter()
         dataset = StackOverflow(str(tmp_path))
-        first, last = dataset.client(0).load(), dataset.client(342_476).load()
-        assert time.perf_counter() - started < 10
+        assert dataset.client(342_476).load()
         assert tracemalloc.get_traced_memory()[0] < 20 * 342_477  # an id takes 8 bytes
     finally:
         tracemalloc.stop()
-    assert dataset.num_clients == 342_477
-    assert torch.equal(last.y, dataset.client(1).load().y) and not torch.equal(first.y[:1], last.y[:1])

@@ -248,7 +248,7 @@ def test_a_chain_for_floats_is_no_riddle_where_it_meets_integers() -> None:
     """Every chain declares its summable prefix. A chain that takes no integers raises an error in `encode` only."""
     tensors = {"count": torch.tensor([3]), "a": wave(20)}
     encoder = StateDictEncoder(rules={"*": Encoder([HadamardRotation()], Raw())})
-    assert encoder.bind(schema_of(tensors)).decodes_after_sum
+    assert encoder.bind(schema_of(tensors)).chains["a"].summable_prefix
     with pytest.raises(EncodeError, match="tensor 'count' cannot be encoded: HadamardRotation takes floating"):
         sent(encoder, tensors)
 

@@ -233,7 +233,7 @@ def test_scaffold_refuses_structured_updates() -> None:
 
 @pytest.mark.parametrize("more", [{"momentum": 0.9}, {"proximal": 0.1}])
 def test_scaffold_refuses_other_local_steps(more: dict[str, float]) -> None:
-    with pytest.raises(FedqError, match=r"scaffold needs client\.momentum=0 and client\.proximal=0"):
+    with pytest.raises(FedqError, match=r"scaffold needs client\.momentum=0, client\.proximal=0"):
         process(Scaffold(), LocalTraining(lr=0.3, **more))
 
 

@@ -129,6 +129,23 @@ def test_each_epoch_has_an_order_of_its_own(tiny, client):
     assert torch.equal(torch.stack(seen), torch.cat([examples.x[order] for order in orders]))
 
 
+def test_inputs_change_by_round_client_and_epoch(tiny, client):
+    def shifts(key):
+        seen, model = [], tiny()
+        model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+        training = LocalTraining(lr=0.1, epochs=2, augment=lambda x, g: x + torch.randn(len(x), 1, 1, 1, generator=g))
+        training.train(model, tiny().state_dict(), examples, key.fold("train"))
+        orders = [key.fold("train").fold("shuffle").fold(str(epoch)).permutation(50) for epoch in range(2)]
+        difference = torch.stack(seen) - torch.cat([examples.x[order] for order in orders])
+        return [tuple(part.mean((1, 2, 3)).tolist()) for part in difference.split(50)]
+
+    examples = client(3, 50).load()
+    draws = [draw for key in (Key(1, 2, 3), Key(2, 2, 3), Key(1, 3, 3), Key(1, 2, 4)) for draw in shifts(key)]
+    assert len(set(draws)) == 8
+    torch.manual_seed(5)
+    assert shifts(Key(1, 2, 3)) == draws[:2]
+
+
 def test_of_a_large_client_a_random_part_is_used(tiny, client):
     _, metrics, *_ = trained(tiny, client, max_examples=30)
     assert metrics.seen == 30

@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from fedq.config import build_encoder
+from fedq.config import build_encoder, build_run
 from fedq.data import Client, Examples
+from fedq.data.holdout import drawn
 from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, UniformQuantization
 from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedAvg, FederatedDropout, FedNova, LocalTraining, Scaffold
 from fedq.learning.guard import NormGuard
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
+from fedq.simulation.loop import rounds
 from fedq.simulation.run import check_form
 from fedq.simulation.workers import Workers
 from fedq.train import CONF
@@ -76,11 +78,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_frozen_tensors_keep_their_bits(process, changes):
+def test_frozen_tensors_keep_their_bits(process, tmp_path, changes):
     """Also in a run that is saved after two rounds and resumed."""
     averaging = process(model=Adapter, **{"broadcast": UINT8, "upload": UINT8, **changes})
     start = state = averaging.initialize()
-    for _ in range(5):
+    for number in range(5):
+        if number == 2:
+            state, _ = checkpoint.load(checkpoint.save(state, {}, tmp_path, 1))
+            check_form(averaging, state, tmp_path)
         state, metrics = averaging.next(state, CLIENTS)
         assert metrics["clients"] == 3
     assert torch.equal(state.weights["base.weight"], start.weights["base.weight"])
@@ -383,7 +388,7 @@ def test_one_client_with_personal_tensors_trains_as_a_bare_loop(process, changes
     )
     assert metrics["broadcast_bits"] >= 8 * (sizes + 48)
     expected = float(F.cross_entropy(bare.eval()(OWN[1].load().x), OWN[1].load().y).detach())
-    found = averaging.evaluate(state, OWN[1].load(), clients=OWN[:1])
+    found = averaging.evaluate(state, OWN[1].load(), clients=[(0, OWN[1].load())])
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -411,7 +416,8 @@ def test_personal_tensors_against_a_reference(process, algorithm, names):
         for name, value in model.state_dict().items():
             torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
     test, own_test = make(9, 20).load(), make(8, 20).load()
-    clients = [OWN[0], replace(OWN[1], test=lambda: own_test), OWN[2]]
+    empty = Examples(test.x[:0], test.y[:0])
+    clients = [(0, test), (1, own_test), (2, test), (2, empty)]
     metrics = averaging.evaluate(state, test, clients=iter(clients))
     losses, accuracies = [], []
     for model, examples in zip(models, (test, own_test, test), strict=True):
@@ -420,6 +426,8 @@ def test_personal_tensors_against_a_reference(process, algorithm, names):
         accuracies.append(float((outputs.argmax(1) == examples.y).double().mean()))
     assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    theirs = averaging.evaluate_clients(state, [replace(OWN[number], test=lambda: test) for number in (0, 2)])
+    assert theirs["accuracy_mean"] == pytest.approx((accuracies[0] + accuracies[2]) / 2)
     assert torch.equal(state.weights[names[0]], averaging.protocol.initial[names[0]])  # the first weights
 
 
@@ -445,7 +453,7 @@ def test_personal_tensors_with_other_options(process, tmp_path, name):
                     averaging = process(model=Normed, map=workers.map, store=store, **changes)
                 state, metrics = averaging.next(state, OWN[:2])
                 assert metrics["clients"] == 2
-            found = averaging.evaluate(state, OWN[2].load(), clients=OWN)
+            found = averaging.evaluate(state, OWN[2].load(), clients=[(number, OWN[2].load()) for number in range(3)])
             results.append((state.weights, [kept(averaging, state, number) for number in (0, 1)], found))
     (weights, stores, found), (its_weights, its_stores, its_found) = results
     assert found == its_found
@@ -492,3 +500,47 @@ def test_personal_tensors_that_overflow_are_not_kept(process, caplog):
     averaging = process(model=Overflows, algorithm=FEDBN)
     with pytest.raises(FedqError, match="0 of 1 clients sent a usable .*'norm.running_var' holds NaN or infinity"):
         averaging.next(averaging.initialize(), OWN[:1])
+
+
+def test_an_optimizer_that_clients_keep_covers_their_personal_tensors(process):
+    training = replace(FULL, momentum=0.9, keep_optimizer=True)
+    averaging = process(model=Normed, client=training, algorithm=FEDPER)
+    state = averaging.initialize()
+    bare = Normed()
+    bare.load_state_dict(state.weights)
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1, momentum=0.9)
+    examples = OWN[0].load()
+    for _ in range(4):
+        state, _ = averaging.next(state, OWN[:1])
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(bare(examples.x), examples.y))
+        optimizer.step()
+    whole = state.weights | averaging.protocol.personal(kept(averaging, state, 0))
+    for name, value in bare.state_dict().items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Three:
+    """A dataset of three clients, of which the second one has test examples."""
+
+    num_classes, num_clients = 10, 3
+
+    def client(self, number):
+        return replace(OWN[number], test=make(8, 20).load if number == 1 else None)
+
+    def test(self):
+        return make(9, 20).load()
+
+
+@pytest.mark.parametrize("evaluated", [None, 2])
+def test_a_run_evaluates_clients_with_their_own_tensors(process, evaluated):
+    averaging = process(model=Normed, client=FULL, algorithm=FEDBN)
+    options = ["run.rounds=2", "run.clients_per_round=2", "run.seed=0", f"run.evaluate_clients={evaluated or 'null'}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = build_run(compose("config", options))
+    *_, (state, metrics) = rounds(averaging, averaging.initialize(), Three(), run)
+    numbers = drawn(0, "evaluated clients", 3, evaluated or 3)
+    tests = [(number, make(8 if number == 1 else 9, 20).load()) for number in numbers]
+    found = [averaging.evaluate(state, Three().test(), clients=[one]) for one in tests]
+    assert len({one["loss"] for one in found}) == (evaluated or 3)
+    assert metrics["test/loss"] == pytest.approx(sum(one["loss"] for one in found) / len(found))

@@ -304,6 +304,25 @@ def test_labels_that_no_example_has_are_left_out_of_average_precision():
     assert math.isnan(task.metrics(nothing)["mean_average_precision"])
 
 
+def test_probabilities_of_0_and_1_are_in_the_outer_bins():
+    outputs, targets = torch.tensor([[99.0, 99.0], [-99.0, -99.0]]), torch.tensor([[1, 0], [0, 1]])
+    task = Multilabel(bins=4)
+    sums = {"loss": 1.0, "targets": 4, **task.test_sums(outputs, targets)}
+    # absent and present, for each label
+    assert sums["histogram"].tolist() == [[[1, 0, 0, 0], [0, 0, 0, 1]], [[0, 0, 0, 1], [1, 0, 0, 0]]]
+    assert task.metrics(sums)["mean_average_precision"] == (1 + 1 / 2) / 2
+    diverged = task.test_sums(torch.full((2, 2), math.nan), targets)
+    assert int(diverged["histogram"].sum()) == 4
+
+
+def test_constant_targets_that_no_float_holds_do_not_vary():
+    targets, outputs = torch.full((101, 2), 0.1, dtype=torch.float64), torch.zeros(101, 2)
+    targets[:, 1] = 1e3 + torch.arange(101)
+    outputs[:, 1] = 1e3 + torch.arange(101)
+    task = Regression()
+    assert task.metrics({"loss": 1.0, "targets": 202, **task.test_sums(outputs, targets)})["r2"] == 1.0
+
+
 def test_outputs_that_do_not_vary_are_left_out_of_r2():
     outputs = torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 3.0]])
     targets = torch.tensor([[5.0, 1.0], [5.0, 2.0], [5.0, 3.0]])

@@ -119,7 +119,8 @@ def run(
         for _ in range(rounds):
             clients = clients[1:] + clients[:1]  # the ranks have other clients in the next round
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
-        metrics |= process.evaluate(state, make_client(0).load(), clients=clients)
+        test = make_client(0).load()
+        metrics |= process.evaluate(state, test, clients=[(one.number, test) for one in clients])
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
         queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits, state.reported_bits))

@@ -41,7 +41,11 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 def look_up(y: Tensor, levels: Tensor, spec: TensorSpec) -> Tensor:
     """Returns the tensor of `spec` for the symbols `y`; levels (float64) are clamped to the dtype's range."""
     limit = torch.finfo(spec.dtype).max
-    return levels.clamp(-limit, limit).to(y.device, spec.dtype).index_select(0, y.reshape(-1).int()).view(spec.shape)
+    levels = levels.clamp(-limit, limit).to(y.device, spec.dtype)
+    decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
+    for part, out in chunks(y, decoded):
+        torch.index_select(levels, 0, part.int(), out=out)
+    return decoded
 
 
 def look_up_scaled(y: Tensor, levels: Tensor, scales: Tensor, block: int, spec: TensorSpec) -> Tensor:

@@ -20,12 +20,12 @@ def stochastic_round_(x: Tensor, bits: np.random.SFC64) -> Tensor:
     return x.add_(random, alpha=2**-24).add_(0.5).floor_()
 
 
-def noise(random: np.random.SFC64, like: Tensor) -> Tensor:
-    """Returns 16 random bits for each element as int16 r: (r + ½) / 2¹⁶ is uniform in (−½, ½)."""
-    return random_integers(random, like.numel(), torch.int16, like.device).reshape(like.shape)
+def noise_(out: Tensor, bits: np.random.SFC64) -> Tensor:
+    """Fills `out` with integers r of 16 random bits: (r + ½) / 2¹⁶ is uniform in (−½, ½)."""
+    return out.copy_(random_integers(bits, out.numel(), torch.int16, out.device).view(out.shape))
 
 
 def random_signs(n: int, key: Key, device: torch.device) -> Tensor:
     """Returns n signs of 1 and −1 (int8, shape (n,)): one bit of the key's stream each, least significant first."""
     bits = np.unpackbits(key.bits(-(-n // 8), 8), count=n, bitorder="little").view(np.int8)
-    return torch.from_numpy(1 - 2 * bits).to(device)
+    return (1 - 2 * torch.from_numpy(bits)).to(device)

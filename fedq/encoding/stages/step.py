@@ -11,7 +11,7 @@ from typing_extensions import override
 from fedq.encoding.numerics import chunks, exact_divide, largest_magnitude, sums, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.random_numbers import noise
+from fedq.encoding.stages.random_numbers import noise_
 from fedq.encoding.stages.uniform import Rounding
 from fedq.errors import check_choice, check_range
 from fedq.keys import Key
@@ -120,7 +120,8 @@ class StepQuantization(EncodingStage):
                 # the cast rounds towards 0
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
             else:
-                out.copy_(scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17).floor_())
+                noise = noise_(torch.empty_like(scaled), random)
+                out.copy_(scaled.add_(noise, alpha=2**-16).add_(0.5 + 2**-17).floor_())
         return symbols
 
     @override
@@ -128,14 +129,17 @@ class StepQuantization(EncodingStage):
         work, largest = working_dtype(self, spec), torch.finfo(spec.dtype).max
         step = min(float(side["step"]) if self.relative else self.step, torch.finfo(work).max)
         shift, beyond = float(side["shift"]) if self.centroids else 0.0, step * 2.0**32 >= largest
+        random = key.bit_generator() if self.rounding == "dithered" else None
+        if random is None and not any(map(int, torch.aminmax(y) if y.numel() else ())):
+            # as for most tensors after singular vectors
+            return torch.zeros(spec.shape, dtype=spec.dtype, device=y.device)
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
-        random = key.bit_generator()
         for part, out in chunks(y, decoded):
             value = out.copy_(part) if out.dtype == work else part.to(work)
             if shift:
                 value.add_(value.sign(), alpha=shift)
-            elif self.rounding == "dithered":
-                value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
+            elif random is not None:
+                value.sub_(noise_(torch.empty_like(value), random), alpha=2**-16).sub_(2**-17)
             value.mul_(step)
             if beyond:
                 value.clamp_(-largest, largest)

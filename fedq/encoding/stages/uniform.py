@@ -1,7 +1,7 @@
 """Uniform quantisation: a fixed number of bits for each element."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,13 +14,13 @@ from typing_extensions import override
 from fedq.encoding.numerics import in_rows, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.random_numbers import noise
+from fedq.encoding.stages.random_numbers import noise_
 from fedq.errors import check_choice, check_range
 from fedq.keys import Key
 
 Rounding = Literal["stochastic", "nearest", "dithered"]
 
-_ENCODED, _DECODED = 1 << 18, 1 << 20  # elements at a time, which stay in the cache
+_CHUNK = 1 << 18  # elements at a time, which stay in the cache
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ class UniformQuantization(EncodingStage):
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """Symbols of the same shape."""
         if self.limit is None:
-            extent = side["maximum"].double() - (0 if self._symmetric else side["minimum"].double())
-            if not bool(((extent >= 0) & (extent < math.inf)).all()):
-                raise ValueError("minimum and maximum are not a finite range")
+            low, high = self._ends(side)
+            with np.errstate(over="ignore"):
+                if not (np.isfinite(high - low) & (low <= high)).all():
+                    raise ValueError("minimum and maximum are not a finite range")
         return TensorSpec.symbols(spec.shape, self._top + 1)
 
     @override
@@ -99,16 +100,16 @@ class UniformQuantization(EncodingStage):
         side = self._range(rows, spec)
         low, step, _ = self._grid(side, spec, x.device)
         step = step.where(step > 0, 1)  # if all elements are equal
-        symbols = torch.empty(rows.shape, dtype=self.encoded_spec(spec, side).dtype, device=x.device)
-        random = key.bit_generator()
-        for part, out, a, width in _chunks(_ENCODED, rows, symbols, low, step):
-            scaled = part.to(step.dtype).sub(a).div_(width)
+        symbols = torch.empty(rows.shape, dtype=TensorSpec.symbols((), self._top + 1).dtype, device=x.device)
+        random, integer = key.bit_generator(), torch.int32 if step.dtype == torch.float32 else torch.int64
+        for part, out, scaled, spare, a, width in _chunks(rows, symbols, low, step):
+            torch.sub(part, a, out=scaled).div_(width)
             if self.rounding == "nearest":
                 scaled.add_(0.5 + self._origin)
             else:
-                scaled.add_(noise(random, part), alpha=2**-16).add_(0.5 + 2**-17 + self._origin)
+                scaled.add_(noise_(spare, random), alpha=2**-16).add_(0.5 + 2**-17 + self._origin)
             # a cast through int32 is several times faster
-            out.copy_(scaled.clamp_(0, self._top).int())
+            out.copy_(spare.view(integer).copy_(scaled.clamp_(0, self._top)))
         return self._tensor(symbols, spec), side
 
     @override
@@ -117,11 +118,12 @@ class UniformQuantization(EncodingStage):
         rows, largest = self._rows(y), torch.finfo(spec.dtype).max
         random = key.bit_generator() if self.rounding == "dithered" else None
         decoded = torch.empty(rows.shape, dtype=spec.dtype, device=y.device)
-        for part, out, a, width, *b in _chunks(_DECODED, rows, decoded, low, step, *([] if high is None else [high])):
+        columns = (low, step) if high is None else (low, step, high)
+        for part, out, scratch, spare, a, width, *b in _chunks(rows, decoded, *columns):
             # in place if the working dtype is the tensor's
-            value = out.copy_(part) if out.dtype == step.dtype else part.to(step.dtype)
+            value = (out if out.dtype == step.dtype else scratch).copy_(part)
             if random is not None:
-                value.sub_(noise(random, part), alpha=2**-16).sub_(2**-17)
+                value.sub_(noise_(spare, random), alpha=2**-16).sub_(2**-17)
             if self._symmetric:
                 value.sub_(self._origin).mul_(width)
             else:
@@ -179,11 +181,13 @@ class UniformQuantization(EncodingStage):
             return {name: torch.zeros(own.shape, dtype=own.dtype) for name, own in side_spec.items()}
         # the last block without the zeros
         padding = rows.numel() - spec.numel
-        ends = [self._ends(part) for part in ([rows[:-1], rows[-1:, :-padding]] if padding else [rows])]
-        side = dict(zip(("minimum", "maximum"), map(torch.cat, zip(*ends, strict=True)), strict=True))
+        ends = self._range_of(rows[:-1] if padding else rows)
+        if padding:
+            ends = list(map(torch.cat, zip(ends, self._range_of(rows[-1:, :-padding]), strict=True)))
+        side = dict(zip(("minimum", "maximum"), ends, strict=True))
         return {name: side[name].to("cpu", own.dtype).reshape(own.shape) for name, own in side_spec.items()}
 
-    def _ends(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _range_of(self, rows: Tensor) -> Sequence[Tensor]:
         """Returns the lower and the upper end of each row's range (shape (rows,))."""
         low, high = rows.amin(1), rows.amax(1)
         if self.quantile is None:
@@ -197,16 +201,20 @@ class UniformQuantization(EncodingStage):
             high = torch.where(clipped > 0, clipped, high)
         return -high, high
 
+    def _ends(self, side: Tensors) -> tuple[np.ndarray, np.ndarray]:
+        """Returns for each row (rows × 1, float64) the value of the symbol `_origin` and the upper end of the range."""
+        # for few numbers numpy's calls take a fifth of torch's time
+        high = np.float64(self.limit) if self.limit is not None else side["maximum"].numpy().astype(np.float64)
+        low = np.zeros_like(high) if self._symmetric else side["minimum"].numpy().astype(np.float64)
+        return low.reshape(-1, 1), high.reshape(-1, 1)
+
     def _grid(self, side: Tensors, spec: TensorSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns for each row (rows × 1) the value of the symbol `_origin`, the step, and the maximum.
 
         The dtype is float32 if its range and precision suffice, else float64. The maximum is None unless rounding may
         move the last symbol's value beyond the maximum.
         """
-        end = side["maximum"] if self.limit is None else torch.tensor(self.limit, dtype=torch.float64)
-        start = torch.zeros_like(end) if self._symmetric else side["minimum"]
-        # for few numbers numpy's calls take a fifth of torch's time
-        low, high = (v.double().numpy().reshape(-1, 1) for v in (start, end))
+        low, high = self._ends(side)
         steps, fits = self._top - self._origin, self.bits <= 12 and spec.dtype != torch.float64
         with np.errstate(over="ignore"):  # the range overflows float32
             extent = high - low
@@ -215,16 +223,20 @@ class UniformQuantization(EncodingStage):
             low, high, step = low.astype(work), high.astype(work), (extent / steps).astype(work)
             step = np.where(step * steps + low > high, np.nextafter(step, work(0)), step)  # undo rounding up
             exceeds = bool((step * steps + low > high).any())
-        first, width, last = (torch.from_numpy(v).to(device) for v in (low, step, high))
-        return first, width, last if exceeds else None
+        last = torch.from_numpy(high).to(device) if exceeds else None
+        return torch.from_numpy(low).to(device), torch.from_numpy(step).to(device), last
 
 
-def _chunks(size: int, rows: Tensor, out: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields pieces of about `size` elements of two tensors, with the matching pieces of columns."""
+def _chunks(rows: Tensor, out: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields pieces of two tensors, two scratch tensors in the columns' dtype, and the matching pieces of columns.
+
+    The scratch tensors use the same memory for every piece: new memory costs a page fault for every 4 KiB.
+    """
     if len(rows) == 1:
         rows, out = rows.t(), out.t()
     # a multiple of four elements uses complete words of the random stream
-    step = max(4, size // max(1, rows.shape[1]) // 4 * 4)
-    for start in range(0, len(rows), step):
-        here = slice(start, start + step)
-        yield rows[here], out[here], *(column if len(column) == 1 else column[here] for column in columns)
+    step = max(4, _CHUNK // max(1, rows.shape[1]) // 4 * 4)
+    scratch = torch.empty((2, *rows[:step].shape), dtype=columns[0].dtype, device=rows.device)
+    pieces = (torch.split(tensor.expand(len(rows), -1), step) for tensor in (rows, out, *columns))
+    for part, of_out, *of_columns in zip(*pieces, strict=True):
+        yield part, of_out, *scratch[:, : len(part)], *of_columns

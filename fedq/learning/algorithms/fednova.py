@@ -21,6 +21,13 @@ class FedNova(FedAvg):
 
     @override
     def check(self, training: LocalTraining) -> None:
+        if training.optimizer or training.keep_optimizer:
+            raise FedqError(
+                "algorithm=fednova needs client.optimizer=null and client.keep_optimizer=false: it divides by the "
+                "norm of the accumulated gradients, which is known for SGD and for momentum from 0"
+            )
+        if training.schedule and training.proximal:
+            raise FedqError("algorithm=fednova takes client.schedule or client.proximal, not both")
         if training.momentum and training.proximal:
             raise FedqError("algorithm=fednova takes client.momentum or client.proximal, not both")
         if training.lr * training.proximal >= 1:

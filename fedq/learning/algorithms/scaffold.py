@@ -41,8 +41,11 @@ class Scaffold(FedAvg):
 
     @override
     def check(self, training: LocalTraining) -> None:
-        if training.momentum or training.proximal:
-            raise FedqError("algorithm=scaffold needs client.momentum=0 and client.proximal=0: it assumes plain SGD")
+        if training.momentum or training.proximal or training.optimizer:
+            raise FedqError(
+                "algorithm=scaffold needs client.momentum=0, client.proximal=0 and client.optimizer=null: it assumes "
+                "plain SGD"
+            )
         if training.weight == "targets":
             raise FedqError("algorithm=scaffold needs client.weight=uniform: its mean is over clients")
 
@@ -61,6 +64,11 @@ class Scaffold(FedAvg):
     ) -> dict[str, dict[str, Tensor]]:
         control = {name.removeprefix(_PREFIX): value for name, value in received.groups.items()}
         rate = steps * training.lr
+        if not rate:
+            raise FedqError(
+                f"client.schedule gives the rate 0 in round {received.attempt + 1}, and algorithm=scaffold divides by "
+                "the rate"
+            )
         return {GROUP: {_PREFIX + name: -update[name] / rate - value for name, value in control.items()}}
 
     @override

@@ -42,7 +42,7 @@ class Multilabel(Task):
     def test_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Adds "histogram", (2, labels, bins): how often a label that is absent, or present, falls into each bin."""
         outputs, present = outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1).long()
-        bins = (outputs.sigmoid() * self.bins).long().clamp(max=self.bins - 1)
+        bins = (outputs.sigmoid().nan_to_num() * self.bins).long().clamp(max=self.bins - 1)
         labels = outputs.shape[1]
         places = (present * labels + torch.arange(labels, device=outputs.device)) * self.bins + bins
         histogram = torch.bincount(places.flatten(), minlength=2 * labels * self.bins)

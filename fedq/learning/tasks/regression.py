@@ -18,8 +18,8 @@ class Regression(Task):
     Outputs and targets are floating, of equal shape (N, …); outputs of shape (N, 1) also go with targets of shape (N,).
     The mean absolute error is over all numbers.
 
-    R² is 1 − Σ (y − f)² / Σ (y − ȳ)² for each output, and its mean over the outputs whose targets vary. It follows from
-    sums of float64: targets with a mean far above their deviation lose digits.
+    R² is 1 − Σ (y − f)² / Σ (y − ȳ)² for each output, and its mean over the outputs whose targets vary. Sums are
+    float64. Targets whose deviation is less than a millionth of their root mean square do not count as varying.
     """
 
     headline = "mae"
@@ -66,7 +66,7 @@ class Regression(Task):
         if "total" in sums:
             total = sums["total"]
             variation = sums["squares"] - total.square() * len(total) / sums["targets"]
-            varies = variation > 0
+            varies = variation > 1e-12 * sums["squares"]  # smaller differences of the sums are rounding errors
             metrics["r2"] = float((1 - sums["squared_error"][varies] / variation[varies]).mean())
         return metrics
 
