@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from fedq.config import RunConfig
+from fedq.config_nodes import RunConfig
 from fedq.data import Client, Examples, FederatedDataset
 from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key

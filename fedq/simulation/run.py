@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from fedq.config import (
     CHANGES_NOTHING,
     ConfigError,
-    RunConfig,
     build,
     build_protocol,
     build_run,
@@ -26,6 +25,7 @@ from fedq.config import (
     to_container,
 )
 from fedq.config_check import overridden
+from fedq.config_nodes import RunConfig
 from fedq.data import Client, FederatedDataset
 from fedq.data.dataset import plain_integer
 from fedq.data.holdout import HeldOut

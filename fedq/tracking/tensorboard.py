@@ -15,15 +15,8 @@ from fedq.tracking.metrics import Metrics
 
 TUTORIAL = {"train/loss": "loss", "train/accuracy": "sparse_categorical_accuracy"}
 """Metrics that are also written under their names in TensorFlow Federated's tutorial."""
-_OWN_NAME = (
-    "train",
-    "test",
-    "validation",
-    "per_client",
-    "seconds",
-    "cumulative_broadcasted_bits",
-    "cumulative_aggregated_bits",
-)
+_TOTALS = ("cumulative_broadcasted_bits", "cumulative_aggregated_bits")
+_OWN_NAME = ("train", "test", "validation", "per_client", "seconds", *_TOTALS)
 """Metrics whose tag equals their name. All other tags begin with "round/", so that TensorBoard groups them."""
 
 
