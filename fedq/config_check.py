@@ -6,7 +6,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from hydra.errors import HydraException
@@ -213,7 +213,7 @@ def _origin(cfg: DictConfig, path: str) -> str:
 
 _WORDS: dict[Any, str] = {
     **{int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"},
-    **{list: "a list", dict: "keys and values"},
+    **{list: "a list", Sequence: "a list", dict: "keys and values"},
 }
 
 
@@ -234,6 +234,8 @@ def matches_type(value: Any, allowed: Any) -> bool:
         return isinstance(value, allowed)
     if (origin or allowed) in (list, dict):
         return isinstance(value, origin or allowed)
+    if origin is Sequence:
+        return isinstance(value, list) and all(matches_type(item, typing.get_args(allowed)[0]) for item in value)
     if origin is tuple and ... not in typing.get_args(allowed):  # YAML has no tuples, only lists
         members = typing.get_args(allowed)
         return isinstance(value, list) and len(value) == len(members) and all(map(matches_type, value, members))

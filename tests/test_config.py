@@ -101,6 +101,8 @@ def test_every_option_composes_and_passes_the_check(group, option):
         ("client.lr=nan", "client.lr: nan is not a finite number"),
         ("client.lr=fast", "client.lr: 'fast' is not allowed; it must be a number"),
         ("client.max_examples=true", "client.max_examples: True is not allowed; it must be an integer or null"),
+        ("algorithm.frozen=conv1", "algorithm.frozen: 'conv1' is not allowed; it must be a list"),
+        ("algorithm.personal=[1]", "algorithm.personal: [1] is not allowed; it must be a list"),
         ("server.lr=inf", "server.lr: inf is not a finite number"),
         ("server.lr=high", "server.lr: 'high' is not allowed; it must be a number"),
         ("+dataset.paht=x", "dataset.paht is not a key; allowed here: clients, alpha, background, seed"),

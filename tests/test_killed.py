@@ -31,8 +31,8 @@ def train(cwd: Path, arguments: list[str]) -> None:
     main()
 
 
-FEEDBACK = "encoder.upload.error_feedback=true"
-SPILLING = ["encoder=sign", FEEDBACK, "run.residual_memory=1", "run.checkpoint_every=3", "run.workers=2"]
+KEEPING = ["encoder.upload.error_feedback=true", "algorithm.personal=[dense3.*]"]  # clients keep state
+SPILLING = ["encoder=sign", *KEEPING, "run.residual_memory=1", "run.checkpoint_every=3", "run.workers=2"]
 
 
 DRAWING = [
@@ -107,7 +107,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
 
     After one is killed, torchrun restarts both, and the result is that of one process.
     """
-    command = [*SMALL, "run.rounds=30", "run.checkpoint_every=1", "encoder=hadamard", FEEDBACK]
+    command = [*SMALL, "run.rounds=30", "run.checkpoint_every=1", "encoder=hadamard", *KEEPING]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = tmp_path / "ranks"

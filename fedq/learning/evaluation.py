@@ -14,7 +14,17 @@ from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning.draws import KeyedDraws
 from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators
-from fedq.learning.task import Sums, Task, check_examples, check_fit, outputs_of, summable
+from fedq.learning.task import (
+    Sums,
+    Task,
+    TaskError,
+    check_examples,
+    check_fit,
+    check_works,
+    of,
+    outputs_of,
+    summable,
+)
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and yields the results in order, as Python's `map` or a pool's does."""
@@ -38,8 +48,7 @@ def evaluate(
     task: Gives the loss and the sums. They are added up in the order of the batches, integers and float64.
 
     Raises FedqError if there are no examples, if no target counts, or if the model draws random numbers otherwise than
-    with torch. Raises TaskError if the examples or the model's
-    outputs do not fit the task.
+    with torch. Raises TaskError if the examples or the model's outputs do not fit the task.
     """
 
     def batch(start: int, keyed: bool = False) -> Sums:
@@ -70,6 +79,35 @@ def evaluate(
     if not total["targets"]:
         raise FedqError("no target of the test set counts")
     return task.metrics(total)
+
+
+def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
+    """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
+
+    model: The model; evaluation may write to it.
+    whose: Whose examples they are, for the error's text.
+    examples: The model evaluates the first two; the targets of all are checked. No examples are right.
+    task: The task.
+
+    Changes neither the examples nor torch's generator.
+    """
+    device = next(model.parameters()).device
+    try:
+        check_examples(examples)
+        if not len(examples.y):
+            return
+        x = examples.x[:2].to(device, copy=True)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            try:
+                made = model.eval()(x)
+            except Exception as error:  # whatever an author's model raises
+                reason = str(error).splitlines()[0] if str(error) else ""
+                raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
+            outputs, y = outputs_of(made), examples.y[:2].to(device)
+            check_fit(task, outputs, len(x), examples.y)
+            check_works(task, outputs, y)
+    except TaskError as error:
+        raise TaskError(f"with the examples of {whose}: {error}") from error
 
 
 def evaluate_clients(

@@ -194,10 +194,10 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:
-    """Returns whether clients keep state between their rounds: residuals, an optimizer, or state of the algorithm."""
-    one = {"parameter": TensorSpec((1,), torch.float32)}
+    """Returns whether clients keep state: residuals, an optimizer, personal tensors, or state of the algorithm."""
+    one, algorithm = {"parameter": TensorSpec((1,), torch.float32)}, build(cfg, "algorithm")
     keeps = to_container(cfg, "encoder.upload").get("error_feedback") or to_container(cfg, "client.keep_optimizer")
-    return bool(keeps or build(cfg, "algorithm").kept_schema(one))
+    return bool(keeps or algorithm.personal or algorithm.kept_schema(one))
 
 
 def client_store(

@@ -25,7 +25,7 @@ from fedq.encoding import (
     StateDictEncoder,
     UniformQuantization,
 )
-from fedq.learning import ErrorFeedback, FederatedAveraging, FederatedDropout, LocalTraining
+from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
 from fedq.learning.error_feedback import Direction
 from fedq.learning.guard import NormGuard
@@ -78,8 +78,9 @@ def make_process(
 ) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
     broadcast = learning() if dropout else ROTATED  # with dropout, ranks encode broadcasts and report
-    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights
-        broadcast = replace(ROTATED, reference="last")
+    personal: list[str] = []
+    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights and personal tensors
+        broadcast, personal = replace(ROTATED, reference="last"), ["dense3.*"]
     return FederatedAveraging(
         partial(model, 10),
         training,
@@ -90,6 +91,7 @@ def make_process(
         map=workers.map,
         store=store,
         submodel=dropout,
+        algorithm=FedAvg(personal=personal),
         guard=NormGuard("clip", multiple=1.0),  # clips about half of the updates from the second round on
     )
 
@@ -130,6 +132,8 @@ def run(
         for _ in range(rounds):
             clients = clients[1:] + clients[:1]  # the ranks have other clients in the next round
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
+        test = make_client(0).load()
+        metrics |= process.evaluate(state, test, clients=[(one.number, test) for one in clients])
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
         queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits, state.reported_bits))
