@@ -6,7 +6,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from hydra.errors import HydraException
@@ -156,7 +156,8 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
             if takes_any or key in (knobs or ()):
                 continue
             others = ", and keys that a ${…} refers to" if knobs is not None else ""
-            allowed_here = f"{path}.{key} is not a key; allowed here: {', '.join(parameters)}{others}"
+            allowed = ", ".join(name for name in parameters if name not in added)
+            allowed_here = f"{path}.{key} is not a key; allowed here: {allowed}{others}"
             raise ConfigError(moved(f"{path}.{key}", node) or allowed_here)
         allowed = hints.get(key, Any)
         if isinstance(value, float) and not math.isfinite(value):
@@ -212,7 +213,7 @@ def _origin(cfg: DictConfig, path: str) -> str:
 
 _WORDS: dict[Any, str] = {
     **{int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"},
-    **{list: "a list", dict: "keys and values"},
+    **{list: "a list", Sequence: "a list", dict: "keys and values"},
 }
 
 
@@ -233,6 +234,8 @@ def matches_type(value: Any, allowed: Any) -> bool:
         return isinstance(value, allowed)
     if (origin or allowed) in (list, dict):
         return isinstance(value, origin or allowed)
+    if origin is Sequence:
+        return isinstance(value, list) and all(matches_type(item, typing.get_args(allowed)[0]) for item in value)
     if origin is tuple and ... not in typing.get_args(allowed):  # YAML has no tuples, only lists
         members = typing.get_args(allowed)
         return isinstance(value, list) and len(value) == len(members) and all(map(matches_type, value, members))

@@ -8,8 +8,9 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from fedq.config import CHANGES_NOTHING, NO_CODER, DirectionConfig, EncoderConfig, RunConfig, coder_that_fits
+from fedq.config import CHANGES_NOTHING, NO_CODER, coder_that_fits
 from fedq.config_check import RENAMED_KEYS, call_or_config_error
+from fedq.config_nodes import DirectionConfig, EncoderConfig, RunConfig
 
 RESUMABLE_KEYS = (*CHANGES_NOTHING, "run.rounds", "run.evaluate_every", "run.evaluate_clients", "run.patience")
 """The keys that may change when a run resumes. These keys change no result."""

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from encoding.configured import CONF, DIRECTIONS, NAMES, config
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -27,6 +28,7 @@ from fedq.encoding import (
     StateDictEncoder,
     UniformQuantization,
 )
+from fedq.errors import FedqError
 
 
 def configured(*overrides):
@@ -110,6 +112,8 @@ def test_the_options_of_every_group_are_tried():
         ("client.lr=nan", "client.lr: nan is not a finite number"),
         ("client.lr=fast", "client.lr: 'fast' is not allowed; it must be a number"),
         ("client.max_examples=true", "client.max_examples: True is not allowed; it must be an integer or null"),
+        ("algorithm.frozen=conv1", "algorithm.frozen: 'conv1' is not allowed; it must be a list"),
+        ("algorithm.personal=[1]", "algorithm.personal: [1] is not allowed; it must be a list"),
         ("server.lr=inf", "server.lr: inf is not a finite number"),
         ("server.lr=high", "server.lr: 'high' is not allowed; it must be a number"),
         ("+dataset.paht=x", "dataset.paht is not a key; allowed here: clients, alpha, background, seed"),
@@ -135,6 +139,15 @@ def test_the_options_of_every_group_are_tried():
             "encoder.upload.rules: 'w' is there twice",
         ),
         ("~model._partial_", "model._partial_ must be true"),
+        ("client=adam +client.optimizer.lr=1", "client.optimizer.lr is not a key: client.lr is the rate"),
+        ("client=adam +client.optimizer.beta=1", "client.optimizer.beta is not a key; allowed here: betas, eps, weight_decay"),
+        ("client=adam client.optimizer.eps=x", "client.optimizer.eps: 'x' is not allowed; it must be a number"),
+        ("client=adam client.optimizer._partial_=false", "client.optimizer must be null, or a node with _target_ and _partial_: true"),
+        ("client.optimizer=adam", "client.optimizer must be null, or a node with _target_ and _partial_: true"),
+        ("client.schedule={_partial_:true}", "client.schedule must be null, or a node with _target_ and _partial_: true"),
+        ("client.schedule={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true}", "client.schedule.step_size is missing"),
+        ("+server.schedule={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true,size:1}", "server.schedule.step_size is missing"),
+        ("+server.schedule=3", "server.schedule must be null, or a node with _target_ and _partial_: true"),
         ("+client._partial_=true", "client._partial_ must be false"),
         ("+model.num_classes=37", "model.num_classes is not a key: the dataset gives the number"),
         ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, task, algorithm, client, server, run, encoder"),
@@ -154,6 +167,7 @@ def test_what_is_wrong_is_told_in_one_line(override, message):
         ("client.batch_size=0", "client", "client: batch_size must be 1 or more, not 0"),
         ("client.momentum=1", "client", "client: momentum must be from 0 to below 1, not 1"),
         ("dataset.alpha=-1", "dataset", "dataset: alpha must be"),
+        ("client.max_grad_norm=0", "client", "client: max_grad_norm must be above 0, not 0"),
     ],
 )
 def test_what_a_constructor_refuses_names_the_group(override, group, message):
@@ -202,6 +216,25 @@ def test_chains_that_are_none_are_told_in_one_line(overrides, message):
 def test_a_server_optimizer_that_cannot_step_is_told_before_any_round(target, message):
     with pytest.raises(ConfigError, match=f"^server: .*{message}"):
         build_server(configured(f"server._target_=torch.optim.{target}"))
+
+
+STEP = "+server.schedule={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true,step_size:2}"
+
+
+def test_a_schedule_of_the_server_makes_the_rates_of_its_optimizer():
+    server = build_server(configured("server.lr=0.5", STEP))
+    assert [server.rate(round_) for round_ in range(5)] == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
+    assert not hasattr(build_server(configured("server.lr=0.5")), "rate")
+    with pytest.raises(FedqError, match=r"server\.schedule: TypeError: .*metrics"):
+        build_server(configured(STEP.replace("StepLR", "ReduceLROnPlateau").replace("step_size:2", "patience:2")))
+
+
+@pytest.mark.parametrize(("choice", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("adagrad", "Adagrad")])
+def test_a_client_file_builds_its_optimizer(choice, kind):
+    training = build(configured(f"client={choice}", "client.lr=0.25"), "client")
+    (group,) = training.optimizer([torch.zeros(1)], lr=training.lr).param_groups
+    assert training.optimizer.func is getattr(torch.optim, kind)
+    assert group["lr"] == 0.25
 
 
 def test_bits_set_both_directions_or_one():

@@ -15,7 +15,16 @@ KNOWS = {
     "models": set(),
     "tracking": set(),
     "learning": {"encoding", "data"},
-    "simulation": {"learning", "encoding", "data", "tracking", "config", "config_check", "config_differences"},
+    "simulation": {
+        "learning",
+        "encoding",
+        "data",
+        "tracking",
+        "config",
+        "config_nodes",
+        "config_check",
+        "config_differences",
+    },
 }
 
 

@@ -35,9 +35,12 @@ class FedAvg:
 
     frozen: Shell patterns of the names of tensors that do not change and are not sent: parameters to freeze, and
         buffers that are constant. Parameters with requires_grad=False need no pattern.
+    personal: Shell patterns of the names of tensors that each client keeps to itself and never sends: batch norms
+        (FedBN, Li 2021) or last layers (FedPer, Arivazhagan 2019). A new client starts from the first weights.
     """
 
     frozen: Sequence[str] = ()
+    personal: Sequence[str] = ()
 
     def groups(self, parameters: Tensors) -> dict[str, dict[str, Tensor]]:
         """Returns the server's tensors of each group before the first round."""

@@ -36,6 +36,7 @@ def check_together(
     refused = {
         "run.submodel: reference=last needs clients that receive the whole model": submodel
         and "last" in (down.reference, up.reference),
+        "run.submodel: algorithm.personal needs clients that train the whole model": submodel and algorithm.personal,
         "run.submodel: error_feedback must be false: the residual of one sub-model is not that of the next": submodel
         and (isinstance(broadcast, ErrorFeedback) or isinstance(upload, ErrorFeedback)),
         "run.submodel: client.structured must be false: a sub-model is trained as it is": submodel
@@ -94,11 +95,9 @@ def fitted(way: str, encoder: StateDictEncoder, model: nn.Module, parts: Parts) 
 def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | None) -> None:
     """Raises FedqError, naming the tensor, for a model whose state_dict cannot be sent and averaged.
 
-    Each entry must be a dense tensor with values, and share no memory with another entry, except a tied one. What
-    travels must be of a dtype that has a mean.
+    Each entry must be a dense tensor with values, and share no memory with another entry, except a tied one. All that
+    is not frozen must be of a dtype that has a mean.
     """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise FedqError("model: it has no parameter to train")
     if submodel and (ties := list(parts.tied.items())):
         raise FedqError(f"run.submodel: {ties[0][1]!r} and {ties[0][0]!r} are tied, and a sub-model would untie them")
     places: list[tuple[int, int, int, str]] = []  # storage, first byte, end, name
@@ -113,7 +112,7 @@ def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | Non
             raise FedqError(f"model: {name!r} has no shape yet: give lazy layers their sizes, or run the model once")
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise FedqError(f"model: {name!r} must be a dense tensor with values, not sparse, quantized or meta")
-        if name in parts.travels and (tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2)):
+        if name not in parts.frozen and (tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2)):
             raise FedqError(
                 f"model: {name!r} is {str(tensor.dtype).removeprefix('torch.')}: only floats of 16 to 64 bits, "
                 "integers and booleans have a mean; a buffer that never changes needs persistent=False or a pattern in "

@@ -7,11 +7,11 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
-from fedq.encoding import Codec, Key, TensorSpec
+from fedq.encoding import Codec, EncodeError, Key, TensorSpec
+from fedq.encoding.numerics import is_finite
 from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.keys import BROADCAST
@@ -20,7 +20,7 @@ from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
-from fedq.learning.parts import as_bytes
+from fedq.learning.parts import same_bits
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
 from fedq.learning.task import TaskError
@@ -64,7 +64,7 @@ class ClientHalf:
         params, training = received.upload_params, protocol.training.at(received.attempt)
         to_keep = {name: value for name, value in kept.items() if name.startswith(PREFIX)}
         with timed(seconds, "train"):
-            model, start = self._worker_model(), protocol.start(received, client)
+            model, start = self._worker_model(), protocol.start(received, client, kept)
             metrics = self._trained(model, start, received, training, examples, kept, to_keep, key)
             if not metrics.sums["targets"]:
                 raise ClientFailure("unable", "none of its targets counts")
@@ -83,6 +83,10 @@ class ClientHalf:
                 tensors = uploads.get(name, update)
                 messages.append(group.upload.encode(tensors, key, params, loss=loss).message)
             report = protocol.write_report(metrics, key)
+        for name in protocol.parts.personal:
+            if not is_finite(trained[name]):
+                raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not kept")
+            to_keep[name] = trained[name].detach().clone()
         if protocol.kept_schema.keys() - to_keep.keys():
             decoded: dict[str, Tensor] = {}
             # the client decodes its own messages, to keep state that follows what the server decodes
@@ -122,7 +126,7 @@ class ClientHalf:
         if protocol.projection:
             project = partial(_project, protocol.projection, received.weights, key, received.upload_params)
         if protocol.initial_groups:
-            correct = partial(protocol.algorithm.correct, received=received, kept=kept)
+            correct = partial(_correct, protocol, received, kept)
         # torch asks the mode before each of its functions: without draws, that time is saved
         draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
@@ -190,17 +194,26 @@ def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> N
         if not isinstance(after, Tensor) or TensorSpec.of(after) != TensorSpec.of(value):
             raise FedqError(f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged")
     for name in frozen:
-        if not torch.equal(as_bytes(trained[name]), as_bytes(start[name])):
+        if not same_bits(trained[name], start[name]):
             raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
+
+
+def _correct(
+    protocol: Protocol, received: Received, kept: Tensors, gradients: Tensors, weights: Mapping[str, Tensor]
+) -> None:
+    """Lets the algorithm correct the gradients of parameters that travel."""
+    shared = {name: gradients[name] for name in protocol.parameters if name in gradients}
+    protocol.algorithm.correct(shared, {name: weights[name] for name in shared}, received, kept)
 
 
 def _project(
     codec: Codec, weights: Tensors, key: Key, params: Tensors, gradients: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Returns what the server would decode from `gradients`. `weights` stand for the other tensors of the schema."""
-    message = codec.encode({**weights, **gradients}, key, params, loss=0.0).message
+    sent = {name: gradients.get(name, value) for name, value in weights.items()}
+    message = codec.encode(sent, key, params, loss=0.0).message
     decoded, _ = codec.decode(message, key, params, device=next(iter(weights.values())).device)
-    return {name: decoded[name] for name in gradients}
+    return {name: decoded[name] for name in weights if name in gradients}
 
 
 def _check_projection(protocol: Protocol, codec: Codec) -> None:

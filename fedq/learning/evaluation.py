@@ -1,6 +1,8 @@
 """A task's metrics of a model on examples."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -9,8 +11,22 @@ from torch import nn
 
 from fedq.data import Client, Examples
 from fedq.errors import FedqError
-from fedq.learning.local_training import CLASSIFICATION, Precision
-from fedq.learning.task import Sums, Task, check_examples, check_fit, outputs_of, summable
+from fedq.keys import Key
+from fedq.learning.draws import KeyedDraws
+from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators
+from fedq.learning.task import (
+    Sums,
+    Task,
+    TaskError,
+    check_examples,
+    check_fit,
+    check_works,
+    of,
+    outputs_of,
+    remedy,
+    remedy_of_model,
+    summable,
+)
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """Applies a function to each item and yields the results in order, as Python's `map` or a pool's does."""
@@ -33,14 +49,15 @@ def evaluate(
     precision: The precision of forward passes.
     task: Gives the loss and the sums. They are added up in the order of the batches, integers and float64.
 
-    Raises FedqError if there are no examples, or no target that counts. Raises TaskError if the examples or the model's
-    outputs do not fit the task.
+    Raises FedqError if there are no examples, if no target counts, or if the model draws random numbers otherwise than
+    with torch. Raises TaskError if the examples or the model's outputs do not fit the task.
     """
 
-    def batch(start: int) -> Sums:
+    def batch(start: int, keyed: bool = False) -> Sums:
         # a copy: a model may write to its input
         x, y = (part[start : start + batch_size].to(device, copy=True) for part in examples)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        draws = KeyedDraws(Key(0, start).fold("evaluate"), device) if keyed else nullcontext()
+        with draws, torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             outputs = outputs_of(model(x))
             if not start:
                 check_fit(task, outputs, len(y), examples.y)
@@ -52,13 +69,50 @@ def evaluate(
         raise FedqError("there are no examples to evaluate on: the dataset's test set is empty")
     device = next(model.parameters()).device
     model.eval()
-    first, *others = map(batch, range(0, len(examples.y), batch_size))
+    before, starts = generators(device), range(0, len(examples.y), batch_size)
+    first, *others = map(batch, starts)
+    if any(before[name] != value for name, value in generators(device).items() if name.startswith("torch")):
+        # the model draws, which is rare: again, with draws that follow from the batch's place alone
+        first, *others = map(partial(batch, keyed=True), starts)
+    check_nothing_drawn({name: value for name, value in before.items() if not name.startswith("torch")}, device)
     total = dict(first)
     for sums in others:
         total = {name: value + sums[name] for name, value in total.items()}
     if not total["targets"]:
         raise FedqError("no target of the test set counts")
     return task.metrics(total)
+
+
+def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
+    """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
+
+    model: The model; evaluation may write to it.
+    whose: Whose examples they are, for the error's text.
+    examples: The model evaluates the first two; the targets of all are checked. No examples are right.
+    task: The task.
+
+    Changes neither the examples nor torch's generator.
+    """
+    device = next(model.parameters()).device
+    try:
+        check_examples(examples)
+        if not len(examples.y):
+            return
+        x = examples.x[:2].to(device, copy=True)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            try:
+                made = model.eval()(x)
+            except Exception as error:  # whatever an author's model raises
+                reason = str(error).splitlines()[0] if str(error) else ""
+                raise TaskError(
+                    f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}{remedy_of_model(x)}"
+                    f"{remedy(task, examples.y)}"
+                ) from error
+            outputs, y = outputs_of(made), examples.y[:2].to(device)
+            check_fit(task, outputs, len(x), examples.y)
+            check_works(task, outputs, y)
+    except TaskError as error:
+        raise TaskError(f"with the examples of {whose}: {error}") from error
 
 
 def evaluate_clients(

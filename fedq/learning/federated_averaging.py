@@ -1,18 +1,17 @@
 """Federated averaging with encoded messages: the algorithm, as two pure steps."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from statistics import fmean
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
+from fedq.encoding import EncodeError, MessageError, StateDictEncoder
 from fedq.encoding.numerics import is_finite
-from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
 from fedq.learning.algorithm import FedAvg
@@ -20,29 +19,17 @@ from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.cohort import Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.evaluation import Map, evaluate, evaluate_clients
+from fedq.learning.evaluation import Map, check, evaluate, evaluate_clients
 from fedq.learning.failures import Diverged, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
-from fedq.learning.metrics import counts_of, metrics_of
+from fedq.learning.metrics import counted, counts_of, metrics_of
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
-from fedq.learning.server import Downlink, ServerOptimizer, Uplink, server_step
+from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import (
-    Task,
-    TaskError,
-    check_examples,
-    check_fit,
-    check_works,
-    of,
-    outputs_of,
-    remedy,
-    remedy_of_model,
-)
-
-log = logging.getLogger(__name__)
+from fedq.learning.task import Task
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -157,7 +144,7 @@ class FederatedAveraging:
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         result, total, records = self._answers(broadcast, clients, gather, seconds)
         usable = [record for record in records if not record.failure]
-        sent = self._counted(state, records)
+        sent = counted(state, records, self.uplink.guard)
         if total is None or len(usable) < self.min_clients:
             raise self._too_few(state, sent, records, seconds)
         with timed(seconds, "decode"):
@@ -166,9 +153,10 @@ class FederatedAveraging:
             except MessageError as error:  # a sum may overflow
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         with timed(seconds, "aggregate"):
-            after = self._stepped(replace(sent, round=state.round + 1), sums, total.weight, usable)
+            before = replace(sent, round=state.round + 1)
+            after = stepped(self.protocol, self.server, before, sums, total.weight, usable, self.population)
             if any(group.adaptive for group in self.protocol.groups.values()):
-                after = self._adapted(after, broadcast_reports | total.broadcast_reports, total.reports)
+                after = adapted(self.protocol, after, broadcast_reports | total.broadcast_reports, total.reports)
             if self.protocol.broadcast_feedback:
                 compensated = compensate(state.weights, state.residual)
                 after = replace(after, residual=residual_of(self.protocol.to_all, compensated, result.received))
@@ -178,50 +166,52 @@ class FederatedAveraging:
         return after, metrics_of(self.protocol.task, state, after, records, seconds)
 
     @one_thread()
-    def evaluate(self, state: ServerState, examples: Examples, batch_size: int = 50) -> dict[str, float]:
-        """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`."""
-        return evaluate(self._model(state), examples, batch_size, self.map, self.precision, self.protocol.task)
+    def evaluate(
+        self,
+        state: ServerState,
+        examples: Examples,
+        batch_size: int = 50,
+        clients: Iterable[tuple[int, Examples]] = (),
+    ) -> dict[str, float]:
+        """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
+
+        clients: With personal tensors, numbers and examples of clients. The metrics are the mean over those clients,
+            each with its own tensors. Clients without a target that counts are left out.
+        """
+        task, found = self.protocol.task, []
+        for number, its in clients if self.protocol.parts.personal else ():
+            if task.count(its.y):
+                model = self._model(state, number)
+                found.append(evaluate(model, its, batch_size, self.map, self.precision, task))
+        found = found or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
+        return {name: fmean(one[name] for one in found) for name in found[0]}
 
     @one_thread()
     def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:
         """Returns mean, median and worst tenth over clients; see `evaluation.evaluate_clients`."""
-        task = self.protocol.task
-        return evaluate_clients(lambda _: self._model(state), clients, batch_size, self.map, self.precision, task)
 
-    def _model(self, state: ServerState) -> nn.Module:
-        """Returns a model with the server's weights: a copy, as evaluation may write to buffers outside them."""
-        model = deepcopy(self.protocol.model)
-        model.load_state_dict(state.weights)
+        def model_of(client: Client) -> nn.Module:
+            return self._model(state, client.number)
+
+        return evaluate_clients(model_of, clients, batch_size, self.map, self.precision, self.protocol.task)
+
+    def _model(self, state: ServerState, client: int | None = None) -> nn.Module:
+        """Returns a model with the server's weights, and with the personal tensors of a client if there are any.
+
+        The model is a copy, because evaluation may write to buffers outside the state_dict.
+        """
+        protocol, weights = self.protocol, state.weights
+        if client is not None and protocol.parts.personal:
+            own = protocol.personal(self.store.load(client, state.attempt, protocol.kept_schema))
+            weights = protocol.parts.with_ties(weights | own)
+        model = deepcopy(protocol.model)
+        model.load_state_dict(weights)
         return model
 
     @one_thread()
     def check(self, whose: str, examples: Examples) -> None:
-        """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
-
-        whose: Whose examples they are, for the error's text.
-        examples: The model evaluates the first two; the targets of all are checked. No examples are right.
-
-        Changes nothing: neither the model, nor the examples, nor torch's generator.
-        """
-        try:
-            check_examples(examples)
-            if not len(examples.y):
-                return
-            x = examples.x[:2].to(self.device, copy=True)
-            with torch.random.fork_rng(devices=[]), torch.inference_mode():
-                try:
-                    made = deepcopy(self.protocol.model).eval()(x)
-                except Exception as error:  # whatever an author's model raises
-                    reason = str(error).splitlines()[0] if str(error) else ""
-                    raise TaskError(
-                        f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}{remedy_of_model(x)}"
-                        f"{remedy(self.protocol.task, examples.y)}"
-                    ) from error
-                outputs, y = outputs_of(made), examples.y[:2].to(self.device)
-                check_fit(self.protocol.task, outputs, len(x), examples.y)
-                check_works(self.protocol.task, outputs, y)
-        except TaskError as error:
-            raise TaskError(f"with the examples of {whose}: {error}") from error
+        """Raises TaskError unless model and task take the examples of `whose`; see `evaluation.check`."""
+        check(deepcopy(self.protocol.model), whose, examples, self.protocol.task)
 
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
@@ -234,27 +224,6 @@ class FederatedAveraging:
         for phase in PHASES:
             seconds[phase] += wall * result.seconds[phase] / max(work, 1e-9)
         return result, total, records
-
-    def _counted(self, state: ServerState, records: Sequence[ClientRecord]) -> ServerState:
-        """Returns the state with the cohort's bits counted and its failures logged."""
-        failed: dict[str, list[int]] = {}
-        for record in records:
-            if record.failure:
-                failed.setdefault(record.reason, []).append(record.client)
-        for reason, (first, *others) in failed.items():
-            who = f"{first} and {len(others)} more are" if others else f"{first} is"
-            log.warning("round %d: client %s left out: %s", state.round + 1, who, reason)
-        guard = self.uplink.guard
-        norms = [record.norm for record in records if record.norm is not None]
-        lost = {record.client for record in records if record.failure == "lost"}
-        return replace(
-            state,
-            broadcasted_bits=state.broadcasted_bits + sum(record.broadcast_bits for record in records),
-            aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
-            reported_bits=state.reported_bits + sum(record.report_bits for record in records),
-            norm=guard.update(state.norm, norms) if guard else state.norm,
-            last_received={c: rounds for c, rounds in state.last_received.items() if c not in lost},
-        )
 
     def _too_few(
         self, state: ServerState, sent: ServerState, records: Sequence[ClientRecord], seconds: dict[str, float]
@@ -269,42 +238,3 @@ class FederatedAveraging:
             replace(sent, repeats=state.repeats + 1, last_received=sent.last_received | caught_up),
             counts_of(records, seconds),
         )
-
-    def _stepped(
-        self, state: ServerState, sums: dict[str, Tensor], weight: int, usable: Sequence[ClientRecord]
-    ) -> ServerState:
-        """Returns the state after the server optimizer's step on the mean of weights, and the algorithm's on groups."""
-        protocol = self.protocol
-        total: int | Tensors = weight
-        if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
-            key = Key(protocol.seed, state.attempt - 1)
-            total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
-        before = protocol.parts.travelling(state.weights)
-        weights, optimizer = server_step(
-            self.server,
-            state.optimizer,
-            before,
-            frozenset(protocol.parameters),
-            sums,
-            total,
-            round=state.attempt - 1,
-        )
-        means = {name: sums[name] / len(usable) for name in state.groups}
-        share = len(usable) / (self.population or len(usable))
-        return replace(
-            state,
-            weights=protocol.parts.with_ties(state.weights | weights),
-            optimizer=optimizer,
-            groups=protocol.algorithm.step(state.groups, means, share) if means else {},
-        )
-
-    def _adapted(
-        self, state: ServerState, broadcast_reports: dict[str, Tensor], upload_reports: dict[str, Tensor]
-    ) -> ServerState:
-        """Returns the state with the adaptive parts of both directions after the round."""
-        broadcast: dict[str, Tensor] = {}
-        upload: dict[str, Tensor] = {}
-        for group in self.protocol.groups.values():
-            broadcast |= group.broadcast.adaptation.update_state(state.broadcast, broadcast_reports)
-            upload |= group.upload.adaptation.update_state(state.upload, upload_reports)
-        return replace(state, broadcast=broadcast, upload=upload)

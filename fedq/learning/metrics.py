@@ -1,11 +1,37 @@
-"""A round's line of metrics.jsonl, from the states around the round and the records of its clients."""
+"""What a round counts, from the records of its clients: the state's totals, and the line of metrics.jsonl."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedq.learning.failures import FAILURES
+from fedq.learning.guard import NormGuard
 from fedq.learning.round import ClientRecord
 from fedq.learning.state import ServerState
 from fedq.learning.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def counted(state: ServerState, records: Sequence[ClientRecord], guard: NormGuard | None) -> ServerState:
+    """Returns the state with the cohort's bits counted and its failures logged."""
+    failed: dict[str, list[int]] = {}
+    for record in records:
+        if record.failure:
+            failed.setdefault(record.reason, []).append(record.client)
+    for reason, (first, *others) in failed.items():
+        who = f"{first} and {len(others)} more are" if others else f"{first} is"
+        log.warning("round %d: client %s left out: %s", state.round + 1, who, reason)
+    norms = [record.norm for record in records if record.norm is not None]
+    lost = {record.client for record in records if record.failure == "lost"}
+    return replace(
+        state,
+        broadcasted_bits=state.broadcasted_bits + sum(record.broadcast_bits for record in records),
+        aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
+        reported_bits=state.reported_bits + sum(record.report_bits for record in records),
+        norm=guard.update(state.norm, norms) if guard else state.norm,
+        last_received={c: rounds for c, rounds in state.last_received.items() if c not in lost},
+    )
 
 
 def counts_of(records: Sequence[ClientRecord], seconds: dict[str, float]) -> dict[str, float]:

@@ -59,7 +59,8 @@ class Protocol:
     task: The loss and the metrics.
     model: The model, with the weights before the first round.
     initial: The weights before the first round.
-    parameters: The names of the model's trainable parameters.
+    parts: What of the model travels, and what does not.
+    parameters: The names of the trainable parameters that travel.
     submodels: The sub-models of federated dropout; None if clients train the whole model.
     client_model: What clients train: `model`, or a sub-model.
     weights: The group of the model's weights, or of a sub-model's.
@@ -94,12 +95,16 @@ class Protocol:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(Key(seed).fold("model").integer())
             built = model()
-        self.parts = parts = parts_of(built, algorithm.frozen)
+        self.parts = parts = parts_of(built, algorithm.frozen, algorithm.personal)
         check_model(built, parts, submodel)
         self.model = channels_last(built.to(device))
         state = self.model.state_dict()
         self.initial = parts.with_ties({name: value.detach().clone() for name, value in state.items()})
-        self.parameters = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.parameters = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and name not in parts.personal
+        ]
         self.submodels = SubModels(self.model, submodel) if submodel else None
         self.client_model = self.submodels.model(self.model) if self.submodels else self.model
         down, up = fitted("broadcast", down, self.model, parts), fitted("upload", up, self.model, parts)
@@ -137,10 +142,11 @@ class Protocol:
         )
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
         if client.keep_optimizer:
-            trained = {name: self.initial[name] for name in self.parameters}
+            trained = {name: self.initial[name] for name, p in self.model.named_parameters() if p.requires_grad}
             self.kept_schema |= schema_of(stepped(client.optimizer_of, trained).state())
         if self.upload_feedback:
             self.kept_schema |= {name: schema[name] for name in self.weights.upload.compressed}
+        self.kept_schema |= schema_of({name: self.initial[name] for name in parts.personal})
 
     def receive(self, messages: Sequence[bytes], held: Sequence[Tensors] = (), client: int = BROADCAST) -> Received:
         """Returns what a client decodes from a broadcast.
@@ -196,12 +202,16 @@ class Protocol:
         up = {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}
         return Received(key.round, weights, tensors, attached, up, reference)
 
-    def start(self, received: Received, client: int) -> dict[str, Tensor]:
-        """Returns the state_dict from which a client trains: what it received, and what is frozen."""
+    def start(self, received: Received, client: int, kept: Tensors) -> dict[str, Tensor]:
+        """Returns the state_dict from which a client trains: what it received, what is frozen, and what it keeps."""
         frozen = {name: self.initial[name] for name in self.parts.frozen}
         if frozen and self.submodels:
             frozen = self.submodels.cut(frozen, self.submodels.drawn(Key(self.seed, received.attempt, client)))
-        return self.parts.with_ties(frozen | received.weights)
+        return self.parts.with_ties(frozen | self.personal(kept) | received.weights)
+
+    def personal(self, kept: Tensors) -> dict[str, Tensor]:
+        """Returns a client's personal tensors, from its store; the first weights if `kept` is empty."""
+        return {name: (kept or self.initial)[name].to(self.device) for name in self.parts.personal}
 
     def write_base(self, attempt: int) -> bytes:
         """Returns the message of the base: the frozen tensors or, with reference=initial, all first weights.

@@ -1,8 +1,9 @@
 """The server's half of a round: it opens the broadcast, reads the answers, adds them up and closes the round."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -261,3 +262,57 @@ def server_step(
             nearest = (whole << _LOW) + torch.div(2 * rest + share[name], 2 * share[name], rounding_mode="floor")
             after[name] = (value.to(torch.int64) + nearest).to(value.dtype)
     return after, optimizer.state_dict()
+
+
+def stepped(
+    protocol: Protocol,
+    build: ServerOptimizer,
+    state: ServerState,
+    sums: dict[str, Tensor],
+    weight: int,
+    usable: Sequence[ClientRecord],
+    population: int | None,
+) -> ServerState:
+    """Returns the state after the server optimizer's step on the mean of weights, and the algorithm's on groups.
+
+    build: Builds the server optimizer.
+    state: The state, with the round counted.
+    sums: The sums over clients, of all groups.
+    weight: The sum of the clients' weights.
+    usable: The records of the clients whose answers were added up.
+    population: The number of all clients; None for as many as are in `usable`.
+    """
+    total: int | Mapping[str, Tensor] = weight
+    if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
+        key = Key(protocol.seed, state.attempt - 1)
+        total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
+    before = protocol.parts.travelling(state.weights)
+    weights, optimizer = server_step(
+        build,
+        state.optimizer,
+        before,
+        frozenset(protocol.parameters),
+        sums,
+        total,
+        round=state.attempt - 1,
+    )
+    means = {name: sums[name] / len(usable) for name in state.groups}
+    share = len(usable) / (population or len(usable))
+    return replace(
+        state,
+        weights=protocol.parts.with_ties(state.weights | weights),
+        optimizer=optimizer,
+        groups=protocol.algorithm.step(state.groups, means, share) if means else {},
+    )
+
+
+def adapted(
+    protocol: Protocol, state: ServerState, broadcast_reports: dict[str, Tensor], upload_reports: dict[str, Tensor]
+) -> ServerState:
+    """Returns the state with the adaptive parts of both directions after the round."""
+    broadcast: dict[str, Tensor] = {}
+    upload: dict[str, Tensor] = {}
+    for group in protocol.groups.values():
+        broadcast |= group.broadcast.adaptation.update_state(state.broadcast, broadcast_reports)
+        upload |= group.upload.adaptation.update_state(state.upload, upload_reports)
+    return replace(state, broadcast=broadcast, upload=upload)

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from fedq.config import RunConfig
+from fedq.config_nodes import RunConfig
 from fedq.data import Client, Examples, FederatedDataset
 from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
@@ -104,13 +104,26 @@ def _rounds(
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:
             evaluating = perf_counter()
             for name, examples in sets.items():
-                found = process.evaluate(state, examples, run.test_batch_size)
+                own = _own_examples(_evaluated(dataset, run), name, examples)
+                found = process.evaluate(state, examples, run.test_batch_size, own)
                 metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
             if run.evaluate_clients:
-                wanted = dataset.num_clients if run.evaluate_clients == "all" else run.evaluate_clients
-                numbers = drawn(run.seed, "evaluated clients", dataset.num_clients, wanted)
-                found = process.evaluate_clients(state, map(dataset.client, numbers), run.test_batch_size)
+                found = process.evaluate_clients(state, _evaluated(dataset, run), run.test_batch_size)
                 metrics |= {f"per_client/{metric}": value for metric, value in found.items()}
             metrics["seconds/evaluate"] = perf_counter() - evaluating
         metrics["seconds"] = perf_counter() - started
         yield state, metrics
+
+
+def _evaluated(dataset: FederatedDataset, run: RunConfig) -> Iterator[Client]:
+    """Yields the clients that an evaluation asks: all, or as many as `run.evaluate_clients` says."""
+    some = run.evaluate_clients
+    wanted = some if isinstance(some, int) else dataset.num_clients
+    yield from map(dataset.client, drawn(run.seed, "evaluated clients", dataset.num_clients, wanted))
+
+
+def _own_examples(clients: Iterable[Client], name: str, examples: Examples) -> Iterator[tuple[int, Examples]]:
+    """Yields each client's number with its own "test" or "validation" examples; `examples` if it has none."""
+    for client in clients:
+        own = getattr(client, name)
+        yield client.number, own() if own else examples

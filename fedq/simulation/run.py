@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from fedq.config import (
     CHANGES_NOTHING,
     ConfigError,
-    RunConfig,
     build,
     build_protocol,
     build_run,
@@ -26,6 +25,7 @@ from fedq.config import (
     to_container,
 )
 from fedq.config_check import overridden
+from fedq.config_nodes import RunConfig
 from fedq.data import Client, FederatedDataset
 from fedq.data.dataset import plain_integer
 from fedq.data.holdout import HeldOut
@@ -33,7 +33,7 @@ from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
 from fedq.learning import FederatedAveraging, ServerState
-from fedq.learning.parts import as_bytes
+from fedq.learning.parts import same_bits
 from fedq.learning.server import server_step
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
@@ -182,7 +182,7 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
         if schema_of(getattr(state, way)) != schema_of(getattr(fresh, way)):
             raise ConfigError(f"{folder}: its checkpoint holds another state of encoder.{way}")
     for name in process.protocol.parts.frozen:
-        if not torch.equal(as_bytes(state.weights[name]), as_bytes(fresh.weights[name]).cpu()):
+        if not same_bits(state.weights[name], fresh.weights[name].cpu()):
             raise ConfigError(f"{folder}: its checkpoint is of another model: the frozen {name!r} differs")
     weights = {name: state.weights[name] for name in process.protocol.parameters}
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -194,10 +194,10 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:
-    """Returns whether clients keep state between their rounds: residuals, an optimizer, or state of the algorithm."""
-    one = {"parameter": TensorSpec((1,), torch.float32)}
+    """Returns whether clients keep state: residuals, an optimizer, personal tensors, or state of the algorithm."""
+    one, algorithm = {"parameter": TensorSpec((1,), torch.float32)}, build(cfg, "algorithm")
     keeps = to_container(cfg, "encoder.upload").get("error_feedback") or to_container(cfg, "client.keep_optimizer")
-    return bool(keeps or build(cfg, "algorithm").kept_schema(one))
+    return bool(keeps or algorithm.personal or algorithm.kept_schema(one))
 
 
 def client_store(

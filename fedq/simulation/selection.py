@@ -4,7 +4,7 @@ import logging
 import math
 from typing import Any
 
-from fedq.config import RunConfig
+from fedq.config_nodes import RunConfig
 from fedq.tracking.headline import Headline
 from fedq.tracking.metrics import Metrics
 

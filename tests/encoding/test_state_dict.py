@@ -36,6 +36,7 @@ from fedq.encoding import (
 )
 from fedq.encoding.codec import RATE_CONTROL
 from fedq.encoding.message import OVERHEAD
+from fedq.encoding.schema import Tensors
 from fedq.encoding.testing import raw_bytes, reframe, wave
 
 KEY = Key(1, 2, 3)
@@ -595,3 +596,20 @@ def test_the_frame_has_at_most_64_bytes():
     """A message without tensors is its frame alone."""
     message = StateDictEncoder().bind({}).encode({}, Key(0)).message
     assert len(message) == OVERHEAD <= 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflows(EncodingStage):
+    def encode(self, x: torch.Tensor, key: Key) -> tuple[torch.Tensor, Tensors]:
+        return x, {}
+
+    def decode(self, y: torch.Tensor, side: Tensors, spec: TensorSpec, key: Key) -> torch.Tensor:
+        return y / 0
+
+
+def test_a_stage_that_decodes_to_infinity_is_refused() -> None:
+    tensors = {"a": torch.ones(3)}
+    codec = StateDictEncoder(Encoder([Overflows()], Raw()), 0).bind(schema_of(tensors))
+    message = codec.encode(tensors, KEY).message
+    with pytest.raises(MessageError, match="tensor 'a' cannot be decoded: a value is NaN or infinite"):
+        codec.decode(message, KEY)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedq.errors import FedqError
 from fedq.keys import Key
-from fedq.learning import LocalTraining
+from fedq.learning import LocalTraining, evaluate
 from fedq.learning import client as client_module
 from fedq.learning.draws import KeyedDraws, _runners
 from fedq.simulation.workers import Workers
@@ -427,3 +427,20 @@ def test_a_model_that_draws_nothing_pays_for_its_first_client_alone(process, cli
         averaging = process(**({"model": model} if model else {}))
         averaging.next(averaging.initialize(), [client(number) for number in range(3)])
         assert len({id(draws) for draws in entered}) == times
+
+
+@pytest.mark.parametrize("noise", [lambda: torch.randn(()), lambda: 0.0], ids=["draws", "draws nothing"])
+def test_an_evaluation_that_draws_can_be_repeated(client, noise):
+    model, examples, found = Draws(noise), client(0, 60).load(), []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with Workers(2) as workers:
+            found.append(evaluate(model, examples, 7, workers.map))
+    assert found[0] == found[1] == found[2]
+    model.noise = lambda: 0.0
+    assert (evaluate(model, examples, 7) == found[0]) == (float(noise()) == 0.0)
+
+
+def test_an_evaluation_that_draws_past_torch_is_refused(client):
+    with pytest.raises(FedqError, match="draws random numbers from numpy's global generator"):
+        evaluate(Draws(lambda: np.random.standard_normal()), client(0).load())

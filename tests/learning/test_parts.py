@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from fedq.config import build_encoder
+from fedq.config import build_encoder, build_run
 from fedq.data import Client, Examples
+from fedq.data.holdout import drawn
 from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, UniformQuantization
 from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedAvg, FederatedDropout, FedNova, LocalTraining, Scaffold
 from fedq.learning.guard import NormGuard
 from fedq.simulation import checkpoint
+from fedq.simulation.client_state_files import ClientStateFiles
+from fedq.simulation.loop import rounds
 from fedq.simulation.run import check_form
+from fedq.simulation.workers import Workers
 from fedq.train import CONF
 
 UINT8 = StateDictEncoder(Encoder([UniformQuantization(bits=8)], FixedWidth()), threshold=0)
@@ -74,11 +78,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_frozen_tensors_keep_their_bits(process, changes):
+def test_frozen_tensors_keep_their_bits(process, tmp_path, changes):
     """Also in a run that is saved after two rounds and resumed."""
     averaging = process(model=Adapter, **{"broadcast": UINT8, "upload": UINT8, **changes})
     start = state = averaging.initialize()
-    for _ in range(5):
+    for number in range(5):
+        if number == 2:
+            state, _ = checkpoint.load(checkpoint.save(state, {}, tmp_path, 1))
+            check_form(averaging, state, tmp_path)
         state, metrics = averaging.next(state, CLIENTS)
         assert metrics["clients"] == 3
     assert torch.equal(state.weights["base.weight"], start.weights["base.weight"])
@@ -338,3 +345,202 @@ def test_other_tensors_that_share_memory_are_refused(process, change, sentence):
 
     with pytest.raises(FedqError, match=sentence):
         process(model=changed)
+
+
+class Normed(nn.Module):
+    """A model with a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(20, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)
+        self.units = {"first": (("first.weight", 0),)}
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+OWN = [make(number, 20, 30 + 10 * number) for number in range(3)]
+FEDBN, FEDPER = FedAvg(personal=["norm.*"]), FedAvg(personal=["last.*"])
+FULL = LocalTraining(lr=0.1, batch_size=100)
+NORM = ["norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+
+
+def kept(averaging, state, number):
+    return averaging.store.load(number, state.attempt, averaging.protocol.kept_schema)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"algorithm": FEDBN}, {"algorithm": FEDPER}, {"algorithm": Scaffold(personal=["norm.*"])}]
+)
+def test_one_client_with_personal_tensors_trains_as_a_bare_loop(process, changes):
+    averaging = process(model=Normed, client=FULL, **changes)
+    state = averaging.initialize()
+    bare = Normed()
+    bare.load_state_dict(state.weights)
+    for _ in range(4):
+        state, metrics = averaging.next(state, OWN[:1])
+    loop(bare, OWN[0].load(), 4)
+    whole = state.weights | averaging.protocol.personal(kept(averaging, state, 0))
+    for name, value in bare.state_dict().items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
+    sizes = sum(
+        value.numel() * value.itemsize for name, value in whole.items() if name in averaging.protocol.parts.travels
+    )
+    assert metrics["broadcast_bits"] >= 8 * (sizes + 48)
+    expected = float(F.cross_entropy(bare.eval()(OWN[1].load().x), OWN[1].load().y).detach())
+    found = averaging.evaluate(state, OWN[1].load(), clients=[(0, OWN[1].load())])
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("algorithm", "names"), [(FEDBN, NORM), (FEDPER, ["last.weight", "last.bias"])])
+def test_personal_tensors_against_a_reference(process, algorithm, names):
+    """Each model keeps its own tensors, and takes the mean of all others, weighted by examples. Client 2 comes late."""
+    averaging = process(model=Normed, client=FULL, algorithm=algorithm)
+    assert averaging.protocol.parts.personal == names
+    state = averaging.initialize()
+    models = [Normed() for _ in OWN]
+    for model in models:
+        model.load_state_dict(state.weights)
+    for cohort in ([0, 1], [1, 2, 0], [0, 2]):
+        state, _ = averaging.next(state, [OWN[number] for number in cohort])
+        for number in cohort:
+            loop(models[number].train(), OWN[number].load(), 1)
+        total = sum(len(OWN[number].load().y) for number in cohort)
+        for name in set(models[0].state_dict()) - set(names):
+            parts = [models[number].state_dict()[name] * (len(OWN[number].load().y) / total) for number in cohort]
+            mean = sum(parts) if parts[0].is_floating_point() and name != NORM[-1] else torch.round(sum(parts)).long()
+            for model in models:
+                model.state_dict()[name].copy_(mean)
+    for number, model in enumerate(models):
+        whole = state.weights | averaging.protocol.personal(kept(averaging, state, number))
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
+    test, own_test = make(9, 20).load(), make(8, 20).load()
+    empty = Examples(test.x[:0], test.y[:0])
+    clients = [(0, test), (1, own_test), (2, test), (2, empty)]
+    metrics = averaging.evaluate(state, test, clients=iter(clients))
+    losses, accuracies = [], []
+    for model, examples in zip(models, (test, own_test, test), strict=True):
+        outputs = model.eval()(examples.x).detach()
+        losses.append(float(F.cross_entropy(outputs, examples.y)))
+        accuracies.append(float((outputs.argmax(1) == examples.y).double().mean()))
+    assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(sum(accuracies) / 3)
+    theirs = averaging.evaluate_clients(state, [replace(OWN[number], test=lambda: test) for number in (0, 2)])
+    assert theirs["accuracy_mean"] == pytest.approx((accuracies[0] + accuracies[2]) / 2)
+    assert torch.equal(state.weights[names[0]], averaging.protocol.initial[names[0]])  # the first weights
+
+
+@pytest.mark.parametrize("name", ["feedback", "initial", "last", "joint", "scaffold", "fednova", "guard", "decay"])
+def test_personal_tensors_with_other_options(process, tmp_path, name):
+    """With several workers, a store in files, and a run that is resumed."""
+    changes = {"broadcast": UINT8, "upload": UINT8, **CHANGES[name]}
+    changes["algorithm"] = replace(changes.get("algorithm", FedAvg()), personal=["norm.*"])
+    results = []
+    for count in (1, 3):
+        with Workers(count) as workers:
+            folder = tmp_path / str(count)
+            store = ClientStateFiles(folder, 0, memory=0)
+            store.resume(0)
+            averaging = process(model=Normed, map=workers.map, store=store, **changes)
+            state = averaging.initialize()
+            for number in range(4):
+                if number == 2 and count == 3:
+                    store.flush()
+                    state, _ = checkpoint.load(checkpoint.save(state, {}, tmp_path, 1))
+                    store = ClientStateFiles(folder, 0, memory=2**20)
+                    store.resume(state.attempt, folder)
+                    averaging = process(model=Normed, map=workers.map, store=store, **changes)
+                state, metrics = averaging.next(state, OWN[:2])
+                assert metrics["clients"] == 2
+            found = averaging.evaluate(state, OWN[2].load(), clients=[(number, OWN[2].load()) for number in range(3)])
+            results.append((state.weights, [kept(averaging, state, number) for number in (0, 1)], found))
+    (weights, stores, found), (its_weights, its_stores, its_found) = results
+    assert found == its_found
+    for ours, theirs in zip((weights, *stores), (its_weights, *its_stores), strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not torch.equal(stores[0]["norm.running_mean"], stores[1]["norm.running_mean"])
+    assert set(NORM) <= set(stores[0])
+
+
+def test_structured_updates_with_personal_tensors(process):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        upload = build_encoder(compose("config", ["encoder=structured_mask", "encoder.threshold=100"]), "upload")
+    averaging = process(model=Normed, upload=upload, client=replace(FULL, structured=True), algorithm=FEDPER)
+    state, _ = averaging.next(averaging.initialize(), OWN)
+    assert not torch.equal(kept(averaging, state, 0)["last.weight"], state.weights["last.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"algorithm": FedAvg(personal=["bn*"])},
+            r"algorithm.personal: no tensor fits 'bn\*'. The tensors are first.w",
+        ),
+        ({"algorithm": FedAvg(personal=["*"])}, "algorithm.personal: every parameter that trains fits a pattern"),
+        (
+            {"algorithm": FEDBN, "submodel": FederatedDropout(0.5)},
+            "run.submodel: algorithm.personal needs clients that",
+        ),
+    ],
+)
+def test_personal_patterns_that_make_no_sense(process, changes, sentence):
+    with pytest.raises(FedqError, match=sentence):
+        process(model=Normed, **changes)
+
+
+def test_personal_tensors_that_overflow_are_not_kept(process, caplog):
+    class Overflows(Normed):
+        def forward(self, x):
+            outputs = super().forward(x)
+            self.norm.running_var.data.fill_(float("inf"))
+            return outputs
+
+    averaging = process(model=Overflows, algorithm=FEDBN)
+    with pytest.raises(FedqError, match="0 of 1 clients sent a usable .*'norm.running_var' holds NaN or infinity"):
+        averaging.next(averaging.initialize(), OWN[:1])
+
+
+def test_an_optimizer_that_clients_keep_covers_their_personal_tensors(process):
+    training = replace(FULL, momentum=0.9, keep_optimizer=True)
+    averaging = process(model=Normed, client=training, algorithm=FEDPER)
+    state = averaging.initialize()
+    bare = Normed()
+    bare.load_state_dict(state.weights)
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1, momentum=0.9)
+    examples = OWN[0].load()
+    for _ in range(4):
+        state, _ = averaging.next(state, OWN[:1])
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(bare(examples.x), examples.y))
+        optimizer.step()
+    whole = state.weights | averaging.protocol.personal(kept(averaging, state, 0))
+    for name, value in bare.state_dict().items():
+        torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Three:
+    """A dataset of three clients, of which the second one has test examples."""
+
+    num_classes, num_clients = 10, 3
+
+    def client(self, number):
+        return replace(OWN[number], test=make(8, 20).load if number == 1 else None)
+
+    def test(self):
+        return make(9, 20).load()
+
+
+@pytest.mark.parametrize("evaluated", [None, 2])
+def test_a_run_evaluates_clients_with_their_own_tensors(process, evaluated):
+    averaging = process(model=Normed, client=FULL, algorithm=FEDBN)
+    options = ["run.rounds=2", "run.clients_per_round=2", "run.seed=0", f"run.evaluate_clients={evaluated or 'null'}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        run = build_run(compose("config", options))
+    *_, (state, metrics) = rounds(averaging, averaging.initialize(), Three(), run)
+    numbers = drawn(0, "evaluated clients", 3, evaluated or 3)
+    tests = [(number, make(8 if number == 1 else 9, 20).load()) for number in numbers]
+    found = [averaging.evaluate(state, Three().test(), clients=[one]) for one in tests]
+    assert len({one["loss"] for one in found}) == (evaluated or 3)
+    assert metrics["test/loss"] == pytest.approx(sum(one["loss"] for one in found) / len(found))

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from fedq.config import RunConfig
+from fedq.config_nodes import RunConfig
 from fedq.data import Client, Examples
 from fedq.learning import FederatedAveraging, LocalTraining
 from fedq.models import MLP

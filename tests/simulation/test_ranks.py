@@ -25,7 +25,7 @@ from fedq.encoding import (
     StateDictEncoder,
     UniformQuantization,
 )
-from fedq.learning import ErrorFeedback, FederatedAveraging, FederatedDropout, LocalTraining
+from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
 from fedq.learning.error_feedback import Direction
 from fedq.learning.guard import NormGuard
@@ -50,6 +50,17 @@ def make_client(number: int) -> Client:
     return Client(number, load, SIZES[number])
 
 
+SGD = LocalTraining(lr=0.1)
+KEEPING = LocalTraining(
+    lr=0.001,
+    steps=3,
+    optimizer=torch.optim.Adam,
+    max_grad_norm=1.0,
+    schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+    keep_optimizer=True,
+)
+
+
 class Dropping(MLP):
     """A model that draws, also in the computation of its middle again."""
 
@@ -63,14 +74,16 @@ def make_process(
     store: ClientStateFiles,
     dropout: FederatedDropout | None = None,
     model: type[MLP] = MLP,
+    training: LocalTraining = SGD,
 ) -> FederatedAveraging:
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.5)
     broadcast = learning() if dropout else ROTATED  # with dropout, ranks encode broadcasts and report
-    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights
-        broadcast = replace(ROTATED, reference="last")
+    personal: list[str] = []
+    if isinstance(upload, ErrorFeedback):  # clients with residuals also keep their last weights and personal tensors
+        broadcast, personal = replace(ROTATED, reference="last"), ["dense3.*"]
     return FederatedAveraging(
         partial(model, 10),
-        LocalTraining(lr=0.1),
+        training,
         server,
         broadcast,
         upload,
@@ -78,6 +91,7 @@ def make_process(
         map=workers.map,
         store=store,
         submodel=dropout,
+        algorithm=FedAvg(personal=personal),
         guard=NormGuard("clip", multiple=1.0),  # clips about half of the updates from the second round on
     )
 
@@ -102,11 +116,12 @@ def run(
     rounds: int = 3,
     dropout: FederatedDropout | None = None,
     model: type[MLP] = MLP,
+    training: LocalTraining = SGD,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with Ranks(Stopping()) as ranks, Workers(workers) as pool:
         store = ClientStateFiles(folder, 5, 10**6, shared=size > 1)
-        process = make_process(upload, pool, store, dropout, model)
+        process = make_process(upload, pool, store, dropout, model, training)
         if rank:
             for order in ranks.listen():
                 ranks.contribute_to(order, process.contribute, lambda _, numbers: [*map(make_client, numbers)])
@@ -117,6 +132,8 @@ def run(
         for _ in range(rounds):
             clients = clients[1:] + clients[:1]  # the ranks have other clients in the next round
             state, metrics = process.next(state, clients, partial(ranks.gather, process.contribute))
+        test = make_client(0).load()
+        metrics |= process.evaluate(state, test, clients=[(one.number, test) for one in clients])
         counts = {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         weights = {name: value.numpy().tobytes() for name, value in state.weights.items()}
         queue.put((weights, counts, state.broadcasted_bits, state.aggregated_bits, state.reported_bits))
@@ -138,20 +155,28 @@ SOME = ((2, 2), (3, 1))  # (ranks, workers of each rank)
 
 
 @pytest.mark.parametrize(
-    ("upload", "dropout", "model", "numbers"),
+    ("upload", "dropout", "model", "training", "numbers"),
     [
-        (ROTATED, None, MLP, ((1, 2), (2, 1), (2, 2), (3, 1), (4, 2))),
-        (learning(), None, MLP, SOME),
-        (feeding_back(), None, MLP, SOME),
-        (learning(), FederatedDropout(0.5), MLP, SOME),
-        (ROTATED, None, Dropping, SOME),
+        (ROTATED, None, MLP, SGD, ((1, 2), (2, 1), (2, 2), (3, 1), (4, 2))),
+        (learning(), None, MLP, SGD, SOME),
+        (feeding_back(), None, MLP, SGD, SOME),
+        (learning(), FederatedDropout(0.5), MLP, SGD, SOME),
+        (ROTATED, None, Dropping, SGD, SOME),
+        (feeding_back(), None, MLP, KEEPING, SOME),
     ],
-    ids=["summed before it is decoded", "adaptive", "with error feedback", "dropout", "a model that draws"],
+    ids=[
+        "summed before it is decoded",
+        "adaptive",
+        "with error feedback",
+        "dropout",
+        "a model that draws",
+        "kept optimizers",
+    ],
 )
-def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, model, numbers, tmp_path):
+def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, model, training, numbers, tmp_path):
     def outcome(size: int, workers: int):
         queue, port, folder = PROCESSES.Queue(), free_port(), tmp_path / f"{size} {workers}"
-        arguments = (size, workers, port, upload, folder, queue, 3, dropout, model)
+        arguments = (size, workers, port, upload, folder, queue, 3, dropout, model, training)
         started = [PROCESSES.Process(target=run, args=(rank, *arguments)) for rank in range(size)]
         for process in started:
             process.start()

@@ -20,7 +20,7 @@ from fedq.keys import Key
 
 Rounding = Literal["stochastic", "nearest", "dithered"]
 
-_CHUNK = 1 << 18  # elements at a time, which stay in the cache
+_CHUNK = 1 << 19  # elements at a time: smaller pieces cost more calls, larger ones leave the cache
 
 
 @dataclass(frozen=True)
