@@ -178,10 +178,10 @@ def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: P
 
 
 def target_of(runs: Sequence[Run], target: float | None) -> float:
-    """Returns the target of a comparison. Raises FedqError for runs of different headlines, or for another `target`."""
+    """Returns the target of a comparison. Raises FedqError for different headlines, and for an unusable `target`."""
     headline, *others = dict.fromkeys(run.headline for run in runs)
     if others:
-        raise FedqError(f"some runs have test {headline.words}, others test {others[0].words}: compare them apart")
+        raise FedqError(f"some runs have test {headline.words}, others test {others[0].words}: compare them separately")
     if target is None:
         worst = max(run.summary[headline.key("final")] for run in runs)
         return 0.95 if headline.more_is_better else worst

@@ -1,8 +1,8 @@
 """Builds the objects that a configuration describes.
 
-A part of the configuration with a `_target_` follows the constructor of that class. The constructor's parameters are
-the allowed keys, and its annotations are their types. A new dataset, model, stage or optimizer needs only a YAML file.
-The groups `run` and `encoder` have no `_target_`: the dataclasses of config_nodes.py describe them.
+A part of the configuration with a `_target_` holds the arguments of that class. The constructor's parameters are the
+allowed keys, and the annotations give the types. A new dataset, model, stage or optimizer needs only a YAML file. The
+groups `run` and `encoder` have no `_target_`: the dataclasses of config_nodes.py describe them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ NO_CODER = (None, {"_target_": None})
 """Values of `coder` that select the coder that fits the last stage."""
 
 _PARTIAL = {"client": ("client.optimizer", "client.schedule"), "server": ("server.schedule",)}
-"""Parts of a group that may be null, and that the code gives their first argument."""
+"""Parts of a group that may be null. fedq passes the first argument."""
 
 _REQUIRED = {
     "dataset": ("num_classes", "num_clients", "client", "test"),
@@ -135,9 +135,9 @@ def build_run(cfg: DictConfig) -> RunConfig:
 
 
 def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
-    """Returns the object that the node at `path`, such as "dataset", describes by its `_target_`.
+    """Builds the object of the `_target_` in the node at `path`, such as "dataset".
 
-    arguments: Further arguments of the constructor. A model that takes no num_classes does not get it.
+    arguments: Further arguments of the constructor. num_classes is left out if a model does not take this argument.
     Raises ConfigError if the constructor refuses an argument, or if the object lacks attributes that `path` needs.
     """
     given = {name: value for name, value in arguments.items() if path != "model" or takes(cfg.model._target_, name)}

@@ -120,9 +120,9 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
     node = to_container(cfg, path)
     if not isinstance(node, dict):
         raise ConfigError(f"{path}: {node!r} is not allowed; it must be keys and values")
-    # schedule is of the server, not of its optimizer's class
-    besides = ("_target_", "_partial_", "schedule") if path == "server" else ("_target_", "_partial_")
-    given = {key: value for key, value in node.items() if key not in besides}
+    # schedule is a key of the group `server`, not an argument of the optimizer's class
+    reserved = ("_target_", "_partial_", "schedule") if path == "server" else ("_target_", "_partial_")
+    given = {key: value for key, value in node.items() if key not in reserved}
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # some classes written in C have no signature
@@ -132,9 +132,9 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
     except NameError:  # the annotation names a class that only type checkers import
         hints = {}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    # the code adds these arguments: the parameters of an optimizer, and the optimizer of a schedule, come first
+    # the code adds these arguments; the first one is an optimizer's parameters, or a schedule's optimizer
     if path == "client.optimizer" and "lr" in given:
-        raise ConfigError("client.optimizer.lr is not a key: client.lr is the rate")
+        raise ConfigError("client.optimizer.lr is not a key: set client.lr")
     first = list(parameters)[:1]
     added = {
         "model": ["num_classes"],

@@ -17,21 +17,21 @@ class RunConfig:
     keep: Number of checkpoints that stay.
     resume: "auto" (from the newest checkpoint in the run's folder), "never", or the path of a checkpoint or a folder.
     min_clients: A round with fewer usable updates is repeated with another cohort.
-    repeats: How often in a row a round is repeated before the run ends.
+    repeats: Number of times in a row that a round is repeated before the run ends.
     workers: Threads a rank; "auto" is one a core.
     device: A torch device.
     precision: Number format of forward and backward passes.
     faults: The faults of clients, if any.
-    guard: The guard against updates with a norm out of line, if any.
-    submodel: How much of the model each client trains, if not all of it.
-    accuracy_floor: Final accuracy, or other headline metric, at which hydra/sweeper=fewest_bits searches for the fewest
-        bits: on validation examples, or on the test set without `validation`.
+    guard: The guard against updates with an unusual norm, if any.
+    submodel: The part of the model that each client trains; None for all.
+    accuracy_floor: Final accuracy, or other headline metric, that hydra/sweeper=fewest_bits requires. The value is
+        measured on validation examples, or on the test set without `validation`.
     validation: The share of examples or clients that is held out, above 0 and below 1; "own" takes the validation
         examples that the dataset has.
-    validation_by: Whether the share is of each client's examples, or of the clients.
+    validation_by: "examples" holds out a share of each client's examples, "clients" a share of the clients.
     patience: The run stops early after this number of evaluations in a row without a better value.
-    evaluate_clients: The number of clients, or "all", whose own metrics an evaluation adds.
-    residual_memory: MiB of memory for the clients' residuals; the least recently used others are in files.
+    evaluate_clients: The number of clients, or "all", that are also evaluated one by one.
+    residual_memory: MiB of memory for the clients' residuals; beyond this limit, the least recently used are in files.
     """
 
     rounds: int
@@ -77,7 +77,7 @@ class RunConfig:
 class RuleConfig:
     """Another chain for the tensors whose names match a pattern.
 
-    pattern: As in a shell; of several rules that match, the first counts.
+    pattern: A shell pattern. The first rule that matches a name counts.
     stages: Nodes with a `_target_`.
     coder: A node with a `_target_`; without one, the coder that fits the last stage.
     """

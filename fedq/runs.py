@@ -85,7 +85,7 @@ def read_run(folder: Path) -> Run:
         for line in metrics:
             line["cumulative_bits"] = line["cumulative_broadcasted_bits"] + line["cumulative_aggregated_bits"]
     except (AttributeError, KeyError, TypeError) as error:
-        raise FedqError(f"damaged: its files lack something ({type(error).__name__}: {error})") from error
+        raise FedqError(f"damaged: its files lack a value ({type(error).__name__}: {error})") from error
     return Run(folder, choices, config, written, frozenset(given - set(choices)), metrics, summary)
 
 
@@ -111,8 +111,8 @@ def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], c
     """Raises FedqError unless metrics.jsonl has every round, and adds up to the totals of summary.json."""
     numbers, rounds = [line["round"] for line in metrics], config["run.rounds"]
     if not numbers or numbers != list(range(rounds)) or len(numbers) != summary["rounds"]:
-        found = f"{len(numbers)} lines; of {rounds} rounds, summary.json has {summary['rounds']}"
-        raise FedqError(f"damaged: metrics.jsonl has not each round once ({found})")
+        counts = f"{len(numbers)} lines; of {rounds} rounds, summary.json has {summary['rounds']}"
+        raise FedqError(f"damaged: metrics.jsonl must have each round once ({counts})")
     for sent, total in (("broadcast_bits", "broadcasted_bits"), ("aggregated_bits", "aggregated_bits")):
         sums = [line[f"cumulative_{total}"] for line in metrics]
         if sums != list(accumulate(line[sent] for line in metrics)) or sums[-1] != summary[total]:
@@ -130,17 +130,17 @@ def _check(metrics: Sequence[Mapping[str, float]], summary: Mapping[str, Any], c
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
     """Returns the folders of runs at or below `folders`, each once. Raises FedqError for a folder that is missing."""
-    found: dict[Path, Path] = {}
+    folder_of: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise FedqError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}")
         for path, below, files in os.walk(folder):
             run = Path(path)
             if {"metrics.jsonl", "summary.json"} & set(files) or (run / ".hydra/config.yaml").exists():
-                found.setdefault(run.resolve(), run)
+                folder_of.setdefault(run.resolve(), run)
                 below.clear()
             below.sort(key=lambda name: (len(name) * name.isdigit(), name))  # job 10 of a sweep comes after job 9
-    return list(found.values())
+    return list(folder_of.values())
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:

@@ -219,7 +219,7 @@ def test_a_picture_of_many_encoders_has_few_colours_and_shows_the_best(tmp_path)
         (["qsgd:levels=2.5"], "encoder.upload.levels: 2.5 is not allowed; it must be an integer"),
         (["uniform:bits=true"], "encoder.bits: True is not allowed; it must be an integer"),
         (["--config-dir", "nowhere"], "nowhere is not a folder"),
-        (["--sources", "cauchy"], "no such source: cauchy"),
+        (["--sources", "cauchy"], "unknown sources: cauchy"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):

@@ -139,7 +139,7 @@ def test_the_options_of_every_group_are_tried():
             "encoder.upload.rules: 'w' is there twice",
         ),
         ("~model._partial_", "model._partial_ must be true"),
-        ("client=adam +client.optimizer.lr=1", "client.optimizer.lr is not a key: client.lr is the rate"),
+        ("client=adam +client.optimizer.lr=1", "client.optimizer.lr is not a key: set client.lr"),
         ("client=adam +client.optimizer.beta=1", "client.optimizer.beta is not a key; allowed here: betas, eps, weight_decay"),
         ("client=adam client.optimizer.eps=x", "client.optimizer.eps: 'x' is not allowed; it must be a number"),
         ("client=adam client.optimizer._partial_=false", "client.optimizer must be null, or a node with _target_ and _partial_: true"),

@@ -33,7 +33,7 @@ class Net(torch.nn.Module):
     def forward(self, x):
         return self.layer(x.mean((2, 3)))
 """
-"""A module without the MD5 of CIFAR's files, and with a model of colour images."""
+"""A module that skips the MD5 of CIFAR's files, and has a model of colour images."""
 
 CIFAR = ("dataset._target_=small.torchvision_dataset", "dataset.clients=4", "model._target_=small.Net")
 TEXT = ("task=next_token", "model._target_=tiny_models.Bigram")

@@ -142,8 +142,8 @@ def same_bytes(
 ) -> tuple[dict[str, float], list[int]]:
     """Asserts that both halves, in two processes, send the simulation's messages and end with its weights.
 
-    Returns the metrics, and the bits of the messages that were sent to clients again, since they had another base.
-    `of_client` is the client's configuration if it is another one.
+    Returns the metrics, and the bits of the messages that were sent again to clients with another base.
+    `of_client` is the client's configuration if it differs.
     """
     simulation: dict[tuple[int, int], list[bytes]] = {}
 
@@ -233,12 +233,12 @@ BASE = 4 * (784 * 20 + 20)
 def test_a_client_with_another_base_is_sent_the_base_once(
     overrides: list[str], size: int, halves: tuple[Connection, Connection]
 ) -> None:
-    """The frozen layer has 15,700 parameters, the others have 630. The same messages are sent again behind the base."""
+    """The frozen layer has 15,700 parameters, the others have 630. The same messages are sent again after the base."""
     _, nothing = same_bytes(configuration(*FROZEN, *overrides), halves)
     assert nothing == []
     other = configuration(*FROZEN, *overrides, "+model.shift=0.01")
     _, again = same_bytes(configuration(*FROZEN, *overrides), halves, other)
-    # with reference=last each client asks once: the base may differ, and its first weights, on which messages build, do
+    # with reference=last each client asks once: messages build on first weights, and these differ
     assert len(again) == (4 if "+encoder.broadcast.reference=last" in overrides else 1)
     assert all(size < bits / 8 < size + 8 * 700 for bits in again)
 

@@ -58,7 +58,7 @@ class Dropping(MLP):
         ["encoder=powersgd", "run.checkpoint_every=1", "run.workers=1"],
         # the hidden layer has 0.6 MiB, so memory holds one of six clients' residuals
         SPILLING,
-        # memory holds the state of Adam of one or two of six clients
+        # memory holds Adam's state of one or two of the six clients
         DRAWING,
     ],
     ids=["adaptive", "residuals in files", "dropout and kept optimizers"],

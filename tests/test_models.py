@@ -160,7 +160,7 @@ def test_lstms_start_as_in_keras():
     for name, variance in fans.items():
         values = model.get_parameter(name).detach()
         assert float(values.var()) == pytest.approx(variance, rel=0.02)
-        # the standard deviation of a normal distribution that is cut at ±2 is 0.8796
+        # 0.8796: standard deviation of a normal distribution that is cut at ±2
         assert 0.98 < values.abs().max() / (2 * math.sqrt(variance) / 0.8796) < 1.001
     around = model.lstm.weight_hh_l0.detach()
     torch.testing.assert_close(around.T @ around, torch.eye(670), atol=1e-4, rtol=0)
@@ -174,7 +174,7 @@ def test_the_second_bias_of_an_lstm_is_a_constant():
     assert not any("bias_hh" in name for name in (*model.state_dict(), *dict(model.named_parameters())))
     assert not model.lstm1.bias_hh_l0.any()
     other = copy.deepcopy(model)
-    nn.init.zeros_(other.lstm2.weight_hh_l0)  # a copy computes with its own weights
+    nn.init.zeros_(other.lstm2.weight_hh_l0)  # a copy uses the copied weights
     x, _ = examples("char_lstm")
     assert not torch.equal(other(x), model(x))
     assert model.double()(x).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""Every preset composes, gives way to the command line, and trains for two rounds: on small files if it downloads."""
+"""Every preset composes, can be overridden, and trains for two rounds: on small files in place of downloads."""
 
 import json
 import re
@@ -29,7 +29,7 @@ FILES = {  # preset → writes the files that its dataset would download
     "emnist_cnn": lambda folder: emnist_files(folder, "fed_emnist", 62),
     "stackoverflow_lstm": stackoverflow_files,
 }
-SMALLER = {  # preset → overrides that leave its kind of model, task and optimizer
+SMALLER = {  # preset → overrides that keep the kind of model, task and optimizer
     "cifar10_resnet": ("dataset._target_=small.torchvision_dataset", "dataset.clients=4", "model.blocks=1"),
     "cifar100_resnet": ("model.blocks=1", "model.widths=[8,16]"),
     "shakespeare_lstm": ("dataset.test_examples=4",),

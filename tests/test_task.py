@@ -247,7 +247,7 @@ def test_runs_of_different_tasks_are_not_compared(tmp_path):
     for task in ("classification", "regression"):
         fedq(tmp_path, *command(tmp_path, task, "run.rounds=1", f"hydra.run.dir={task}"))
     runs = [read_run(tmp_path / task) for task in ("classification", "regression")]
-    with pytest.raises(FedqError, match="some runs have test accuracy, others test mae: compare them apart"):
+    with pytest.raises(FedqError, match="some runs have test accuracy, others test mae: compare them separately"):
         compare.target_of(runs, None)
     assert compare.target_of(runs[:1], None) == 0.95
     assert compare.target_of(runs[1:], None) == runs[1].summary["final_test_mae"]

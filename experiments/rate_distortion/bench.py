@@ -1,11 +1,12 @@
 """Measures each encoder's rate and distortion in real bytes: a table, a CSV file and a picture.
 
-python -m experiments.rate_distortion.bench             the uploads of all of conf/encoder, on every source
+python -m experiments.rate_distortion.bench             the upload encoders in conf/encoder, on every source
 python -m experiments.rate_distortion.bench eden qsgd:levels=2 --sources normal,update
 
-The rate is 8 × bytes / elements, where bytes are a message of one tensor without the frame. Tables and side values
-count. The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE). It is given for one client, and for
-the mean of several clients that send the same tensor with different keys. The mean is better for unbiased schemes only.
+The rate is 8 × bytes / elements. The bytes are a message of one tensor, with tables and side values, without the frame.
+The distortion is the normalised mean squared error ‖x − x̂‖² / ‖x‖² (NMSE). The table has the distortion of one client,
+and of the mean over several clients that send the same tensor with different keys. Only unbiased schemes are better in
+the mean.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback
 from fedq.train import CONF
 
-if TYPE_CHECKING:  # matplotlib takes a second to load, and only the picture needs it
+if TYPE_CHECKING:  # matplotlib takes a second to load, and only the picture needs matplotlib
     from matplotlib.axes import Axes
 
 Draw = Callable[[int], Tensor]
@@ -60,9 +61,10 @@ class Result:
 
     bits: Bits an element.
     table_bits: The part of `bits` that a coder's table takes.
-    nmse: NMSE of one client, as a mean over all clients.
-    nmse_of_mean: NMSE of the mean over clients.
-    encode_ms, decode_ms: Milliseconds of the fastest client.
+    nmse: NMSE of a client, averaged over clients.
+    nmse_of_mean: NMSE of the clients' mean.
+    encode_ms: Milliseconds of the fastest client to encode.
+    decode_ms: Milliseconds of the fastest client to decode.
     """
 
     encoder: str
@@ -95,7 +97,7 @@ def synthetic(name: str) -> Draw:
 
 
 def real_updates(rounds: int) -> Draw:
-    """Returns clients' updates of the largest tensor, after `rounds` rounds of training the default configuration."""
+    """Trains `rounds` rounds of the default configuration, and returns clients' updates of the largest tensor."""
     from fedq.learning import FederatedAveraging
     from fedq.learning.local_training import update_of
     from fedq.simulation.loop import rounds as trained
@@ -165,7 +167,8 @@ def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateD
     A key of an encoder sets both directions if both have the key, else the upload. A choice without `bits` gives an
     encoder for each allowed value of BITS.
 
-    choices: If empty, all of conf/encoder except encoders with rate control and encoders equal to another.
+    choices: Options of conf/encoder. If empty, all except encoders with rate control, and encoders equal to another
+        one.
     folder: A folder like conf/, with further encoders.
     Raises FedqError.
     """
@@ -173,7 +176,7 @@ def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateD
     if folder and not folder.is_dir():
         raise FedqError(f"{folder} is not a folder")
     search = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
-    # encoders that extend another come last: they may be equal to it
+    # encoders that extend another encoder come last, because both may be equal
     files = sorted((CONF / "encoder").glob("*.yaml"), key=lambda path: ("defaults" in OmegaConf.load(path), path))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for choice in choices or [path.stem for path in files]:
@@ -194,7 +197,7 @@ def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateD
                 continue
             for bits in BITS:
                 OmegaConf.update(cfg, _path(node, "bits"), bits)
-                with suppress(FedqError):  # the encoder does not allow so many bits
+                with suppress(FedqError):  # the encoder does not allow this number of bits
                     chains[f"{name}:bits={bits}"] = _upload(cfg)
     if choices:
         return chains
@@ -254,7 +257,7 @@ def plot(results: list[Result], path: Path) -> None:
 
 
 def _front(curves: dict[str, list[Point]]) -> list[str]:
-    """Returns the encoder of each point that no other point beats in both bits and error."""
+    """Returns the encoders of the Pareto front: no other point has fewer bits and also less error."""
     seen = ((*point, name) for name, curve in curves.items() for point in curve if point[0] <= MOST_BITS)
     points = sorted(seen)
     best = list(accumulate((error for _, error, _ in points), min))
@@ -287,13 +290,13 @@ def main() -> None:
     parser.add_argument("encoders", nargs="*", metavar="ENCODER", help="an option of conf/encoder, or NAME:KEY=VALUE,…")
     parser.add_argument("--sources", default=",".join(SOURCES), help="which of %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of training before the updates are taken")
-    parser.add_argument("--clients", type=int, default=10, help="how many send the same tensor")
-    parser.add_argument("--config-dir", type=Path, help="a folder like conf/, with encoders of your own")
+    parser.add_argument("--clients", type=int, default=10, help="number of clients that send the same tensor")
+    parser.add_argument("--config-dir", type=Path, help="a folder like conf/, with your encoders")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of bench.csv and bench.png")
     arguments = parser.parse_args()
     wanted = arguments.sources.split(",")
     if unknown := set(wanted) - set(SOURCES):
-        parser.error(f"no such source: {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
+        parser.error(f"unknown sources: {', '.join(sorted(unknown))}; choose from {', '.join(SOURCES)}")
     if arguments.rounds < 1 or arguments.clients < 1:
         parser.error("--rounds and --clients must be 1 or more")
     console, progress = Console(), Console(stderr=True)
@@ -320,7 +323,7 @@ def main() -> None:
             if found := [result for result in results if result.source == source]:
                 show(table(found))
     if not results:
-        sys.exit("fedq: nothing could be measured")
+        sys.exit("fedq: no encoder could be measured")
     with (arguments.out / "bench.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(results[0])))
         writer.writeheader()

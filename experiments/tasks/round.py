@@ -2,7 +2,7 @@
 
 Ten clients have 40 random examples each: 80 characters in batches of 4, or colour images of 32 × 32 pixels in batches
 of 20. For each model the bare loop, float32 and 8 bits both ways run in turn, in one process. Two worker threads have
-one intra-op thread each. The bare loop only trains: it sends nothing, averages nothing and measures no accuracy. Prints
+one intra-op thread each. The bare loop only trains: no messages, no average, no accuracy. Prints
 medians, median ratios within a turn, and the time of each phase.
 
 python -m experiments.tasks.round [MODEL …] [--repeats 9]
@@ -31,7 +31,7 @@ CLIENTS, EXAMPLES, LENGTH, CHARACTERS, CLASSES, RATE = 10, 40, 80, 90, 10, 0.02
 
 
 class Work(NamedTuple):
-    """What one model's clients do in a round."""
+    """The work of one model's clients in a round."""
 
     model: Callable[[], nn.Module]
     task: Task
@@ -78,7 +78,7 @@ def bare_round(work: Work, data: list[Examples]) -> Callable[[], None]:
 
 
 def fedq_rounds(work: Work, data: list[Examples], workers: Workers) -> dict[str, Callable[[], dict[str, float]]]:
-    """Returns functions that run the second round with float32 and with 8 bits, and return its metrics."""
+    """Returns functions that run the second round with float32 and with 8 bits, and return the round's metrics."""
     clients = [Client(i, partial(data.__getitem__, i), EXAMPLES) for i in range(CLIENTS)]
     training, server = LocalTraining(lr=RATE, batch_size=work.batch), partial(torch.optim.SGD, lr=1.0)
 

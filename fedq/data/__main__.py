@@ -1,6 +1,7 @@
-"""Prints and draws who has what: python -m fedq.data cifar10 dataset/partition=shards.
+"""Prints and draws the labels and sizes of clients: python -m fedq.data cifar10 dataset/partition=shards.
 
-The arguments are those of fedq.train, with the choice of a dataset first. Other parts' settings have no effect.
+The first argument is the choice of a dataset. Further arguments are settings as for fedq.train; only settings of the
+dataset matter.
 """
 
 import sys
@@ -21,21 +22,21 @@ from fedq.tracking.console import stdout_console
 from fedq.train import CONF
 
 ROWS = 12
-"""Most labels in the table."""
+"""Largest number of labels in the table."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    parser = ArgumentParser("python -m fedq.data", description="Prints and draws who has what of a dataset.")
+    parser = ArgumentParser("python -m fedq.data", description="Prints and draws the labels and sizes of clients.")
     parser.add_argument("dataset", help="choice of the group dataset, such as mnist5k")
     parser.add_argument("settings", nargs="*", help="as for fedq.train, such as dataset.alpha=0.1")
-    parser.add_argument("--config-dir", type=Path, help="folder with your own files, as for fedq.train")
+    parser.add_argument("--config-dir", type=Path, help="folder with your files, as for fedq.train")
     parser.add_argument("--picture", type=Path, help="file of the picture; by default DATASET.png")
     given = parser.parse_intermixed_args(arguments)
     search = [f"hydra.searchpath=[file://{given.config_dir.absolute()}]"] if given.config_dir else []
     path = given.picture or Path(f"{given.dataset}.png")
     if given.config_dir and not given.config_dir.is_dir():
-        sys.exit(f"fedq: --config-dir: {given.config_dir} is no folder")
+        sys.exit(f"fedq: --config-dir: {given.config_dir} is not a folder")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", [f"dataset={given.dataset}", *given.settings, *search])
@@ -55,15 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
 def show(population: Population, clients: int, classes: int, test: int) -> None:
     """Prints a population in tables.
 
-    population: what the clients have that were read.
+    population: sizes and labels of the clients that were read.
     clients: number of all clients.
     classes: number of outputs of a model.
     test: number of test examples.
     """
     console = stdout_console()
     sizes, labels = population.sizes, population.labels
-    read = "" if len(sizes) == clients else f" (drawn at random from {clients:,})"
-    console.print(f"{len(sizes):,} clients{read} with {sizes.sum():,} examples; {test:,} test examples")
+    sample = "" if len(sizes) == clients else f" (drawn at random from {clients:,})"
+    console.print(f"{len(sizes):,} clients{sample} with {sizes.sum():,} examples; {test:,} test examples")
     console.print(f"an input is {population.shape}; a model has {classes:,} outputs\n")
     quantiles = np.quantile(sizes, (0, 0.1, 0.5, 0.9, 1))
     names = ("smallest", "10 %", "median", "90 %", "largest", "mean")
@@ -72,18 +73,18 @@ def show(population: Population, clients: int, classes: int, test: int) -> None:
     console.print(table, "")
     if labels is None:
         return
-    overall, of_client, has = shares(labels.sum(axis=0)), shares(labels), labels > 0
+    overall, of_client, present = shares(labels.sum(axis=0)), shares(labels), labels > 0
     common = np.argsort(-overall, kind="stable")[:ROWS]
-    table = _table("label", "share", "clients with it", "largest share in a client")
+    table = _table("label", "share", "clients with the label", "largest share in a client")
     for label in np.sort(common):
-        cells = (overall[label], has[:, label].mean(), of_client[:, label].max())
+        cells = (overall[label], present[:, label].mean(), of_client[:, label].max())
         table.add_row(str(label), *(f"{100 * cell:.1f} %" for cell in cells))
     if classes > ROWS:
         table.add_row(f"{classes - ROWS} others", f"{100 * (1 - overall[common].sum()):.1f} %", "", "")
     console.print(table, "")
-    console.print(f"labels of a client: {has.sum(axis=1).mean():.1f} of {classes:,} in the mean")
+    console.print(f"labels of a client: {present.sum(axis=1).mean():.1f} of {classes:,} on average")
     console.print(
-        f"distance of a client's label shares from all clients': {distances(labels).mean():.2f} of 1 in the mean"
+        f"mean distance of a client's label shares from all clients' shares: {distances(labels).mean():.2f} of 1"
     )
 
 

@@ -10,19 +10,19 @@ from fedq.errors import check_range
 
 
 class Augment(Protocol):
-    """Changes the inputs of an epoch of a client."""
+    """Changes a client's inputs for one epoch."""
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns changed inputs; `x` stays as it is.
+        """Returns changed inputs; `x` does not change.
 
         x: inputs, (N, …), on any device.
-        generator: makes all draws; on the CPU, so that devices draw alike.
+        generator: source of all draws, on the CPU, so that all devices draw the same.
         """
         ...
 
 
 class CropAndFlip(Augment):
-    """Crops each image at random after zeros are added at its edges, and mirrors it at random (He 2016, §4.2).
+    """Pads each image with zeros, crops it at random, and mirrors it at random (He 2016, §4.2).
 
     padding: pixels of zeros at each edge, 0 or more.
     flip: probability that left and right are exchanged, 0 to 1.

@@ -46,8 +46,8 @@ class Client:
         load: reads the examples, the same at each call, from any thread. An OSError or FedqError of `load` ends the
             run.
         examples: number of examples, 0 if unknown. Ranks and workers balance their work by this number.
-        validation: reads the client's own validation examples; None if it has none.
-        test: reads the client's own test examples; None if it has none.
+        validation: reads the client's validation examples; None for a client without validation examples.
+        test: reads the client's test examples; None for a client without test examples.
     """
 
     number: int

@@ -18,8 +18,9 @@ LAYOUT = {"pixels": (np.float32, (28, 28)), "label": (np.int32, ())}
 class Emnist(TffDataset):
     """EMNIST by writer, in the files of TensorFlow Federated (Caldas et al., "LEAF", 2018).
 
-    The 62 classes are digits, upper case and lower case. A train file is `fed_emnist_digitsonly_train.h5`, or
-    `fed_emnist_train.h5` for 62 classes. Each client has `pixels` (float32, N×28×28, in [0, 1]) and `label` (int32, N).
+    The 62 classes are digits, upper case letters and lower case letters. A train file is
+    `fed_emnist_digitsonly_train.h5`, or `fed_emnist_train.h5` for 62 classes. Each client has `pixels` (float32,
+    N×28×28, in [0, 1]) and `label` (int32, N).
 
     Args:
         path: folder of both files. None means the cache folder; missing files are downloaded into it.

@@ -13,25 +13,25 @@ from fedq.errors import FedqError
 from fedq.keys import Key
 
 MOST_CLIENTS = 1000
-"""A validation set has examples of at most so many clients, because a run keeps the set in memory."""
+"""Largest number of clients in a validation set, because a run keeps the set in memory."""
 
 
 class HeldOut:
-    """A dataset of which a share is held out for validation. No client is read before its examples are needed.
+    """Holds out a share of a dataset for validation. A client is read only when its examples are needed.
 
-    num_classes: As of the dataset.
+    num_classes: As in the dataset.
     num_clients: The number of clients that train.
     """
 
     def __init__(
         self, dataset: FederatedDataset, share: float, by: Literal["examples", "clients"] = "examples", seed: int = 0
     ) -> None:
-        """Draws from keys what is held out.
+        """Draws the held-out examples or clients from keys.
 
         dataset: Any federated dataset.
         share: The share that is held out, above 0 and below 1, rounded to a number of examples or clients.
-        by: "examples" holds out examples of each client, and leaves it at least one. "clients" holds out all examples
-            of at least one client, one from each block of neighbouring clients, and numbers the other clients anew.
+        by: With "examples", each client keeps at least one example for training. With "clients", one client in each
+            block of neighbouring clients is held out. The other clients get new numbers.
         seed: The run's seed.
 
         Raises FedqError if no client would be left to train.
@@ -44,10 +44,10 @@ class HeldOut:
             raise FedqError(f"run.validation: {share} of {self._all} clients leaves no client to train")
 
     def client(self, number: int) -> Client:
-        """Returns client `number` of those that train, without reading its examples."""
+        """Returns the training client `number`, without reading its examples."""
         if self._by == "clients":
             block = bisect_right(range(self._held), number, key=lambda i: self._first(i) - i) - 1
-            place = number + block  # if every held-out client were the last of its block
+            place = number + block  # the client's number if every held-out client were the last of its block
             return replace(self._dataset.client(place + (place >= self._held_out(block))), number=number)
         client = self._dataset.client(number)
         held = self._number_held(client.examples)
@@ -63,7 +63,7 @@ class HeldOut:
         return self._dataset.test()
 
     def validation(self) -> Examples:
-        """Returns the examples that are held out, of at most MOST_CLIENTS clients."""
+        """Returns the held-out examples of at most MOST_CLIENTS clients."""
         if self._by == "examples":
             return _pooled(self.client, self.num_clients, self._seed, lambda client: client.validation)
         return _pooled(
@@ -71,11 +71,11 @@ class HeldOut:
         )
 
     def _first(self, block: int) -> int:
-        """Returns the first client of a block, by its number in the dataset."""
+        """Returns the number, in the dataset, of the first client of a block."""
         return block * self._all // self._held
 
     def _held_out(self, block: int) -> int:
-        """Returns the client of a block that is held out, by its number in the dataset."""
+        """Returns the number, in the dataset, of the held-out client of a block."""
         first = self._first(block)
         return first + Key(self._seed, 0, block).fold("validation").integer() % (self._first(block + 1) - first)
 
@@ -83,7 +83,7 @@ class HeldOut:
         return max(0, min(round(self._share * examples), examples - 1))
 
     def _part(self, client: Client, held_out: bool) -> Examples:
-        """Returns the client's examples that are held out, or the others, in the client's order."""
+        """Returns the client's held-out examples, or its training examples, in the client's order."""
         x, y = client.load()
         order = Key(self._seed, 0, client.number).fold("validation").permutation(len(y))
         held = self._number_held(len(y))
@@ -96,7 +96,7 @@ def validation_set(dataset: FederatedDataset, seed: int) -> Examples:
 
     seed: The run's seed, from which the clients are drawn.
 
-    Raises FedqError if there are none.
+    Raises FedqError if the set would be empty.
     """
     if hasattr(dataset, "validation"):
         examples: Examples = dataset.validation()
@@ -105,7 +105,7 @@ def validation_set(dataset: FederatedDataset, seed: int) -> Examples:
 
 
 def drawn(seed: int, name: str, population: int, size: int) -> Iterable[int]:
-    """Returns `size` client numbers below `population` in ascending order, drawn from a key; all if there are fewer."""
+    """Returns `size` random client numbers, in ascending order; all below `population` if `population` is smaller."""
     if size >= population:
         return range(population)
     choice = Key(seed).fold(name).generator().choice(population, size, replace=False)
@@ -120,14 +120,14 @@ def _pooled(
 ) -> Examples:
     """Returns the examples of at most MOST_CLIENTS clients as one set.
 
-    client: Gives a client by its number below `population`.
-    reader: Gives what reads a client's examples, if it has some.
+    client: Returns a client by number, from 0 to `population` − 1.
+    reader: Returns the function that reads a client's examples; None if the client has no examples.
     """
     readers = map(reader, map(client, drawn(seed, "validation", population, MOST_CLIENTS)))
     parts = [part for part in (read() for read in readers if read) if len(part.y)]
     if not parts:
         raise FedqError(
-            "run.validation: there are no validation examples: the dataset has none, or its clients are too small for "
+            "run.validation: there are no validation examples: the dataset lacks them, or clients are too small for "
             "this share; hold out more, such as run.validation=0.2"
         )
     return Examples(*map(torch.cat, zip(*parts, strict=True)))

@@ -32,16 +32,16 @@ def decoded(file: bytes, shape: list[int], where: str) -> np.ndarray:
     channels, height, width = shape
     try:
         image = Image.open(BytesIO(file)).convert(_MODES[channels])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow, by format
-        raise DatasetError(f"{where} is no readable image ({error}).") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # errors of Pillow
+        raise DatasetError(f"{where} is not a readable image ({error}).") from error
     return np.array(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
 class _Folder:
-    """Map-style: the images below a folder, as …/CLASS/FILE or …/CLIENT/CLASS/FILE, in the order of their paths."""
+    """A map-style dataset of images below a folder, …/CLASS/FILE or …/CLIENT/CLASS/FILE, sorted by path."""
 
     def __init__(self, root: Path, shape: list[int], classes: list[str] | None = None) -> None:
-        """Raises DatasetError if the folder has no images, images at two depths, or another class than `classes`."""
+        """Raises DatasetError if the folder lacks images, has images at two depths, or a class not in `classes`."""
         if not root.is_dir():
             raise DatasetError(f"{root} is missing: it must be a folder of images, as CLASS/FILE or CLIENT/CLASS/FILE.")
         self._root, self._shape = root, shape
@@ -78,9 +78,9 @@ def image_folder(
     """Returns a dataset of image files, read when a client is loaded.
 
     path: folder with the folders train and test. Files lie in both as CLASS/FILE, as torchvision.datasets.ImageFolder
-        reads them. Files as CLIENT/CLASS/FILE in train give clients for the natural partition.
+        reads them. In train, CLIENT/CLASS/FILE gives the clients of the natural partition.
     shape: channels (1 or 3), height and width, to which each image is converted and stretched.
-    partition: which client has which image.
+    partition: splits the images over clients.
     clients: number of clients; None for the natural partition.
     mean: mean of each channel, to subtract.
     std: standard deviation of each channel, to divide by.

@@ -19,7 +19,7 @@ _BETWEEN = re.compile(r"[\s:,]*")
 
 
 class _Place(NamedTuple):
-    """Where a user's x and y lie: bytes `start` to `end` of a file, and what they are.
+    """The place of a user's x and y: bytes `start` to `end` of a file.
 
     examples: number of examples.
     classes: one more than the highest label, 0 for text.
@@ -33,20 +33,22 @@ class _Place(NamedTuple):
 
 
 class Leaf:
-    """Users of LEAF's files, as `preprocess.sh` leaves them in the folders train and test.
+    """The users in LEAF's files, which `preprocess.sh` writes to the folders train and test.
 
-    Each file is {"users": […], "num_samples": […], "user_data": {user: {"x": […], "y": […]}}}. The constructor notes
-    where each user lies, in some 2 s for 100 MB, and each load reads the user's part of the file. Clients are numbered
-    in the sorted order of the users in train (`client_ids`). A user of both folders has own test examples.
+    Each file is {"users": […], "num_samples": […], "user_data": {user: {"x": […], "y": […]}}}. The constructor finds
+    the place of each user, in about 2 s for 100 MB. Each load reads only the user's part of a file. Clients are
+    numbered in the sorted order of the users in train (`client_ids`). If test has the user, too, the client has test
+    examples.
 
-    An x is a number, a list of numbers (any depth) or a text; a y is the label or the text that follows. Texts become
-    tokens, next tokens as y, as in `fedq.data.shakespeare`.
+    An x is a number, a list of numbers (of any depth) or a text. A y is a label, or the text that follows x. Texts
+    become tokens as in `fedq.data.shakespeare`, and y becomes the next tokens.
 
     path: folder with the folders train and test.
     shape: shape of an x, such as [1, 28, 28]; None for the shape in the file.
-    classes: number of labels; None for one more than the highest label. Text has its vocabulary.
+    classes: number of labels; None for one more than the highest label. Text needs no number.
 
-    Raises DatasetError, here or in a load, if a file is missing or damaged, or unlike the others.
+    Raises DatasetError, here or in a load, if a file is missing or damaged, or if the users' examples differ in kind or
+    shape.
     """
 
     def __init__(self, path: str, shape: list[int] | None = None, classes: int | None = None) -> None:
@@ -54,7 +56,7 @@ class Leaf:
         self._train, self._test = (_places(folder / part) for part in ("train", "test"))
         places = [*self._train.values(), *self._test.values()]
         if len({place.classes == 0 for place in places}) > 1:
-            raise DatasetError(f"{folder} has labels for some users and text for others.")
+            raise DatasetError(f"{folder} has labels for some users and text for other users.")
         found = max(place.classes for place in places)
         if classes is not None and classes < found:
             raise ValueError(f"classes must be at least {found}, not {classes}: {folder} has the label {found - 1}.")
@@ -107,7 +109,7 @@ def _places(folder: Path) -> dict[str, _Place]:
                     raise ValueError(f"user {user!r} is also in {places[user].file}")
                 places[user] = place
         except (OSError, ValueError, TypeError, OverflowError, IndexError, RecursionError) as error:
-            raise DatasetError(f"{file} is no readable file of LEAF ({error}).") from error
+            raise DatasetError(f"{file} is not a readable file of LEAF ({error}).") from error
     if not places:
         raise DatasetError(f"{folder} must hold LEAF's .json files with users in them.")
     return places
@@ -119,7 +121,7 @@ def _users(file: Path) -> Iterator[tuple[str, _Place]]:
     text, decode = data.decode("latin-1"), json.JSONDecoder().raw_decode  # one character a byte
     found = _USER_DATA.search(text)
     if not found:
-        raise ValueError("it has no user_data")
+        raise ValueError("user_data is missing")
     start = _after(text, found.end())
     while text[start] != "}":
         _, end = decode(text, start)
@@ -135,7 +137,7 @@ def _users(file: Path) -> Iterator[tuple[str, _Place]]:
 
 
 def _after(text: str, place: int) -> int:
-    """Returns the place of the next character that is neither a space nor a colon nor a comma."""
+    """Returns the place of the next character other than space, colon and comma."""
     return _BETWEEN.match(text, place).end()  # type: ignore[union-attr]  # the pattern matches everywhere
 
 
@@ -150,5 +152,5 @@ def _checked(value: Any) -> tuple[list[Any], list[Any]]:
         return x, y
     for label in y:
         if not isinstance(label, int | float) or label < 0 or label != int(label):
-            raise ValueError(f"y must be labels from 0, or text where x is text, not {label!r}")
+            raise ValueError(f"y must be labels of 0 or more, or text if x is text, not {label!r}")
     return x, y

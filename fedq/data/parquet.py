@@ -1,4 +1,4 @@
-"""Parquet files with a column of clients, as a snapshot of a Hugging Face dataset on disk. The file needs pyarrow."""
+"""Parquet files with a column of clients, such as a Hugging Face dataset on disk. The file needs pyarrow."""
 
 from functools import partial
 from pathlib import Path
@@ -24,29 +24,30 @@ except ImportError as error:
 
 
 class Parquet:
-    """A client for each value of a column. Each load reads the row groups that may hold the client, and no other.
+    """A client for each value of a column. Each load reads only the row groups that may hold the client.
 
     Files sorted by client, with small row groups and a plain column of clients, load fastest. Clients are numbered in
-    the sorted order of their values (`client_ids`). A client has own test examples if the test files have the column of
-    clients, too.
+    the sorted order of their values (`client_ids`). If the test files also have the column of clients, each client in
+    that column has test examples.
 
-    x by the type of its column: an image file (bytes, or a struct with `bytes`, as Hugging Face stores images); text;
-    a number or numbers. uint8 becomes float32 in [0, 1], lists of other integers int64, and other numbers float32.
-    Text becomes tokens as in `fedq.data.shakespeare`: without y sequences of 80, with the next tokens as y; with y the
-    first 80 tokens, padded with 0.
+    The column x has image files (bytes, or a struct with `bytes`, as Hugging Face stores images), texts or numbers. The
+    numbers of a row are one number or a list. uint8 becomes float32 in [0, 1]. Lists of other integers become int64,
+    and other numbers become float32. Text becomes tokens as in `fedq.data.shakespeare`. With y, x is the first 80
+    tokens, padded with 0. Without y, x is cut into sequences of 80, and y is the next tokens.
 
-    path: folder of the .parquet files. The files of a part begin with its name, or lie in a folder that does.
-    client: column of the clients.
+    path: folder of the .parquet files. A file belongs to a part if its name, or its folder's name, begins with the
+        part's name.
+    client: column that names the client of a row.
     x: column of the inputs, or columns of numbers.
     y: column of the labels (integers) or targets (other numbers, or lists); null for the next tokens of a text.
-    shape: shape of an input. Images, which need it, are converted and stretched to [channels, height, width].
-    classes: number of labels; null for one more than the highest label. Other targets and text need none.
+    shape: shape of an input. Required for images, which are converted and stretched to [channels, height, width].
+    classes: number of labels; null for one more than the highest label. Text and other targets do not need this number.
     mean: mean of each channel, to subtract.
     std: standard deviation of each channel, to divide by.
     train: name of the training part.
     test: name of the test part.
 
-    Raises ValueError if there is no such column, and DatasetError, here or in a load, if files are missing or damaged.
+    Raises ValueError if a column is missing. Raises DatasetError, here or in a load, if files are missing or damaged.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class Parquet:
         if self._kind == "image":
             check_shape(shape or [])
         if y is None and self._kind != "text":
-            raise ValueError(f"y must be a column: {self._x[0]!r} is no text, whose next tokens could be predicted.")
+            raise ValueError(f"y must be a column: {self._x[0]!r} is not text, whose next tokens could be predicted.")
         self.num_classes = VOCABULARY if y is None else self._classes(y, classes)
         self._ids, self._counts = _clients(self._train, client)
-        own = _clients(self._test, client)[0] if client in self._test.schema.names else self._ids[:0]
-        self._own_test = pc.is_in(self._ids, own.cast(self._ids.type)).to_pylist()
+        test_ids = _clients(self._test, client)[0] if client in self._test.schema.names else self._ids[:0]
+        self._own_test = pc.is_in(self._ids, test_ids.cast(self._ids.type)).to_pylist()
         self.num_clients = len(self._ids)
 
     @property
@@ -132,22 +133,22 @@ class Parquet:
             raise DatasetError(f"{where} has inputs of shape {list(x.shape[1:])}, not {self._shape}.") from error
 
     def _classes(self, y: str, classes: int | None) -> int:
-        """Returns the number of classes, or of the numbers of a target that is no label."""
+        """Returns the number of classes. For targets that are not labels, returns how many numbers a target has."""
         if not pa.types.is_integer(self._train.schema.field(y).type):
             return _numbers(self._train.head(1, columns=[y])[y].combine_chunks(), f"column {y!r}")[0].numel()
         labels = pa.chunked_array(chunk for part in (self._train, self._test) for chunk in _table(part, [y])[y].chunks)
         low, high = pc.min_max(labels).as_py().values()
         if labels.null_count or low < 0 or high >= (classes or 2**63):
-            allowed = "0 to classes - 1" if classes else "0"
+            allowed = "from 0 to classes - 1" if classes else "of 0 or more"
             raise DatasetError(
-                f"column {y!r} has labels from {low} to {high}, and {labels.null_count} missing; they must be from "
-                f"{allowed}, and none missing."
+                f"column {y!r} has labels from {low} to {high}, and {labels.null_count} missing labels. "
+                f"All rows must have labels {allowed}."
             )
         return classes or 1 + int(high)
 
 
 def _opened(folder: Path, part: str) -> Any:
-    """Returns the pyarrow dataset of the files of a part, whose rows are not read."""
+    """Returns the pyarrow dataset of a part's files, without reading rows."""
     files = sorted(
         str(file)
         for file in folder.rglob("*.parquet")
@@ -168,7 +169,7 @@ def _opened(folder: Path, part: str) -> Any:
 
 
 def _table(part: Any, columns: list[str], rows: Any = None) -> Any:
-    """Returns columns of the rows that an expression selects, or of all."""
+    """Returns columns of the rows that an expression selects, or of all rows."""
     try:
         return part.to_table(columns=columns, filter=rows, use_threads=False)
     except (OSError, pa.ArrowException) as error:
@@ -188,7 +189,7 @@ def _clients(part: Any, client: str) -> tuple[Any, Any]:
 
 
 def _kind(column: Any) -> str:
-    """Returns what a column of inputs holds, by its type: "text", "image" or "numbers"."""
+    """Returns the kind of a column of inputs, by the column's type: "text", "image" or "numbers"."""
     if pa.types.is_string(column) or pa.types.is_large_string(column):
         return "text"
     if pa.types.is_struct(column) and column.get_field_index("bytes") < 0:
@@ -208,14 +209,14 @@ def _numbers(column: Any, where: str) -> Tensor:
     while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type) and not column.null_count:
         lengths = pc.unique(pc.list_value_length(column)).to_pylist()
         if len(lengths) != 1:
-            raise DatasetError(f"{where} has lists of {len(lengths)} lengths; all must have one length.")
+            raise DatasetError(f"{where} has lists of {len(lengths)} lengths; all lists must have one length.")
         shape.append(lengths[0])
         column = column.flatten()
     if column.null_count:
         raise DatasetError(f"{where} has missing values.")
     kind = column.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-        raise DatasetError(f"{where} holds {kind}; it must hold numbers.")
+        raise DatasetError(f"{where} holds {kind}; the column must hold numbers.")
     values = column.to_numpy(zero_copy_only=False)
     if not pa.types.is_uint8(kind):
         values = values.astype(np.float32 if pa.types.is_floating(kind) else np.int64)

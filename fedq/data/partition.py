@@ -1,4 +1,4 @@
-"""Partitions: which client has which examples of a dataset that has no clients of its own.
+"""Partitions split a dataset without clients over clients.
 
 Each partition gives every example to one client, and at least one example to every client. All draws follow from a key.
 """
@@ -13,10 +13,11 @@ from fedq.errors import check_range
 from fedq.keys import Key
 
 Columns = Mapping[str, np.ndarray]
-"""What is known of each example: "label" and "coarse_label" (int64, (N,)), "client" (any dtype, (N,))."""
+"""Values of each example: "label" and "coarse_label" (int64, (N,)), "client" (any dtype, (N,))."""
 
 Shares = Callable[[int, np.ndarray], np.ndarray]
-"""Returns the unnormalised shares of labels (C,) of a client, given which labels have examples left (bool, (C,))."""
+"""Returns a client's unnormalised label shares, (C,). The other argument, bool (C,), marks labels with examples
+left."""
 
 
 class Partition(Protocol):
@@ -26,8 +27,8 @@ class Partition(Protocol):
         """Returns the numbers of each client's examples, int64.
 
         examples: number of examples.
-        columns: what is known of each example.
-        clients: number of clients, None if the dataset knows its clients.
+        columns: values of each example.
+        clients: number of clients; None for the clients that the dataset has.
         key: key of all draws.
 
         Raises ValueError if the dataset lacks a column or has too few examples.
@@ -36,13 +37,13 @@ class Partition(Protocol):
 
 
 class Natural(Partition):
-    """The dataset's own clients, in the sorted order of their ids."""
+    """The clients that the dataset has, in the sorted order of their ids."""
 
     @override
     def split(self, examples: int, columns: Columns, clients: int | None, key: Key) -> list[np.ndarray]:
         _, client_of, counts = np.unique(column(columns, "client"), return_inverse=True, return_counts=True)
         if clients is not None:
-            raise ValueError(f"clients must be null, not {clients}: the dataset has {len(counts)} clients of its own.")
+            raise ValueError(f"clients must be null, not {clients}: the dataset already has {len(counts)} clients.")
         return np.split(np.argsort(client_of, kind="stable"), counts.cumsum()[:-1])
 
 
@@ -87,7 +88,7 @@ class PowerLaw(Partition):
 
 
 class Shards(Partition):
-    """Examples sorted by label and cut into equal shards; each client gets some at random (McMahan 2016, §3).
+    """Examples are sorted by label and cut into equal shards. Each client gets random shards (McMahan 2016, §3).
 
     shards: shards of a client, 1 or more. A client has about as many labels.
     """
@@ -109,10 +110,10 @@ class Shards(Partition):
 class Dirichlet(Partition):
     """Labels by a Dirichlet distribution (Hsu, Qi and Brown 2019). Clients' sizes differ by one at most.
 
-    Each client draws its label shares from Dir(α p), where p are the label shares of the dataset. It then draws the
-    label of each example from its shares, among the labels that are not used up. In the paper one client draws all its
-    examples before the next; here clients take turns, one example each. The last clients would otherwise get only the
-    labels that remain.
+    Each client draws its label shares from Dir(α p), where p are the label shares of the dataset. From these shares,
+    the client draws the label of each of its examples. Labels without examples left are skipped. In the paper, each
+    client draws all its examples before the next client. Here clients take turns, one example each; otherwise the last
+    clients would get only the remaining labels.
 
     alpha: mean concentration of a label, above 0: the paper's α divided by the number of labels.
     """
@@ -134,9 +135,9 @@ class Dirichlet(Partition):
 class Pachinko(Partition):
     """Labels by Pachinko allocation (Reddi 2021, §F): superclass first, then label. Sizes differ by one at most.
 
-    Each client draws shares of superclasses, and in each superclass shares of its labels, both from symmetric Dirichlet
-    distributions. A label without examples leaves its share to the labels of its superclass. Clients take turns, as in
-    Dirichlet.
+    Each client draws shares of superclasses, and shares of the labels in each superclass. Both are from symmetric
+    Dirichlet distributions. If a label has no examples left, the other labels of the superclass take its share. Clients
+    take turns, as in Dirichlet.
 
     alpha: concentration of each superclass, above 0.
     beta: concentration of each label in its superclass, above 0.
@@ -173,16 +174,16 @@ class Pachinko(Partition):
 
 
 def column(columns: Columns, name: str) -> np.ndarray:
-    """Returns a column. Raises ValueError if the dataset lacks it."""
+    """Returns a column. Raises ValueError if the dataset lacks the column."""
     if name not in columns:
-        raise ValueError(f"the dataset knows no {name} of its examples, which this partition needs: choose another.")
+        raise ValueError(f"the dataset has no {name} of each example, which this partition needs: choose another.")
     return columns[name]
 
 
 def number_of(clients: int | None, most: int, reason: str = "each needs an example") -> int:
-    """Returns the number of clients. Raises ValueError unless it is from 1 to `most`, for the reason given."""
+    """Returns `clients`. Raises ValueError, with the reason, unless `clients` is from 1 to `most`."""
     if clients is None:
-        raise ValueError("clients must be a number for this partition: the dataset has no clients of its own.")
+        raise ValueError("clients must be a number for this partition: the dataset has no clients.")
     check_range("clients", clients, low=1, integer=True)
     if clients > most:
         raise ValueError(f"clients must be at most {most}, not {clients}: {reason}.")
@@ -195,7 +196,7 @@ def deal(
     """Returns the label of each example and its rank among the examples of the label, int64, (N,) each.
 
     Clients take turns: example k goes to client k mod `clients`. If the labels in a client's shares have no examples
-    left, it draws from the other labels.
+    left, the client draws from the other labels.
 
     counts: number of examples of each label, (C,).
     clients: number of clients.
@@ -217,7 +218,7 @@ def deal(
 def _dealt(
     labels: np.ndarray, clients: int, shares: Shares, generator: np.random.Generator, key: Key
 ) -> list[np.ndarray]:
-    """Returns each client's examples by `deal`, which examples of a label is random."""
+    """Returns each client's examples, with labels by `deal`. The examples of a label are in random order."""
     counts = np.unique(labels, return_counts=True)[1]
     order = key.fold("order").permutation(len(labels))
     by_label = order[np.argsort(labels[order], kind="stable")]
@@ -227,7 +228,7 @@ def _dealt(
 
 
 def _cut(examples: int, shares: np.ndarray, key: Key) -> list[np.ndarray]:
-    """Returns random examples for each client: one, and its share of the others, rounded by largest remainders."""
+    """Returns random examples. Each client gets one, and a share of the others, rounded by largest remainders."""
     ideal = (examples - len(shares)) * (shares / shares.sum())
     sizes = ideal.astype(np.int64)
     largest = np.argsort(sizes - ideal, kind="stable")[: examples - len(shares) - sizes.sum()]

@@ -1,4 +1,4 @@
-"""A federated dataset of any two map-style datasets, as torchvision's, and a partition."""
+"""A federated dataset of two map-style datasets, such as torchvision's, and a partition."""
 
 from collections.abc import Iterable, Sequence, Sized
 from functools import partial
@@ -18,7 +18,7 @@ ATTRIBUTES = {"label": ("targets", "labels"), "coarse_label": ("coarse_targets",
 
 
 class MapStyle(Sized, Protocol):
-    """A dataset as torch.utils.data.Dataset: item i is an input and its label, the same at each call.
+    """A dataset as torch.utils.data.Dataset: item i is an input and a label, the same at each call.
 
     An input is a tensor, a PIL image or an array (H, W) or (H, W, C). uint8 becomes float32 in [0, 1], channels first.
     """
@@ -34,10 +34,10 @@ class Partitioned:
     train = torchvision.datasets.CIFAR10("data"); test = torchvision.datasets.CIFAR10("data", train=False)
     dataset = Partitioned(train, test, Dirichlet(alpha=0.1), clients=100)
 
-    train: the examples to split. A partition by label reads the labels from an attribute `targets` or `labels`, the
-        superclasses from `coarse_targets`, and natural clients from `clients`.
+    train: the examples to split. Partitions read labels from the attribute `targets` or `labels`, superclasses from
+        `coarse_targets`, and natural clients from `clients`.
     test: the test examples.
-    partition: which client has which example.
+    partition: splits the examples over clients.
     clients: number of clients; None for the natural partition.
     mean: mean of each channel, to subtract; None for 0.
     std: standard deviation of each channel, to divide by; None for 1.
@@ -84,7 +84,7 @@ class Partitioned:
 
 
 def columns_of(dataset: MapStyle) -> dict[str, np.ndarray]:
-    """Returns what a map-style dataset tells of each example. Raises ValueError unless labels are integers, (N,)."""
+    """Returns the values of each example in a map-style dataset. Raises ValueError unless labels are integers, (N,)."""
     columns = {}
     for name, attributes in ATTRIBUTES.items():
         found = next((values for a in attributes if (values := getattr(dataset, a, None)) is not None), None)
@@ -102,12 +102,14 @@ def columns_of(dataset: MapStyle) -> dict[str, np.ndarray]:
 def stacked(inputs: Sequence[Any]) -> Tensor:
     """Returns tensors, arrays or PIL images as one tensor (N, …): uint8 as float32 in [0, 1], channels first.
 
-    Raises DatasetError if they differ in shape.
+    Raises DatasetError if the shapes differ.
     """
     tensors = [x if isinstance(x, Tensor) else _channels_first(np.array(x)) for x in inputs]
     if len(shapes := {tuple(x.shape) for x in tensors}) > 1:
-        few = " and ".join(map(str, sorted(shapes)[:2]))
-        raise DatasetError(f"inputs have shapes such as {few}; they must have one shape: resize images to one size.")
+        examples = " and ".join(map(str, sorted(shapes)[:2]))
+        raise DatasetError(
+            f"inputs have shapes such as {examples}; all must have one shape: resize images to one size."
+        )
     x = torch.stack(tensors)
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
@@ -117,7 +119,7 @@ def _channels_first(image: np.ndarray) -> Tensor:
 
 
 def normalised(x: Tensor, mean: list[float] | None, std: list[float] | None) -> Tensor:
-    """Returns (x − mean) / std of each channel, of images (N, C, H, W); without both, x.
+    """Returns (x − mean) / std of each channel, of images (N, C, H, W); x if both are None.
 
     Raises DatasetError unless mean and std have one number a channel.
     """

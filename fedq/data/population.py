@@ -1,4 +1,4 @@
-"""Who has what: sizes and label shares of a dataset's clients, and their picture."""
+"""Sizes and label shares of a dataset's clients, and their picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,21 +13,21 @@ if TYPE_CHECKING:  # matplotlib takes a second to load
     from matplotlib.axes import Axes
 
 BARS = 30
-"""Clients in the picture."""
+"""Largest number of clients in the picture."""
 
 COLOURS = 100
-"""Most labels with a colour of their own in the picture; the other labels are grey."""
+"""Largest number of labels with a colour in the picture; the other labels are grey."""
 
 LEGEND = 20
-"""Most labels in the picture's legend, at equal distances."""
+"""Largest number of labels in the picture's legend, at equal distances."""
 
 
 class Population(NamedTuple):
-    """What the clients have that were read.
+    """Sizes and labels of the clients that were read.
 
     numbers: the clients' numbers, (n,).
     sizes: the clients' numbers of examples, (n,).
-    labels: how often each client has each label, (n, classes); None if the targets are no labels.
+    labels: how often each client has each label, (n, classes); None if the targets are not labels.
     shape: shape and dtype of an input, in words.
     """
 
@@ -38,7 +38,7 @@ class Population(NamedTuple):
 
 
 def read_population(dataset: FederatedDataset, most: int = 1000) -> Population:
-    """Reads the examples of all clients, or of `most` clients drawn at random, always the same.
+    """Reads the examples of all clients, or of `most` random clients, the same in each call.
 
     Targets of shape (N, T) count as N × T labels, without the padding 0.
     Raises DatasetError if a label is out of range.
@@ -60,15 +60,15 @@ def read_population(dataset: FederatedDataset, most: int = 1000) -> Population:
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """Returns counts divided by the sum of their row; a row of zeros stays."""
+    """Returns counts divided by the sum of their row; rows of zeros do not change."""
     result: np.ndarray = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
     return result
 
 
 def distances(labels: np.ndarray) -> np.ndarray:
-    """Returns each client's distance from the whole population, (n,): half the sum of differences of label shares.
+    """Returns the total variation distance of each client's label shares from the population's, (n,).
 
-    0: the client has the shares of the population; towards 1: it has rare labels alone (total variation distance).
+    The distance is half the sum of absolute differences: 0 for equal shares, near 1 for a client of rare labels only.
     """
     result: np.ndarray = np.abs(shares(labels) - shares(labels.sum(axis=0))).sum(axis=1) / 2
     return result
@@ -77,7 +77,7 @@ def distances(labels: np.ndarray) -> np.ndarray:
 def draw(population: Population, title: str, path: Path) -> None:
     """Draws the label shares of some clients as bars, and the sizes of all as a histogram.
 
-    population: what the clients have.
+    population: sizes and labels of the clients.
     title: title of the picture.
     path: file to write; its suffix is the format.
     """

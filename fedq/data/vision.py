@@ -15,7 +15,7 @@ from fedq.data.partition import Partition
 from fedq.data.partitioned import MapStyle, Partitioned
 
 # fmt: off
-COARSE = np.array([  # CIFAR-100's superclass of each class (Krizhevsky 2009); torchvision does not read it
+COARSE = np.array([  # CIFAR-100's superclass of each class (Krizhevsky 2009); torchvision does not read the superclass
     4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
     12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
     12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14,
@@ -36,7 +36,7 @@ def torchvision_dataset(
     """Returns a dataset of torchvision with a partition, for classes that take root, train and download.
 
     name: a class of torchvision.datasets, such as CIFAR10, CIFAR100, MNIST or FashionMNIST.
-    partition: which client has which example.
+    partition: splits the examples over clients.
     clients: number of clients.
     path: folder that holds torchvision's files. None means the cache folder; missing files are downloaded into it.
     mean: mean of each channel, to subtract.
@@ -51,8 +51,8 @@ def torchvision_dataset(
     root = cache_folder() / "torchvision" if path is None else Path(path).expanduser()
     try:
         train, test = _read(source, root) if path else _obtain(source, root)
-    except (OSError, HTTPException, RuntimeError) as error:  # torchvision: a lost network; missing files, another hash
-        remedy = "set dataset.path= to a folder with" if path is None else "leave dataset.path out, to download"
+    except (OSError, HTTPException, RuntimeError) as error:  # errors of torchvision
+        remedy = "set dataset.path= to a folder with" if path is None else "remove dataset.path to download"
         raise DatasetError(
             f"{root} has no usable {name} ({str(error).splitlines()[0]}): try again, or {remedy} torchvision's files."
         ) from error
@@ -66,7 +66,7 @@ def _read(source: Callable[..., Any], root: Path, download: bool = False) -> tup
 
 
 def _obtain(source: Callable[..., Any], root: Path) -> tuple[Any, MapStyle]:
-    """Reads both parts after a download, if files are missing. Processes that start together download once."""
+    """Reads both parts; downloads missing files first. Processes that start together download once."""
     try:
         return _read(source, root)
     except RuntimeError:

@@ -110,7 +110,7 @@ class Codec:
         self._of_schema = self._fingerprint = hashlib.blake2b(canonical_text(agreed).encode(), digest_size=8).digest()
 
     def agree_on(self, digest: bytes) -> None:
-        """Makes the fingerprint cover a digest, too: of what both sides hold and no message has."""
+        """Adds a digest to the fingerprint: the digest of tensors that both sides hold and no message sends."""
         self._fingerprint = hashlib.blake2b(self._of_schema + digest, digest_size=8).digest()
 
     def encode(

@@ -133,7 +133,7 @@ class TensorCodec:
 
         stop_at_sum: Whether to leave the stages of the summable prefix to `decode_sum`.
 
-        Raises ValueError for bytes that `encode` never makes, NaN and infinity.
+        Raises ValueError for bytes that `encode` cannot write, and for NaN and infinity.
         """
         specs, sides = [self.spec], []
         for step in self._steps:
@@ -155,7 +155,7 @@ class TensorCodec:
     def _decode_stages(
         self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: Tensors, stop: int
     ) -> Tensor:
-        """Decodes `x`, which is finite, by as many stages as there are `sides`, from the last down to place `stop`."""
+        """Decodes a finite `x`: the stage of the last of `sides` comes first, and the stage at place `stop` last."""
         own_params = by_part(params) if self.adaptive else {}
         for i in reversed(range(stop, len(sides))):
             step = self._steps[i]

@@ -38,7 +38,7 @@ class MessageError(FedqError, ValueError):
 
 
 class SchemaMismatch(MessageError):
-    """The frame is whole, but of another schema, encoder or reference."""
+    """The frame is undamaged, but has another schema, encoder or reference."""
 
 
 @cache

@@ -29,14 +29,14 @@ class Weighing(NamedTuple):
 class FedAvg:
     """Federated Averaging (McMahan 2016, algorithm 1): clients send updates, the server takes their weighted mean.
 
-    Another algorithm overrides some of these methods. A *group* is a set of tensors that travels beside the weights, in
-    messages of its own, both ways. All groups pass the encoders of the run. Names of a group's tensors are
-    `*group/parameter`, so that they differ from all others in keys, messages and stores.
+    Another algorithm overrides some of these methods. A *group* is a further set of tensors that both sides send, in
+    separate messages. The run's encoders encode all groups. The tensors of a group are named `*group/parameter`. These
+    names differ from all others in keys, messages and stores.
 
     frozen: Shell patterns of the names of tensors that do not change and are not sent: parameters to freeze, and
         buffers that are constant. Parameters with requires_grad=False need no pattern.
-    personal: Shell patterns of the names of tensors that each client keeps to itself and never sends: batch norms
-        (FedBN, Li 2021) or last layers (FedPer, Arivazhagan 2019). A new client starts from the first weights.
+    personal: Shell patterns of the names of tensors that clients keep and never send. Examples are batch norms (FedBN,
+        Li 2021) and last layers (FedPer, Arivazhagan 2019). A new client starts from the first weights.
     """
 
     frozen: Sequence[str] = ()
@@ -73,7 +73,7 @@ class FedAvg:
     # the server's half
 
     def weigh(self, weight: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
-        """Returns how much an update counts, from the client's registered weight and its report."""
+        """Returns the weight of an update, from the client's registered weight and its report."""
         return Weighing(weight)
 
     def rescale(self, sums: Mapping[str, float], weight: int) -> float:

@@ -45,8 +45,8 @@ def check_together(
         and with_groups,
         "run.submodel: client.keep_optimizer must be false: a client's next sub-model has other parameters": submodel
         and training.keep_optimizer,
-        "client.structured needs client.optimizer=null and client.keep_optimizer=false: other steps are not within "
-        "what the upload can send": training.structured and (training.optimizer or training.keep_optimizer),
+        "client.structured needs client.optimizer=null and client.keep_optimizer=false: the upload can "
+        "send SGD's steps only": training.structured and (training.optimizer or training.keep_optimizer),
         f"client.structured must be false with algorithm={type(algorithm).__name__.lower()}: its corrections of a step "
         "are not within what the upload can send": training.structured
         and type(algorithm).correct is not FedAvg.correct,
@@ -95,8 +95,8 @@ def fitted(way: str, encoder: StateDictEncoder, model: nn.Module, parts: Parts) 
 def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | None) -> None:
     """Raises FedqError, naming the tensor, for a model whose state_dict cannot be sent and averaged.
 
-    Each entry must be a dense tensor with values, and share no memory with another entry, except a tied one. All that
-    is not frozen must be of a dtype that has a mean.
+    Each entry must be a dense tensor with values. Only tied entries may share memory. Entries that are not frozen must
+    have a dtype with a mean.
     """
     if submodel and (ties := list(parts.tied.items())):
         raise FedqError(f"run.submodel: {ties[0][1]!r} and {ties[0][0]!r} are tied, and a sub-model would untie them")
@@ -115,7 +115,7 @@ def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | Non
         if name not in parts.frozen and (tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize < 2)):
             raise FedqError(
                 f"model: {name!r} is {str(tensor.dtype).removeprefix('torch.')}: only floats of 16 to 64 bits, "
-                "integers and booleans have a mean; a buffer that never changes needs persistent=False or a pattern in "
+                "integers and booleans have a mean. Buffers that never change need persistent=False or a pattern in "
                 "algorithm.frozen"
             )
         extent = 1
@@ -129,9 +129,11 @@ def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | Non
             storage = tensor.untyped_storage().data_ptr()
             for other, first, last, other_name in places:
                 if other == storage and start < last and first < end:
-                    whole = (first, last) == (start, end)
-                    what = "are one tensor: only one Parameter" if whole else "share memory: no part of a tensor"
-                    raise FedqError(f"model: {other_name!r} and {name!r} {what} can stand in two places")
+                    equal = (first, last) == (start, end)
+                    reason = (
+                        "are one tensor: only a Parameter may have two names" if equal else "share memory: clone() one"
+                    )
+                    raise FedqError(f"model: {other_name!r} and {name!r} {reason}")
             places.append((storage, start, end, name))
 
 

@@ -41,7 +41,7 @@ class ClientHalf:
         """
         self.protocol, self._precision = protocol, precision
         self._local = threading.local()
-        self._draws: bool | None = None  # whether the model draws in training; None before the first client
+        self._draws: bool | None = None  # whether training draws random numbers; None before the first client
         buffers, saved = dict(protocol.client_model.named_buffers()), protocol.client_model.state_dict()
         self._unsaved = {name: value for name, value in buffers.items() if name not in saved}
         if protocol.projection:
@@ -67,7 +67,7 @@ class ClientHalf:
             model, start = self._worker_model(), protocol.start(received, client, kept)
             metrics = self._trained(model, start, received, training, examples, kept, to_keep, key)
             if not metrics.sums["targets"]:
-                raise ClientFailure("unable", "none of its targets counts")
+                raise ClientFailure("unable", "no target of its examples counts")
             trained = model.state_dict()
             _check_trained(trained, start, protocol.parts.frozen)
             update = update_of({name: trained[name] for name in received.weights}, received.weights)
@@ -100,7 +100,7 @@ class ClientHalf:
                 to_keep |= protocol.algorithm.keep(groups, kept)
         if lacking := [name for name in protocol.kept_schema if name not in to_keep]:
             raise FedqError(f"client.keep_optimizer must be false: training has no gradient for {lacking[0]!r}")
-        # in the schema's order and contiguous, as read from a file: nothing depends on the kind of store
+        # in the schema's order and contiguous, as a file gives them: all kinds of store give the same tensors
         to_keep = {name: to_keep[name].contiguous().cpu() for name in protocol.kept_schema}
         return Answer(messages, report, to_keep)
 
@@ -115,7 +115,7 @@ class ClientHalf:
         optimizer: dict[str, Tensor],
         key: Key,
     ) -> TrainingMetrics:
-        """Trains `model` and the state of its `optimizer` in place.
+        """Trains `model` in place, and replaces the tensors in `optimizer`.
 
         Raises ClientFailure for any error of the data or the model.
         """
@@ -127,7 +127,7 @@ class ClientHalf:
             project = partial(_project, protocol.projection, received.weights, key, received.upload_params)
         if protocol.initial_groups:
             correct = partial(_correct, protocol, received, kept)
-        # torch asks the mode before each of its functions: without draws, that time is saved
+        # the mode slows each function of torch, and a model without draws does not need the mode
         draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
             with draws:
@@ -153,7 +153,7 @@ class ClientHalf:
         return metrics
 
     def _worker_model(self) -> nn.Module:
-        """Returns the calling thread's own copy of the model, as before its first client.
+        """Returns the calling thread's copy of the model, in the state before its first client.
 
         Training loads the weights later. Attributes, such as a counter, and buffers outside the state_dict have their
         first values.

@@ -43,10 +43,9 @@ Raises ClientFailure if nothing arrives.
 """
 
 Ask = Callable[[Client, list[bytes], Received, ClientRecord], tuple[Answer, Registered]]
-"""Sends messages to a client; returns what the server receives, and what it has registered of the client's examples.
-
-The simulation passes what the messages decode to as well, so that a cohort decodes the same bytes once. The record
-takes the bits that the client sends, and the seconds of its work. Raises ClientFailure if no usable answer comes.
+"""Sends messages to a client. Returns the answer that the server receives, and the registered numbers of the client.
+The simulation also passes the decoded messages, so that a cohort decodes the same bytes once. The record gets the
+number of bits that the client sends, and the client's seconds. Raises ClientFailure if no usable answer comes.
 """
 
 

@@ -27,9 +27,9 @@ _DRAWING = (
 """The names of functions of torch, Tensor and torch.nn.functional that draw random numbers."""
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-"""Recurrent networks of several layers. With dropout, their C++ code draws between two layers."""
+"""Recurrent networks of several layers. With dropout, the C++ code of these networks draws between two layers."""
 
-# gradient checkpointing computes again in the backward pass
+# in the backward pass, gradient checkpointing repeats computations that draw
 _COMPOSED = (F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 """Functions whose Python code calls functions that draw."""
 
@@ -38,11 +38,11 @@ _SFC64_BYTES = 32
 
 
 class KeyedDraws(TorchFunctionMode):
-    """Within a `with` block, the calling thread's draws of torch are from a generator of the client's own.
+    """In a `with` block, torch draws the calling thread's random numbers from the client's generator.
 
-    A generator that a caller names is used as it is. Gradient checkpointing draws the same numbers again, because
-    `torch.get_rng_state` and `torch.set_rng_state` are about the client's generators here. Draws of numpy, of Python's
-    `random` and of other compiled code stay as they are.
+    If a caller passes a generator to torch, torch uses that generator. In the block, `torch.get_rng_state` and
+    `torch.set_rng_state` read and set the state of the client's generators. Gradient checkpointing therefore repeats
+    the same draws. Draws of numpy, of Python's `random` and of other compiled code do not change.
 
     drawn: Whether torch has drawn since the block began.
     """
@@ -51,7 +51,7 @@ class KeyedDraws(TorchFunctionMode):
         """Seeds the generators.
 
         key: The key of the draws.
-        device: Where the model is trained; functions that draw on the CPU have a generator beside that of the device.
+        device: Where the model is trained. Functions that draw on the CPU have a second generator.
         """
         super().__init__()
         self.drawn = False
@@ -72,7 +72,7 @@ class KeyedDraws(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs a function of torch. torch has switched this mode off until the function returns."""
+        """Runs a function of torch. torch switches this mode off until the function returns."""
         run = _runners().get(func)
         return func(*args, **(kwargs or {})) if run is None else run(self, func, *args, **(kwargs or {}))
 
@@ -89,7 +89,7 @@ class KeyedDraws(TorchFunctionMode):
     def drop(
         self, func: Callable[..., Any], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        """Runs dropout, with torch's values for the same mask. On a CPU, the key's raw bits are three times as fast."""
+        """Runs dropout as torch does for the same mask. On a CPU, the key's raw bits are three times as fast."""
         if input.device.type != "cpu" or not training or not 0 < p < 1:
             arguments = (inplace,) if func is F.dropout else ()
             dropped: Tensor = self.draw(func, input, p, training, *arguments)
@@ -112,12 +112,12 @@ class KeyedDraws(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Runs scaled_dot_product_attention. With dropout, torch's fused kernels would draw past the client's key."""
+        """Runs scaled_dot_product_attention. With dropout, torch's fused kernels would ignore the client's key."""
         if not dropout_p > 0:
             options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
             attended: Tensor = func(query, key, value, attn_mask, dropout_p, **options)
             return attended
-        # the weights of attention, and a product with no columns
+        # with values of no columns, torch returns the attention weights alone
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         _, weights = torch._scaled_dot_product_attention_math(
@@ -129,7 +129,7 @@ class KeyedDraws(TorchFunctionMode):
 
     def recur(self, func: Callable[..., Any], *args: Any) -> Any:
         """Runs a recurrent network layer by layer, with dropout between two layers."""
-        # of a padded batch: x, state, weights, …; of a packed one: x, lengths, state, weights, …
+        # padded batch: x, state, weights, …; packed batch: x, lengths, state, weights, …
         first = 1 if isinstance(args[3], bool) else 2
         x, lengths, (states, weights, biased, layers, dropout, training, bidirectional, *order) = (
             args[0],
@@ -155,12 +155,12 @@ class KeyedDraws(TorchFunctionMode):
         return torch.cat([of_bits, *(generator.get_state() for generator in self.generators.values())])
 
     def set_state(self, state: Tensor) -> None:
-        """Sets the state of all generators, as `state` returned it."""
+        """Sets a state of all generators that `state` returned."""
         sizes = [_SFC64_BYTES, *(len(generator.get_state()) for generator in self.generators.values())]
         of_bits, *others = torch.split(state, sizes)
         self._bits.state = self._bits.state | {"state": {"state": of_bits.clone().numpy().view(np.uint64)}}
         for generator, its_state in zip(self.generators.values(), others, strict=True):
-            generator.set_state(its_state.clone())  # torch reads a view from its storage's start
+            generator.set_state(its_state.clone())  # torch reads a view from the start of the storage
 
 
 class _HandOver(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -214,7 +214,7 @@ def _types_of(func: Any) -> dict[str, str]:
 
 @cache
 def _runners() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Returns the method of KeyedDraws that runs a function, for each function that draws."""
+    """Returns each function that draws → the method of KeyedDraws that runs the function."""
     places = (torch, Tensor, F)
     drawing = {getattr(place, name) for place in places for name in _DRAWING if hasattr(place, name)}
     return {
@@ -228,20 +228,21 @@ def _runners() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 @cache
 def _without_override(func: FunctionType) -> Callable[..., Any]:
-    """Returns a copy of a function of torch that does not ask modes to run the function, but calls others that do."""
+    """Returns a copy of a function of torch that ignores modes; functions that the copy calls do not."""
     blind = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
     copy = FunctionType(func.__code__, {**func.__globals__, **blind}, func.__name__, func.__defaults__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
 
 
-# Gradient checkpointing saves the generator's state before a segment, and sets it before the segment is computed again.
-# It asks torch for the state of a generator that all threads share: in a client's training, that must be the client's.
+# Gradient checkpointing saves the generator's state before a segment, and sets this state before the segment is
+# repeated. In torch, all threads share this generator. In a client's training, the client's generator must be used
+# instead.
 _torchs_get_rng_state, _torchs_set_rng_state = torch.get_rng_state, torch.set_rng_state
 
 
 def _current() -> KeyedDraws | None:
-    """Returns the draws of the block that runs now. The backward pass may run in a thread of torch's own."""
+    """Returns the draws of the block that runs now. The backward pass may run in another thread, which torch starts."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return next((mode for mode in modes if isinstance(mode, KeyedDraws)), None)
 

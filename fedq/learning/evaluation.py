@@ -1,4 +1,4 @@
-"""A task's metrics of a model on examples."""
+"""Evaluates models on examples, with a task's metrics."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -40,17 +40,17 @@ def evaluate(
     precision: Precision = "float32",
     task: Task = CLASSIFICATION,
 ) -> dict[str, float]:
-    """Returns the task's metrics; by default the mean cross entropy and the share of right classes.
+    """Returns the task's metrics; by default the mean cross entropy and the share of correct predictions.
 
     model: The model, on any device; evaluation mode stays on.
     examples: At least one example.
     batch_size: The number of examples in a forward pass.
     map: Evaluates the batches; a pool's `map` evaluates them side by side, with the same result.
     precision: The precision of forward passes.
-    task: Gives the loss and the sums. They are added up in the order of the batches, integers and float64.
+    task: Gives the loss and the sums. Sums are integers or float64, added in the order of the batches.
 
-    Raises FedqError if there are no examples, if no target counts, or if the model draws random numbers otherwise than
-    with torch. Raises TaskError if the examples or the model's outputs do not fit the task.
+    Raises FedqError without examples or targets that count, and if the model draws random numbers without torch. Raises
+    TaskError if the examples or the model's outputs do not fit the task.
     """
 
     def batch(start: int, keyed: bool = False) -> Sums:
@@ -72,7 +72,7 @@ def evaluate(
     before, starts = generators(device), range(0, len(examples.y), batch_size)
     first, *others = map(batch, starts)
     if any(before[name] != value for name, value in generators(device).items() if name.startswith("torch")):
-        # the model draws, which is rare: again, with draws that follow from the batch's place alone
+        # the model draws, which is rare: repeated, with draws that depend only on the batch's place
         first, *others = map(partial(batch, keyed=True), starts)
     check_nothing_drawn({name: value for name, value in before.items() if not name.startswith("torch")}, device)
     total = dict(first)
@@ -86,9 +86,9 @@ def evaluate(
 def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
     """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
 
-    model: The model; evaluation may write to it.
-    whose: Whose examples they are, for the error's text.
-    examples: The model evaluates the first two; the targets of all are checked. No examples are right.
+    model: The model, which evaluation may change.
+    whose: The owner of the examples, for the error's text.
+    examples: The model evaluates the first two; the targets of all are checked. An empty set passes.
     task: The task.
 
     Changes neither the examples nor torch's generator.
@@ -101,14 +101,14 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
         x = examples.x[:2].to(device, copy=True)
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             try:
-                made = model.eval()(x)
-            except Exception as error:  # whatever an author's model raises
+                returned = model.eval()(x)
+            except Exception as error:  # an author's model may raise any error
                 reason = str(error).splitlines()[0] if str(error) else ""
                 raise TaskError(
                     f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}{remedy_of_model(x)}"
                     f"{remedy(task, examples.y)}"
                 ) from error
-            outputs, y = outputs_of(made), examples.y[:2].to(device)
+            outputs, y = outputs_of(returned), examples.y[:2].to(device)
             check_fit(task, outputs, len(x), examples.y)
             check_works(task, outputs, y)
     except TaskError as error:
@@ -125,10 +125,11 @@ def evaluate_clients(
 ) -> dict[str, float]:
     """Returns mean, median and worst tenth of the headline over clients; each client counts once, as in Li 2020.
 
-    A client is evaluated on its test examples; if it has none, on its validation examples; else on its training
-    examples. Clients without a target that counts are left out. The worst tenth is rounded up to whole clients.
+    A client is evaluated on its test examples. Without test examples, its validation examples are used, and without
+    these its training examples. Clients without a target that counts are left out. The worst tenth is rounded up to
+    whole clients.
 
-    model_of: Gives the model of a client, a new one each time.
+    model_of: Returns a new model for a client.
     map: Evaluates the clients; a pool's `map` evaluates them side by side, with the same result.
 
     The other arguments are those of `evaluate`. Raises FedqError if no client is left.
@@ -143,7 +144,7 @@ def evaluate_clients(
 
     values = [value for found in map(headline, clients) for value in found]
     if not values:
-        raise FedqError("run.evaluate_clients: none of these clients has examples to evaluate on")
+        raise FedqError("run.evaluate_clients: these clients have no examples to evaluate")
     worst_first = sorted(values, reverse=not task.more_is_better)
     return {
         f"{task.headline}_mean": fmean(values),

@@ -26,9 +26,9 @@ class ClientFailure(Exception):
 
 
 class OtherBase(ClientFailure):
-    """The client may hold other frozen tensors than the server, or other first weights.
+    """The client's frozen tensors or first weights may differ from the server's.
 
-    The server then sends its own, exact, before the same messages.
+    The server then sends its tensors, exact, before the same messages.
     """
 
 

@@ -68,20 +68,20 @@ class FederatedAveraging:
         model: Builds the network: a class, or a `functools.partial` of one.
         client: Local training.
         server: Builds the server optimizer.
-        broadcast: Encodes what the server sends.
-        upload: Encodes what clients send.
-        algorithm: What is sent and averaged; Federated Averaging by default.
+        broadcast: The encoder of the server's messages.
+        upload: The encoder of clients' messages.
+        algorithm: The federated algorithm; Federated Averaging by default.
         task: The loss and the metrics; classification by default.
         seed: The seed of every random draw.
         device: Where the model is trained and averaged.
         map: Applies a function to many clients; a pool's `map` trains clients side by side, with the same result.
-        network: What happens to the bytes of clients' messages on their way.
-        guard: Clips or drops updates whose norm is out of line.
-        min_clients: With fewer usable updates `next` raises TooFewClients.
+        network: Passes on, changes or loses the bytes of clients' messages.
+        guard: Clips or drops updates with an unusual norm.
+        min_clients: The number of usable updates below which `next` raises TooFewClients.
         precision: The precision of forward and backward passes; weights and optimizers keep the model's dtype.
         store: Where clients keep state between their rounds; in memory by default.
         submodel: Federated dropout: each client trains a part of the model.
-        population: The number of all clients, for algorithms that need it; by default as many as a cohort has.
+        population: The number of all clients, which some algorithms need; by default the size of a cohort.
         """
         self.device, self.min_clients, self.population = torch.device(device), min_clients, population
         self.protocol = protocol = Protocol(
@@ -175,16 +175,16 @@ class FederatedAveraging:
     ) -> dict[str, float]:
         """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
 
-        clients: With personal tensors, numbers and examples of clients. The metrics are the mean over those clients,
-            each with its own tensors. Clients without a target that counts are left out.
+        clients: With personal tensors, numbers and examples of clients. Metrics are means over these clients, each with
+            its own tensors. Clients without a target that counts are left out.
         """
-        task, found = self.protocol.task, []
+        task, metrics = self.protocol.task, []
         for number, its in clients if self.protocol.parts.personal else ():
             if task.count(its.y):
                 model = self._model(state, number)
-                found.append(evaluate(model, its, batch_size, self.map, self.precision, task))
-        found = found or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
-        return {name: fmean(one[name] for one in found) for name in found[0]}
+                metrics.append(evaluate(model, its, batch_size, self.map, self.precision, task))
+        metrics = metrics or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
+        return {name: fmean(one[name] for one in metrics) for name in metrics[0]}
 
     @one_thread()
     def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:
@@ -196,14 +196,14 @@ class FederatedAveraging:
         return evaluate_clients(model_of, clients, batch_size, self.map, self.precision, self.protocol.task)
 
     def _model(self, state: ServerState, client: int | None = None) -> nn.Module:
-        """Returns a model with the server's weights, and with the personal tensors of a client if there are any.
+        """Returns a model with the server's weights, and with a client's personal tensors, if any.
 
         The model is a copy, because evaluation may write to buffers outside the state_dict.
         """
         protocol, weights = self.protocol, state.weights
         if client is not None and protocol.parts.personal:
-            own = protocol.personal(self.store.load(client, state.attempt, protocol.kept_schema))
-            weights = protocol.parts.with_ties(weights | own)
+            personal = protocol.personal(self.store.load(client, state.attempt, protocol.kept_schema))
+            weights = protocol.parts.with_ties(weights | personal)
         model = deepcopy(protocol.model)
         model.load_state_dict(weights)
         return model

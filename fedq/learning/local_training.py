@@ -27,16 +27,16 @@ Precision = Literal["float32", "bf16"]
 """The precision of matrix products and convolutions: "float32" is the model's own, "bf16" is torch.autocast's."""
 
 Weight = Literal["examples", "targets", "uniform"]
-"""What a client's weight in the mean is: the number of its examples, of their targets that count, or 1."""
+"""A client's weight in the mean: its number of examples, its number of targets that count, or 1."""
 
 Correction = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
 """Changes the gradients of a step in place, given the parameters that the step starts from."""
 
 
 class TrainingMetrics(NamedTuple):
-    """What a client reports of its local training.
+    """The numbers that a client reports from local training.
 
-    loss: The sum of the losses over all targets seen, in the model's state at that time.
+    loss: The sum of the losses of all targets seen, each before the step on its batch.
     sums: The sums of the task's `reported`, and "targets", the number of targets seen that count.
     seen: The number of examples seen.
     steps: The number of optimizer steps.
@@ -64,15 +64,15 @@ class LocalTraining:
     batch_size: The number of examples of a step.
     momentum: The momentum of SGD, as of torch.optim.SGD.
     proximal: FedProx's μ, which pulls towards the received weights.
-    max_examples: The most examples that a client uses in a round, chosen at random; None for all.
-    structured: Whether each step stays within what the client's upload can send, so that the upload loses nothing
-        (structured updates, Konečný 2016, §2).
-    weight: The client's weight in the mean: the number of its examples, the number of their targets that count, or 1.
-    steps: The number of steps in a round, through as many epochs as they need; None for `epochs`.
+    max_examples: The largest number of examples that a client uses in a round, chosen at random; None for all.
+    structured: Whether each step is projected so that the upload can send the update exactly (structured updates,
+        Konečný 2016, §2).
+    weight: The client's weight in the mean: its number of examples, its number of targets that count, or 1.
+    steps: The number of steps in a round, over several epochs if needed; None for `epochs`.
     optimizer: Builds the optimizer; None for SGD.
-    max_grad_norm: The largest norm of a step's gradients together; larger gradients are scaled. None for no limit.
+    max_grad_norm: The largest joint norm of a step's gradients; larger gradients are scaled down. None for no limit.
     schedule: Changes `lr` over the rounds, with a step for each round; None for the same rate in all rounds.
-    keep_optimizer: Whether a client keeps the optimizer's state from one of its rounds to the next.
+    keep_optimizer: Whether a client keeps the optimizer's state until the client's next round.
     augment: Changes an epoch's inputs at random; None to train on the inputs as they are.
     """
 
@@ -103,7 +103,7 @@ class LocalTraining:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be from 0 to below 1, not {self.momentum}")
         if self.momentum and self.optimizer:
-            raise ValueError("momentum must be 0 with another optimizer: it is SGD's")
+            raise ValueError("momentum must be 0 with another optimizer than SGD")
         if self.keep_optimizer and not self.momentum and not self.optimizer:
             raise ValueError("keep_optimizer must be false with plain SGD, which has no state")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -131,13 +131,13 @@ class LocalTraining:
         return OfTorch(parameters, self.optimizer, self.lr)
 
     def _steps(self, examples: int) -> int:
-        """Returns the number of steps on so many examples."""
+        """Returns the number of steps of a client with this number of examples."""
         return self.steps or self.epochs * -(-examples // self.batch_size)
 
     def can_give(self, metrics: TrainingMetrics, examples: int) -> bool:
-        """Returns whether a client with so many examples can report so many examples seen, and so many steps.
+        """Returns whether a client with this number of examples can report these numbers of steps and examples seen.
 
-        A server believes no other report. A subclass that takes another number of steps overrides the method.
+        A server refuses other reports. A subclass that takes another number of steps overrides the method.
         """
         used = min(examples, self.max_examples or examples)
         if not used or metrics.steps != self._steps(used):
@@ -146,7 +146,7 @@ class LocalTraining:
         return metrics.seen == epochs * used + rest * self.batch_size
 
     def weigh(self, examples: int, targets: int) -> int:
-        """Returns the client's weight in the mean, from what the server has registered."""
+        """Returns the client's weight in the mean, from the numbers that the server has registered."""
         return {"examples": examples, "targets": targets, "uniform": 1}[self.weight]
 
     def chosen(self, examples: int, key: Key) -> np.ndarray:
@@ -175,16 +175,16 @@ class LocalTraining:
         weights: The state_dict to start from.
         examples: The client's examples, at least one.
         key: The key of the examples' order.
-        project: Projects each step's gradients on a linear subspace; None for all gradients.
+        project: Projects each step's gradients on a linear subspace; None for no projection.
         precision: The precision of matrix products and convolutions. Weights, gradients and steps keep the model's
             dtype.
         correct_gradients: Changes each step's gradients last; None if the algorithm has no correction.
         task: Gives the loss and the sums.
-        kept: The optimizer's state, which is replaced by the state after training; empty before a client's first
-            round. None if the state is not kept.
+        kept: The optimizer's state before training, which the state after training replaces. Empty in a client's first
+            round; None if the state is not kept.
 
         Raises TaskError if the examples or the model's outputs do not fit the task. Raises FedqError if the model draws
-        from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
+        from a generator that all threads share. In `KeyedDraws`, torch's functions use the client's generator.
         """
         check_examples(examples)
         model.load_state_dict(weights)
@@ -230,8 +230,8 @@ class LocalTraining:
                     correct_gradients(gradients, {name: parameters[name].detach() for name in gradients})
                 optimizer.step(gradients)
                 loss_sum += float(loss.detach()) * targets
-                made = {**task.sums(outputs.detach(), batch_y), "targets": targets}
-                sums = {name: value + summable(made[name]) for name, value in sums.items()}
+                of_batch = {**task.sums(outputs.detach(), batch_y), "targets": targets}
+                sums = {name: value + summable(of_batch[name]) for name, value in sums.items()}
                 seen += len(batch_y)
                 steps += 1
         check_nothing_drawn(before, device)
@@ -246,8 +246,8 @@ def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None
     if drawn := [name for name in before if before[name] != after[name]]:
         raise FedqError(
             f"the model or the dataset draws random numbers from {drawn[0]}'s global generator, which all threads "
-            "share: no run could be repeated. Draw with torch's functions in the model: in training they use a "
-            "generator of the client's own. Give the dataset a generator of its own"
+            "share: the run could not be repeated. In the model, draw with torch's functions, which use the client's "
+            "generator in training. In the dataset, draw from a generator that belongs to the dataset"
         )
 
 
@@ -255,7 +255,7 @@ def generators(device: torch.device) -> dict[str, Any]:
     """Returns the states of the generators that all threads share; each draw changes its generator's state."""
     of_numpy: Any = np.random.get_state(legacy=False)
     states: dict[str, Any] = {
-        # not torch.get_rng_state: in a client's training, that is about the client's generator
+        # torch.get_rng_state would give the state of the client's generator in training
         "torch": torch.default_generator.get_state().numpy().tobytes(),
         "numpy": (of_numpy["state"]["key"].tobytes(), of_numpy["state"]["pos"], of_numpy["has_gauss"]),
         "Python": random.getstate(),

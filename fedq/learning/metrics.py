@@ -1,4 +1,4 @@
-"""What a round counts, from the records of its clients: the state's totals, and the line of metrics.jsonl."""
+"""Adds up the records of a round's clients: the state's totals, and the line of metrics.jsonl."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def counted(state: ServerState, records: Sequence[ClientRecord], guard: NormGuard | None) -> ServerState:
-    """Returns the state with the cohort's bits counted and its failures logged."""
+    """Returns the state with the cohort's bits added, and logs the cohort's failures."""
     failed: dict[str, list[int]] = {}
     for record in records:
         if record.failure:

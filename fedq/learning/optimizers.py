@@ -21,7 +21,7 @@ Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSchedule
 Result = TypeVar("Result")
 
 PREFIX = "*optimizer/"
-"""In front of the names of an optimizer's state in a client's store: *optimizer/parameter/name."""
+"""The start of the names of an optimizer's state in a client's store: *optimizer/parameter/name."""
 
 
 class Steps(Protocol):
@@ -40,11 +40,17 @@ class Steps(Protocol):
 class SGD:
     """Heavy-ball SGD: v ← momentum · v + gradient, w ← w − lr · v; the first v is the gradient.
 
-    The result has the bits of torch.optim.SGD. Its first use would load torch's compiler, which takes seconds.
+    The result has the bits of torch.optim.SGD. The first use of torch.optim.SGD would load torch's compiler, which
+    takes seconds.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], lr: float, momentum: float) -> None:
-        """parameters: The parameters by name. lr and momentum: As of torch.optim.SGD."""
+        """Starts without velocities.
+
+        parameters: The parameters by name.
+        lr: As of torch.optim.SGD.
+        momentum: As of torch.optim.SGD.
+        """
         self._parameters, self._lr, self._momentum = parameters, lr, momentum
         self._velocities: dict[str, Tensor] = {}
 
@@ -74,7 +80,12 @@ class OfTorch:
     """An optimizer of torch."""
 
     def __init__(self, parameters: Mapping[str, Tensor], build: ClientOptimizer, lr: float) -> None:
-        """parameters: The parameters by name. build: Builds the optimizer. lr: The learning rate."""
+        """Builds the optimizer.
+
+        parameters: The parameters by name.
+        build: Builds the optimizer of torch.
+        lr: The learning rate.
+        """
         self._parameters, self._optimizer = parameters, build(parameters.values(), lr=lr)
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
@@ -85,11 +96,13 @@ class OfTorch:
         """Returns the state's tensors. Raises FedqError for a state that has other values."""
         state: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
-            for own, value in self._optimizer.state.get(parameter, {}).items():
+            for entry, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    state[f"{PREFIX}{name}/{own}"] = value
+                    state[f"{PREFIX}{name}/{entry}"] = value
                 elif value is not None:
-                    raise FedqError(f"client.keep_optimizer: {own!r} of the optimizer's state is no tensor: {value!r}")
+                    raise FedqError(
+                        f"client.keep_optimizer: {entry!r} in the optimizer's state is not a tensor: {value!r}"
+                    )
         return state
 
     def load(self, state: Tensors) -> None:
@@ -97,15 +110,16 @@ class OfTorch:
         parts: dict[int, dict[str, Tensor]] = {}
         for place, name in enumerate(self._parameters):
             prefix = f"{PREFIX}{name}/"
-            own = {path.removeprefix(prefix): value for path, value in state.items() if path.startswith(prefix)}
-            parts[place] = {path: value.clone() for path, value in own.items()}
+            entries = {path.removeprefix(prefix): value for path, value in state.items() if path.startswith(prefix)}
+            parts[place] = {path: value.clone() for path, value in entries.items()}
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": parts})
 
 
 def stepped(build: Callable[[Mapping[str, Tensor]], Steps], parameters: Tensors) -> Steps:
-    """Returns an optimizer of copies of the parameters, after a step along gradients of 0.
+    """Returns an optimizer after a step on copies of the parameters, with gradients of 0.
 
-    build: Builds the optimizer. parameters: The parameters by name.
+    build: Builds the optimizer.
+    parameters: The parameters by name.
     """
     leaves = {name: torch.zeros_like(value, device="cpu").requires_grad_() for name, value in parameters.items()}
     for leaf in leaves.values():
@@ -143,7 +157,11 @@ class Rates:
     """The learning rate of each round: a scheduler of torch that steps once a round."""
 
     def __init__(self, lr: float, schedule: Schedule) -> None:
-        """lr: The rate that the scheduler starts from. schedule: Builds the scheduler."""
+        """Starts at the first round.
+
+        lr: The rate that the scheduler starts from.
+        schedule: Builds the scheduler.
+        """
         self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
         self._scheduler = schedule(self._optimizer)
         self._rates, self._lock = [self._now()], threading.Lock()
@@ -162,11 +180,11 @@ class Rates:
 
 
 def tried(path: str, function: Callable[[], Result]) -> Result:
-    """Calls a function that tries an optimizer or a schedule. Raises FedqError, naming `path`, if that fails."""
+    """Calls a function that tries an optimizer or a schedule. Raises FedqError, naming `path`, if the call fails."""
     try:
         return function()
     except FedqError:
         raise
-    except Exception as error:  # an author's class raises whatever it wants
+    except Exception as error:  # an author's class may raise any error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise FedqError(f"{path}: {kind}{error}") from error

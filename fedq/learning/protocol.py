@@ -50,7 +50,7 @@ class Group:
 
 
 class Protocol:
-    """What both halves of a round hold. Each derives it from the configuration and the seed.
+    """What both halves of a round hold. Each half derives these values from the configuration and the seed.
 
     seed: The seed of every random draw.
     device: Where tensors are decoded and models are trained.
@@ -59,15 +59,16 @@ class Protocol:
     task: The loss and the metrics.
     model: The model, with the weights before the first round.
     initial: The weights before the first round.
-    parts: What of the model travels, and what does not.
+    parts: The tensors of the model that travel, and the others.
     parameters: The names of the trainable parameters that travel.
     submodels: The sub-models of federated dropout; None if clients train the whole model.
     client_model: What clients train: `model`, or a sub-model.
     weights: The group of the model's weights, or of a sub-model's.
     groups: All groups by name; `weights` is the first.
-    projection: With structured updates, the codec that projects a step on what an upload can send; None otherwise.
-    to_all: The codec of the broadcast of weights as the server opens it. With federated dropout it sends the whole
-        model exact, and each client's own message is cut from it.
+    projection: The codec that projects steps of structured updates, so that an upload can send the update exactly; or
+        None.
+    to_all: The codec of the broadcast of weights. With federated dropout, this broadcast is the complete model, exact;
+        each client's message is a part.
     exact: The codec of an exact message of all weights.
     report: The codec of a client's report.
     """
@@ -125,10 +126,10 @@ class Protocol:
             )
             self.groups[name] = _group(schema_of(tensors), its_down, its_up, prefix)
             self.initial_groups |= tensors
-        whole = schema_of(parts.travelling(state))
-        self.exact = EXACT.bind(whole)
+        travelling = schema_of(parts.travelling(state))
+        self.exact = EXACT.bind(travelling)
         attached = self.weights.broadcast.attached_schema
-        self.to_all = EXACT.bind(whole, attached) if self.submodels else self.weights.broadcast
+        self.to_all = EXACT.bind(travelling, attached) if self.submodels else self.weights.broadcast
         base = self.initial if down.reference == "initial" else parts.frozen
         self._base = EXACT.bind({name: TensorSpec.of(as_bytes(self.initial[name])) for name in base})
         self._agree_on_base()
@@ -157,10 +158,12 @@ class Protocol:
             repeated builds on the reference again. The client holds the initial weights too.
         client: The client's number if the messages are for this client alone, as with federated dropout.
 
-        An earlier message that builds on other weights is skipped: the client has received it, but its answer was lost.
+        Earlier messages that build on other weights are skipped: the client has decoded them before, but the answer was
+        lost.
 
-        Raises MessageError for messages that are damaged or of another run. Raises ClientFailure if the client does not
-        hold the weights that a message builds on, OtherBase if the server's base may help; see `write_base`.
+        Raises MessageError for damaged messages, and for messages of another run. Raises ClientFailure if the client
+        does not hold the weights that a message builds on. Raises OtherBase if the server's base may help; see
+        `write_base`.
         """
         if self._base.schema and messages and self._base.expects(messages[0], {}):
             self._take_base(messages[0])
@@ -203,7 +206,7 @@ class Protocol:
         return Received(key.round, weights, tensors, attached, up, reference)
 
     def start(self, received: Received, client: int, kept: Tensors) -> dict[str, Tensor]:
-        """Returns the state_dict from which a client trains: what it received, what is frozen, and what it keeps."""
+        """Returns the state_dict from which a client trains: received, frozen and personal tensors."""
         frozen = {name: self.initial[name] for name in self.parts.frozen}
         if frozen and self.submodels:
             frozen = self.submodels.cut(frozen, self.submodels.drawn(Key(self.seed, received.attempt, client)))
@@ -216,13 +219,14 @@ class Protocol:
     def write_base(self, attempt: int) -> bytes:
         """Returns the message of the base: the frozen tensors or, with reference=initial, all first weights.
 
-        A client whose base differs, and so the fingerprint of all messages, raises OtherBase and is sent the base.
+        If a client's base differs, the fingerprints of all messages differ. The client then raises OtherBase, and the
+        server sends the base.
         """
         tensors = {name: as_bytes(self.initial[name]) for name in self._base.schema}
         return self._base.encode(tensors, Key(self.seed, attempt)).message
 
     def _take_base(self, message: bytes) -> None:
-        """Replaces this side's base by the one in a message. No other thread may train meanwhile."""
+        """Replaces this side's base by the one in a message. During the call, no other thread may train."""
         key = Key(self.seed, peek(message)[1].round)
         for name, data in self._base.decode(message, key, device=self.device).tensors.items():
             value = self.initial[name]
@@ -251,7 +255,7 @@ class Protocol:
         reported = dict(zip(self.task.reported, sums, strict=True))
         metrics = TrainingMetrics(loss, {"targets": seen} | reported, int(seen), int(steps))
         examples, targets = registered
-        # a client sees its examples once in each epoch, and perhaps some of them once more
+        # a client sees each example once in each epoch, and perhaps some examples once more
         if (
             not (examples and self.training.can_give(metrics, examples))
             or not seen // examples * targets <= metrics.sums["targets"] <= -(-seen // examples) * targets
@@ -261,9 +265,9 @@ class Protocol:
         return metrics
 
     def registered(self, examples: Examples, key: Key) -> Registered:
-        """Returns what the server registers of a client's examples in a round; `key` is the client's key."""
-        used, most = examples.y, self.training.max_examples
-        if most and most < len(used):
+        """Returns the numbers that the server registers for a client in a round; `key` is the client's key."""
+        used, limit = examples.y, self.training.max_examples
+        if limit and limit < len(used):
             used = used[torch.from_numpy(self.training.chosen(len(used), key.fold("train"))).to(used.device)]
         return Registered(len(used), self.task.count(used))
 

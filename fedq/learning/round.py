@@ -81,10 +81,10 @@ class Answer(NamedTuple):
 
 
 class Registered(NamedTuple):
-    """What the server has registered of a client, for the examples that the client uses in a round.
+    """Numbers of a client that the server registers in a round. Only examples that the client uses count.
 
     examples: The number of examples.
-    targets: The number of their targets that count for the task.
+    targets: The number of targets of these examples that count for the task.
     """
 
     examples: int

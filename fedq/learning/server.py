@@ -110,8 +110,9 @@ class Uplink:
         """Returns the summand of an answer, and writes the client's weight, norm and metrics to `record`.
 
         answer: The bytes that the server received.
-        received: What the client's broadcast decodes to.
-        registered: What the server has registered of the client's examples. A report cannot change the weight.
+        received: The client's decoded broadcast.
+        registered: The registered numbers of the client, from which the weight follows; a report cannot change the
+            weight.
         estimate: The norm guard's estimate.
         record: The client's record.
 
@@ -235,8 +236,8 @@ def server_step(
     round: The number of the round, from 0, for the learning rate.
 
     The mean goes to the optimizer as a negative gradient of the `parameters` (Reddi 2021, algorithm 1). Other floating
-    tensors (batch norm's running statistics) take the mean as it is. Integers and booleans take the mean rounded to the
-    nearest integer, in exact arithmetic.
+    tensors (batch norm's running statistics) take the unchanged mean. Integers and booleans take the mean rounded to
+    the nearest integer, in exact arithmetic.
     """
     share = weight if isinstance(weight, Mapping) else dict.fromkeys(weights, weight)
     leaves = {name: weights[name].clone().requires_grad_() for name in weights if name in parameters}
@@ -273,17 +274,17 @@ def stepped(
     usable: Sequence[ClientRecord],
     population: int | None,
 ) -> ServerState:
-    """Returns the state after the server optimizer's step on the mean of weights, and the algorithm's on groups.
+    """Returns the state after the server optimizer's step on the weights, and the algorithm's step on the groups.
 
     build: Builds the server optimizer.
     state: The state, with the round counted.
     sums: The sums over clients, of all groups.
     weight: The sum of the clients' weights.
     usable: The records of the clients whose answers were added up.
-    population: The number of all clients; None for as many as are in `usable`.
+    population: The number of all clients; None for the number in `usable`.
     """
     total: int | Mapping[str, Tensor] = weight
-    if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model holds it
+    if protocol.submodels:  # the mean of a coordinate is over the clients whose sub-model has the coordinate
         key = Key(protocol.seed, state.attempt - 1)
         total = protocol.submodels.weights((key._replace(client=r.client), r.weight) for r in usable)
     before = protocol.parts.travelling(state.weights)

@@ -13,7 +13,7 @@ from fedq.data import Examples
 from fedq.errors import FedqError
 
 Reduction = Literal["mean", "sum"]
-"""Whether a loss is the mean or the sum over the targets that count. Over no targets, both are 0."""
+"""Whether a loss is the mean or the sum over the targets that count. Without targets, both are 0."""
 
 Sums = Mapping[str, Any]
 """Sums over examples: numbers, or tensors of integers or float64. "targets" is the number of targets that count."""
@@ -24,18 +24,19 @@ Reported = Mapping[str, type[int] | type[float]]
 
 
 class TaskError(FedqError):
-    """The examples or the model's outputs do not fit the task; names their shapes and dtypes."""
+    """The examples or the model's outputs do not fit the task; the message has the shapes and dtypes."""
 
 
 class Task(ABC):
-    """The interface of a task. All metrics follow from sums over examples, so that no split of the work changes them.
+    """The interface of a task. Metrics follow from sums over examples: they do not depend on the split of the work.
 
     An author writes `loss` and `sums`, and names the headline. The other methods have defaults.
 
     headline: The name of the metric by which runs are compared.
-    more_is_better: Whether a larger headline is better. Such a metric is a share, from 0 to 1, and shown in per cent.
-    reported: The sums that a client reports of its training, with their types. The headline must follow from them. They
-        hold "targets" if an example may have more or fewer than one target that counts.
+    more_is_better: Whether a larger headline is better. If true, the headline must be a share, from 0 to 1, and is
+        shown in per cent.
+    reported: The sums that a client reports from training, with their types. The headline must follow from these
+        sums. "targets" is needed unless each example has exactly one target that counts.
     """
 
     headline: ClassVar[str]
@@ -53,10 +54,10 @@ class Task(ABC):
 
     @abstractmethod
     def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the sums of `reported`, except "targets", over the targets that count. Takes what `loss` takes."""
+        """Returns the sums of `reported`, except "targets", over the targets that count. For arguments see `loss`."""
 
     def test_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Returns the sums from which an evaluation's metrics follow. By default they are the reported sums."""
+        """Returns the sums from which an evaluation's metrics follow. By default, the reported sums."""
         return self.sums(outputs, targets)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
@@ -71,14 +72,14 @@ class Task(ABC):
         return targets.numel()
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:  # noqa: B027  # a task may take all
-        """Raises TaskError for outputs and targets that the task does not take; by default nothing.
+        """Raises TaskError for outputs and targets that the task does not take. By default, any are taken.
 
         outputs: The outputs of some examples.
         targets: The targets of all examples of a client, or of the test set.
         """
 
     def can_give(self, sums: Sums) -> bool:
-        """Returns whether some training gives these reported sums, with "loss" and "targets". By default any does."""
+        """Returns whether training can give these reported sums, with "loss" and "targets". By default, true."""
         return True
 
 
@@ -123,7 +124,7 @@ def check_examples(examples: Examples) -> None:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and y.dim()):
         raise TaskError(f"examples must be two tensors of shape (N, …), not {type(x).__name__} and {type(y).__name__}")
     if len(x) != len(y):
-        raise TaskError(f"there are {len(x)} inputs, and targets for {len(y)}")
+        raise TaskError(f"the examples have {len(x)} inputs but {len(y)} targets")
 
 
 def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> None:
@@ -135,7 +136,7 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
     """
     if not outputs.dim() or len(outputs) != examples:
         raise TaskError(
-            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be that of examples"
+            f"the model returns outputs {of(outputs)} for {examples} examples: the first axis must be the examples"
         )
     task.check(outputs, targets)
     if "targets" not in task.reported and task.count(targets) != len(targets):
@@ -146,10 +147,10 @@ def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> No
 
 
 def check_works(task: Task, outputs: Tensor, targets: Tensor) -> None:
-    """Raises TaskError unless the methods of an author's task work, and give what `reported` and the headline name."""
+    """Raises TaskError unless the methods of an author's task work, and give the `reported` sums and the headline."""
     try:
-        made = task.sums(outputs, targets)
-        sums = {"loss": task.loss(outputs, targets), "targets": task.count(targets), **made}
+        others = task.sums(outputs, targets)
+        sums = {"loss": task.loss(outputs, targets), "targets": task.count(targets), **others}
         if lacking := task.reported.keys() - sums.keys():
             raise TaskError(f"task: sums() of {type(task).__name__} lacks {min(lacking)!r}, which `reported` names")
         of_client = {name: summable(sums[name]) for name in ("loss", "targets", *task.reported)}
@@ -157,7 +158,7 @@ def check_works(task: Task, outputs: Tensor, targets: Tensor) -> None:
             raise TaskError(f"task: metrics() of {type(task).__name__} lacks {task.headline!r}, the headline")
     except TaskError:
         raise
-    except Exception as error:  # whatever an author's task raises
+    except Exception as error:  # an author's task may raise any error
         reason = f"{type(error).__name__}: {error}"
         raise TaskError(f"task: {type(task).__name__} fails on {in_words(outputs, targets)}: {reason}") from error
 
@@ -170,15 +171,18 @@ def summable(value: Any) -> Any:
     return value if value.dim() else value.item()
 
 
-def outputs_of(made: Any) -> Tensor:
-    """Returns a model's outputs in float32; float64 stays float64. Raises TaskError if they are no tensor.
+def outputs_of(returned: Any) -> Tensor:
+    """Returns a model's outputs in float32; float64 stays float64. Raises TaskError if the outputs are not a tensor.
 
-    made: What the model returns: a tensor, or an object with a tensor `logits`, as models of transformers do.
+    returned: A model's result: a tensor, or an object with a tensor `logits`, as the models of the library
+        transformers return.
     """
-    outputs = getattr(made, "logits", made)
+    outputs = getattr(returned, "logits", returned)
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        what = f"a tensor {of(outputs)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise TaskError(f"the model returns {what}: it must return a floating tensor, or an object with one as .logits")
+        kind = f"a tensor {of(outputs)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise TaskError(
+            f"the model returns {kind}: it must return a floating tensor, itself or as .logits of an object"
+        )
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
@@ -188,7 +192,7 @@ def of(tensor: Tensor) -> str:
 
 
 def remedy(task: Task, targets: Tensor) -> str:
-    """Returns the end of an error's text: the task that these targets need, or "" if it is `task` or unclear."""
+    """Returns the end of an error's text: the task that these targets need, or "" without a better task."""
     counted, numbers = targets.dtype == torch.int64, targets.is_floating_point()
     if targets.dim() == 2 and bool(((targets == 0) | (targets == 1)).all()):
         kind, needed = "labels of 0 and 1", "multilabel"
@@ -196,13 +200,13 @@ def remedy(task: Task, targets: Tensor) -> str:
         kind, needed = ("classes", "classification") if targets.dim() == 1 else ("tokens", "next_token")
     else:
         kind, needed = "numbers", "regression" if numbers else ""
-    fedqs = type(task).__module__.startswith("fedq.")
+    of_fedq = type(task).__module__.startswith("fedq.")
     same = type(task).__name__.lower() == needed.replace("_", "")
-    return f"; targets that are {kind} need task={needed}" if fedqs and needed and not same else ""
+    return f"; targets that are {kind} need task={needed}" if of_fedq and needed and not same else ""
 
 
 def remedy_of_model(inputs: Tensor) -> str:
-    """Returns the end of an error's text: a model that takes these inputs, or "" if none is clear."""
+    """Returns the end of an error's text: a model that takes these inputs, or "" if no model is clear."""
     if inputs.dtype == torch.int64 and inputs.dim() == 2:
         return "; tokens need a model such as model=char_lstm"
     if inputs.is_floating_point() and inputs.dim() == 4:
@@ -226,6 +230,6 @@ def check_classes(targets: Tensor, classes: int) -> None:
     """Raises TaskError unless all targets are from 0 to `classes` − 1."""
     if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         raise TaskError(
-            f"targets must be from 0 to {classes - 1}, because the model has {classes} outputs; they go from "
-            f"{int(targets.min())} to {int(targets.max())}, {of(targets)}"
+            f"targets must be from 0 to {classes - 1}, because the model has {classes} outputs; these targets are "
+            f"from {int(targets.min())} to {int(targets.max())}, {of(targets)}"
         )

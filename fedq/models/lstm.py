@@ -1,6 +1,6 @@
 """The recurrent language models of adaptive federated optimization.
 
-The initial values are those that the authors' code asks of Keras. PyTorch's defaults differ.
+The initial values follow the authors' code for Keras. PyTorch's defaults differ.
 """
 
 import math
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class OneBiasLSTM(nn.LSTM):
     """An LSTM layer with one bias, as in Keras. PyTorch adds two biases; here the second is a constant 0.
 
-    Initial values: weights of the input He-normal (He 2015), weights of the state orthogonal, biases 0, and 1 for the
-    gate that forgets.
+    At first, weights of the input are He-normal (He 2015), and weights of the state are orthogonal. Biases are 0, and 1
+    for the forget gate.
     """
 
     weight_ih_l0: Tensor

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 class ResNet(nn.Module):
     """The residual network of He et al. (2016) for small images: a 3 × 3 convolution without pooling comes first.
 
-    ResNet(10) is their ResNet-20 (§4.2). With batch norm it has 272,474 parameters.
+    ResNet(10) is their ResNet-20 (§4.2). With batch norm, ResNet(10) has 272,474 parameters.
     ResNet(10, 2, (64, 128, 256, 512), projection=True) is their ResNet-18 with that first layer: 11,173,962 parameters.
     The input is float32 (N, channels, H, W), the output logits (N, num_classes).
 
     num_classes: Number of classes.
     blocks: Number of blocks of each stage; a block has two 3 × 3 convolutions.
     widths: Number of channels of each stage. All stages except the first halve height and width.
-    projection: How a shortcut changes its shape: true by a 1 × 1 convolution (option B), false by zeros (option A).
+    projection: How shortcuts change the shape: true by a 1 × 1 convolution (option B), false by zeros (option A).
     channels: Number of channels of an image.
-    norm: "batch", or "group" for two groups a layer (Hsieh 2020, Reddi 2021), which depend on no other example.
+    norm: "batch" or "group": group norm with two groups (Hsieh 2020, Reddi 2021) treats each example separately.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Block(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Takes every `stride`-th row and column, and adds channels of zeros, half of them before and half behind."""
+    """Takes every `stride`-th row and column; adds channels of zeros, half before and half after the others."""
 
     def __init__(self, stride: int, added: int) -> None:
         super().__init__()
-        self.stride, self.before, self.behind = stride, added // 2, added - added // 2
+        self.stride, self.before, self.after = stride, added // 2, added - added // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (N, C + added, H / stride, W / stride) for `x` of (N, C, H, W)."""
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.behind))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
 def _conv(before: int, width: int, stride: int = 1, size: int = 3) -> nn.Conv2d:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Transformer(nn.Module):
     """A causal decoder (Vaswani 2017) with norms first (Radford 2019): 804,864 parameters with 90 tokens.
 
-    Input and output share the embeddings. A rotation of queries and keys gives the tokens' places (RoPE, Su 2021), so
+    Input and output share the embeddings. A rotation of queries and keys encodes the tokens' places (RoPE, Su 2021), so
     that sequences may have any length. Dropout is on embeddings, attention weights, and both branches of a block. The
     input is int64 (N, T) with ids below `num_classes`. The output is logits (N, T, num_classes).
 
@@ -33,7 +33,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # Radford 2019: what is added 2 × layers times is smaller
+            if parameter.dim() == 2:  # Radford 2019: smaller weights, because 2 × layers results are added
                 added = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if added else 0.02)
             elif name.endswith("bias"):
@@ -49,7 +49,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a hidden layer, each behind a norm and added to its input."""
+    """Attention and a hidden layer. Each has a norm first, and is added to the input."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -45,10 +45,10 @@ def rounds(
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
     """Returns an iterator over the state and the metrics after each round, until `run.rounds` are done.
 
-    The loop adds to the process's metrics the wall time (`seconds`) and, on rounds that evaluate, the metrics of the
-    test set, of validation examples (`run.validation`) and of single clients (`run.evaluate_clients`). A round in which
-    too few clients answer is repeated with another cohort, up to `run.repeats` times in a row. The metrics of the round
-    add up bits, uploads, failures and seconds of all its cohorts.
+    The loop adds the wall time (`seconds`) to the metrics. On rounds that evaluate, it adds metrics of the test set, of
+    validation examples (`run.validation`) and of single clients (`run.evaluate_clients`). A round in which too few
+    clients answer is repeated with another cohort, up to `run.repeats` times in a row. The metrics of the round add up
+    bits, uploads, failures and seconds of all its cohorts.
 
     process: the algorithm.
     state: the state to start from.
@@ -104,26 +104,26 @@ def _rounds(
         if state.round % run.evaluate_every == 0 or state.round == run.rounds:
             evaluating = perf_counter()
             for name, examples in sets.items():
-                own = _own_examples(_evaluated(dataset, run), name, examples)
-                found = process.evaluate(state, examples, run.test_batch_size, own)
-                metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+                of_each = _examples_of_each(_evaluated(dataset, run), name, examples)
+                evaluated = process.evaluate(state, examples, run.test_batch_size, of_each)
+                metrics |= {f"{name}/{metric}": value for metric, value in evaluated.items()}
             if run.evaluate_clients:
-                found = process.evaluate_clients(state, _evaluated(dataset, run), run.test_batch_size)
-                metrics |= {f"per_client/{metric}": value for metric, value in found.items()}
+                evaluated = process.evaluate_clients(state, _evaluated(dataset, run), run.test_batch_size)
+                metrics |= {f"per_client/{metric}": value for metric, value in evaluated.items()}
             metrics["seconds/evaluate"] = perf_counter() - evaluating
         metrics["seconds"] = perf_counter() - started
         yield state, metrics
 
 
 def _evaluated(dataset: FederatedDataset, run: RunConfig) -> Iterator[Client]:
-    """Yields the clients that an evaluation asks: all, or as many as `run.evaluate_clients` says."""
-    some = run.evaluate_clients
-    wanted = some if isinstance(some, int) else dataset.num_clients
-    yield from map(dataset.client, drawn(run.seed, "evaluated clients", dataset.num_clients, wanted))
+    """Yields the clients of an evaluation: all, or as many as `run.evaluate_clients` says."""
+    limit = run.evaluate_clients
+    size = limit if isinstance(limit, int) else dataset.num_clients
+    yield from map(dataset.client, drawn(run.seed, "evaluated clients", dataset.num_clients, size))
 
 
-def _own_examples(clients: Iterable[Client], name: str, examples: Examples) -> Iterator[tuple[int, Examples]]:
-    """Yields each client's number with its own "test" or "validation" examples; `examples` if it has none."""
+def _examples_of_each(clients: Iterable[Client], name: str, examples: Examples) -> Iterator[tuple[int, Examples]]:
+    """Yields each client's number and "test" or "validation" examples; for clients without them, `examples`."""
     for client in clients:
-        own = getattr(client, name)
-        yield client.number, own() if own else examples
+        read = getattr(client, name)
+        yield client.number, read() if read else examples

@@ -207,7 +207,7 @@ def _store(prefix: str, patience: float) -> PrefixStore:
 
 
 def _with_each_message(broadcast: Broadcast, convert: Callable[[Any], Any]) -> Broadcast:
-    """Returns the broadcast with its messages converted: torch's files hold tensors faster than bytes."""
+    """Returns the broadcast with its messages converted: torch saves tensors faster than bytes."""
     messages, kept = ([*map(convert, part)] for part in (broadcast.messages, broadcast.kept))
     return Broadcast(
         broadcast.attempt, messages, broadcast.norm, convert(broadcast.all_at_once), kept, dict(broadcast.missed)

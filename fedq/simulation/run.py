@@ -132,7 +132,7 @@ def train(
 
 @dataclass
 class Saver:
-    """Writes checkpoints, each with all that a run needs to resume from it. The best one of the selection stays."""
+    """Writes checkpoints from which a run can resume. The best one of the selection stays."""
 
     config: dict[str, Any]
     folder: Path

@@ -1,4 +1,4 @@
-"""Chooses among the rounds of a run: the best round so far, and when to stop early."""
+"""Finds the best round of a run, and decides when to stop early."""
 
 import logging
 import math
@@ -14,13 +14,13 @@ log = logging.getLogger(__name__)
 class Selection:
     """Follows the headline metric, on validation examples if the run has them, else on the test set.
 
-    Without `run.validation` and `run.patience` it follows nothing. It needs the metrics of all rounds, also of rounds
-    before a resume. A resumed run then chooses as a run that never stopped.
+    Without both `run.validation` and `run.patience`, no metric is followed. `write` needs the metrics of all rounds,
+    also of those before a resume. A resumed run then chooses the same round as a run that never stopped.
 
-    values: What the summary holds: the `set` of examples, the `final` and `best` value, the `round` (rounds done) of
-        the best, the `test` value of this round, and whether the run `stopped_early`.
+    values: The entry of the summary: the name of the `set` of examples, the `final` and the `best` value, and whether
+        the run `stopped_early`. `round` (rounds done) and `test` (a value) belong to the best.
     improved: Whether the last round is the best.
-    chooses: Whether it follows a metric.
+    chooses: Whether a metric is followed.
     """
 
     def __init__(self, run: RunConfig, headline: Headline) -> None:
@@ -49,9 +49,9 @@ class Selection:
             self.values |= {"best": value, "round": int(metrics["round"]) + 1, "test": test}
 
     def stops(self) -> bool:
-        """Returns whether `run.patience` evaluations in a row brought no better value."""
+        """Returns whether `run.patience` evaluations in a row gave no better value."""
         if self._patience and self._without >= self._patience and not self.values["stopped_early"]:
             self.values["stopped_early"] = True
-            text = "run.patience: %d evaluations in a row have not improved %s, which is best after %d rounds"
+            text = "run.patience: %d evaluations in a row have not improved %s: best after %d rounds"
             log.info(text, self._without, self._metric, self.values["round"] or 0)
         return bool(self.values["stopped_early"])

@@ -91,7 +91,7 @@ class CheckSweep(Callback):
         numbered = config.hydra.sweeper._target_.endswith(".BasicSweeper")  # other sweepers draw jobs one by one
         if not numbered and OmegaConf.select(config, "run.accuracy_floor") is None:
             # Hydra turns a callback's exceptions into warnings, except for SystemExit
-            raise SystemExit("fedq: a search needs the accuracy to hold: set run.accuracy_floor, such as 0.9")
+            raise SystemExit("fedq: a search needs a required accuracy: set run.accuracy_floor, such as 0.9")
         loader = GlobalHydra.instance().config_loader()
         parser = OverridesParser.create(loader)
         params = [f"{key}={value}" for key, value in (OmegaConf.select(config, "hydra.sweeper.params") or {}).items()]

@@ -1,4 +1,4 @@
-"""The metric by which runs are compared, as a task names it."""
+"""The metric by which runs are compared, which the task names."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ class Headline(NamedTuple):
     """The metric by which runs are compared.
 
     name: The metric's name in metrics.jsonl, after "train/" and "test/".
-    more_is_better: Whether more is better. Such a metric is a share, from 0 to 1, and shown in per cent.
+    more_is_better: Whether more is better. If true, the metric is a share, from 0 to 1, and is shown in per cent.
     """
 
     name: str = "accuracy"
@@ -16,7 +16,7 @@ class Headline(NamedTuple):
 
     @classmethod
     def of(cls, summary: Mapping[str, Any]) -> "Headline":
-        """Returns the headline of a run from its summary.json; accuracy for runs of earlier versions."""
+        """Returns the headline of a run from its summary.json; runs of earlier versions have accuracy."""
         return cls(*summary.get("headline", ACCURACY))
 
     def key(self, which: str) -> str:
@@ -52,7 +52,7 @@ class Headline(NamedTuple):
         return f"{100 * target:g} %" if self.more_is_better else f"{target:.4g}"
 
     def spread_text(self, mean: float, deviation: float | None) -> str:
-        """Returns a mean and, if there is one, its deviation, such as "94.00 % ± 3.61"."""
+        """Returns a mean with its deviation, if given, such as "94.00 % ± 3.61"."""
         if not self.more_is_better:
             return f"{mean:.4g}" + (f" ± {deviation:.2g}" if deviation is not None else "")
         return f"{100 * mean:.2f} %" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")

@@ -42,7 +42,7 @@ class TensorBoard:
 
         folder: the run's folder.
         name: the subfolder of `folder` that holds the file; TensorBoard shows this name.
-        hparams: the run's hyperparameters; TensorBoard finds out which of them differ between runs.
+        hparams: the run's hyperparameters; TensorBoard finds out which hyperparameters differ between runs.
         done: the metrics of the rounds before this process.
         headline: the metric that is also drawn over the bytes sent.
         """

@@ -19,7 +19,7 @@ def write_cifar(folder: Path, classes: int, examples: int = 40) -> dict[str, np.
         n = examples // 5 if name.startswith("data") else examples
         data = random.integers(0, 256, (n, 3072), dtype=np.uint8)
         labels = (np.arange(n) % classes).tolist()
-        data[:, 0] = labels  # the first pixel tells the label
+        data[:, 0] = labels  # the first pixel gives the label
         entry = {"data": data} | ({"labels": labels} if ten else {"fine_labels": labels, "coarse_labels": labels})
         (root / name).write_bytes(pickle.dumps(entry))
         pixels["test" if name.startswith("test") else "train"].append(data)

@@ -18,7 +18,7 @@ def test_each_crop_and_mirror_image_is_as_frequent_as_the_others():
     crops = [crop(padded, top, left, 4, 5) for top in range(3) for left in range(3)]
     allowed = torch.stack(crops + [hflip(c) for c in crops])
     counts = (got[:, None] == allowed).flatten(2).all(2).sum(0)
-    assert counts.sum() == 3600  # no other image
+    assert counts.sum() == 3600  # no further image
     assert ((counts - 200).abs() < 4 * 14).all()  # four deviations
 
 

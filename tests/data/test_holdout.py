@@ -1,4 +1,4 @@
-"""Held-out validation examples: nothing is lost or used twice, and only what is needed is read."""
+"""Held-out validation examples: no example is lost or used twice, and clients are read only when needed."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ SIZES = [10, 1, 0, 37, 4, 100, 5]
 
 
 class Numbered:
-    """Every example is another number; records the clients that are read."""
+    """All examples differ; records the clients that are read."""
 
     num_classes = 10
 
@@ -33,7 +33,7 @@ class Numbered:
 
 
 def ids(examples: Examples) -> list[int]:
-    assert examples.y.tolist() == (examples.x[:, 0] % 10).tolist()  # inputs stay beside their labels
+    assert examples.y.tolist() == (examples.x[:, 0] % 10).tolist()  # inputs keep their labels
     return [int(number) for number in examples.x[:, 0]]
 
 

@@ -26,7 +26,7 @@ def write(path: Path, size: tuple[int, int] = (6, 4)) -> np.ndarray:
 
 @pytest.fixture
 def by_class(tmp_path):
-    """Images as CLASS/FILE: two, three and four a class."""
+    """Images as CLASS/FILE: the classes have two, three and four images."""
     for part in ("train", "test"):
         for i, name in enumerate(CLASSES):
             for j in range(2 + i):
@@ -77,7 +77,7 @@ def test_other_shapes_are_refused(by_class, shape):
 
 
 def test_faults_of_folders_are_one_sentence(by_class):
-    with pytest.raises(ValueError, match="knows no client of its examples"):
+    with pytest.raises(ValueError, match="the dataset has no client of each example"):
         image_folder(str(by_class), [3, 6, 4], Natural())
     write(by_class / "test" / "dog" / "0.png")
     with pytest.raises(DatasetError, match=r"/test has the class 'dog', which the training images do not have"):
@@ -95,11 +95,11 @@ def test_a_damaged_image_is_named(by_class):
     dataset = image_folder(str(by_class), [3, 6, 4], Iid(), clients=1)
     for damaged in (b"", b"no image", whole[:50], whole[:40] + bytes(9) + whole[49:]):
         path.write_bytes(damaged)
-        with pytest.raises(DatasetError, match=f"^{re.escape(str(path))} is no readable image"):
+        with pytest.raises(DatasetError, match=f"^{re.escape(str(path))} is not a readable image"):
             dataset.client(0).load()
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(by_class, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DatasetError, match=r"is no readable image \(Image size \(24 pixels\) exceeds limit"):
+    with pytest.raises(DatasetError, match=r"is not a readable image \(Image size \(24 pixels\) exceeds limit"):
         image_folder(str(by_class), [3, 6, 4], Iid(), clients=1).client(0).load()

@@ -24,7 +24,7 @@ def pixels(user: str, n: int) -> list[list[float]]:
 
 
 def write_images(folder: Path) -> dict[str, tuple[list, list]]:
-    """Writes four users in two files of train, and two users in test, one of them unknown to train."""
+    """Writes four users in two files of train, and two users in test, of whom train has one."""
     labels = {"f_10": [3, 0], "f_2": [1.0], "Zoë\n𝔘": [2, 2, 4], 'user_data": {': [1]}
     users = {user: (pixels(user, len(y)), y) for user, y in labels.items()}
     first, second = list(users.items())[:2], list(users.items())[2:]
@@ -58,7 +58,7 @@ def test_only_the_clients_part_of_a_file_is_read(tmp_path):
     path = tmp_path / "train" / "all_data_0.json"
     data = path.read_bytes()
     place = data.index(b'"f_2": {')
-    path.write_bytes(bytes(place) + data[place:])  # damages the user f_10, who lies before
+    path.write_bytes(bytes(place) + data[place:])  # damages the user f_10, whose bytes come first
     assert dataset.client(dataset.client_ids.index("f_2")).load().y.tolist() == users["f_2"][1]
     expected = f"{path}: user 'f_10' cannot be read ("
     with pytest.raises(DatasetError, match="^" + re.escape(expected)):
@@ -88,10 +88,10 @@ def test_text_becomes_tokens_and_next_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("x", "y", "error"),
     [
-        ([[0.0]], [0.5], "user 'u': y must be labels from 0, or text where x is text, not 0.5"),
-        ([[0.0]], [-1], "user 'u': y must be labels from 0, or text where x is text, not -1"),
-        ([[0.0]], ["a"], "user 'u': y must be labels from 0, or text where x is text, not 'a'"),
-        ([[0.0]], [[1]], "user 'u': y must be labels from 0, or text where x is text, not [1]"),
+        ([[0.0]], [0.5], "user 'u': y must be labels of 0 or more, or text if x is text, not 0.5"),
+        ([[0.0]], [-1], "user 'u': y must be labels of 0 or more, or text if x is text, not -1"),
+        ([[0.0]], ["a"], "user 'u': y must be labels of 0 or more, or text if x is text, not 'a'"),
+        ([[0.0]], [[1]], "user 'u': y must be labels of 0 or more, or text if x is text, not [1]"),
         ([[0.0]], [float("inf")], "cannot convert float infinity to integer"),
         ([[0.0]], [0, 1], "user 'u': 1 x but 2 y"),
         ({}, [0, 1], "user 'u': x and y must be lists"),
@@ -100,7 +100,7 @@ def test_text_becomes_tokens_and_next_tokens(tmp_path):
 def test_wrong_examples_are_one_sentence(tmp_path, x, y, error):
     write_images(tmp_path)
     write(tmp_path / "train" / "u.json", {"u": (x, y)})
-    with pytest.raises(DatasetError, match=f"/train/u.json is no readable file of LEAF .*{re.escape(error)}"):
+    with pytest.raises(DatasetError, match=f"/train/u.json is not a readable file of LEAF .*{re.escape(error)}"):
         Leaf(str(tmp_path))
 
 
@@ -108,7 +108,7 @@ def test_wrong_examples_are_one_sentence(tmp_path, x, y, error):
 def test_damaged_files_are_one_sentence(tmp_path, text):
     write_images(tmp_path)
     (tmp_path / "test" / "u.json").write_text(text)
-    with pytest.raises(DatasetError, match=r"/test/u\.json is no readable file of LEAF \(.+\)\.$"):
+    with pytest.raises(DatasetError, match=r"/test/u\.json is not a readable file of LEAF \(.+\)\.$"):
         Leaf(str(tmp_path))
 
 
@@ -122,7 +122,7 @@ def test_other_faults_are_one_sentence(tmp_path):
         with pytest.raises(DatasetError, match=r"/train/u\.json: user 'u' cannot be read \("):
             dataset.client(dataset.client_ids.index("u")).load()
     write(tmp_path / "train" / "u.json", {"u": (["text"], ["t"])})
-    with pytest.raises(DatasetError, match="has labels for some users and text for others"):
+    with pytest.raises(DatasetError, match="has labels for some users and text for other users"):
         Leaf(str(tmp_path))
     write(tmp_path / "train" / "u.json", {"f_10": ([[0.0] * 6], [0])})
     with pytest.raises(DatasetError, match=r"/train/u\.json .* \(user 'f_10' is also in .*/all_data_0\.json\)"):

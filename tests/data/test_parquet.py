@@ -142,15 +142,19 @@ def test_empty_and_missing_texts_have_no_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("x", "y", "error"),
     [
-        ([[1.0], [2.0, 3.0]] * 3, None, "column 'x' has lists of 2 lengths; all must have one length"),
+        ([[1.0], [2.0, 3.0]] * 3, None, "column 'x' has lists of 2 lengths; all lists must have one length"),
         ([1.0, None] * 3, None, "column 'x' has missing values"),
         ([[1.0], None] * 3, None, "column 'x' has missing values"),
         ([[1.0], [None]] * 3, None, "column 'x' has missing values"),
-        ([1.0] * 6, [0, -1] * 3, "column 'y' has labels from -1 to 0, and 0 missing; they must be from 0,"),
+        (
+            [1.0] * 6,
+            [0, -1] * 3,
+            "column 'y' has labels from -1 to 0, and 0 missing labels. All rows must have labels of 0",
+        ),
         ([1.0] * 6, [0, None] * 3, "column 'y' has labels from 0 to 0, and 4 missing"),
-        ([1.0] * 6, ["a"] * 6, "column 'y' holds string; it must hold numbers"),
-        ([b"no image"] * 6, None, "column 'x' is no readable image"),
-        ([{"bytes": None, "path": "a.png"}] * 6, None, "column 'x' is no readable image"),
+        ([1.0] * 6, ["a"] * 6, "column 'y' holds string; the column must hold numbers"),
+        ([b"no image"] * 6, None, "column 'x' is not a readable image"),
+        ([{"bytes": None, "path": "a.png"}] * 6, None, "column 'x' is not a readable image"),
         ([{"path": "a.png"}] * 6, None, "the inputs are struct<path: string>, without the bytes of an image"),
     ],
 )
@@ -169,11 +173,11 @@ def test_other_faults_are_one_sentence(tmp_path):
     for names in (("who", "x", "y"), ("writer", "who", "y"), ("writer", "x", "who")):
         with pytest.raises(ValueError, match="has no column 'who', only writer, x, y"):
             Parquet(str(tmp_path), *names)
-    with pytest.raises(ValueError, match="y must be a column: 'x' is no text"):
+    with pytest.raises(ValueError, match="y must be a column: 'x' is not text"):
         Parquet(str(tmp_path), "writer", "x")
     with pytest.raises(DatasetError, match=re.escape("column 'x' has inputs of shape [2], not [3]")):
         numbers(tmp_path, [[1.0, 2.0]] * 6, shape=[3]).test()
-    with pytest.raises(DatasetError, match="they must be from 0 to classes - 1"):
+    with pytest.raises(DatasetError, match="must have labels from 0 to classes - 1"):
         Parquet(str(tmp_path), "writer", "x", "y", classes=2)
     assert Parquet(str(tmp_path), "writer", "x", "y", classes=9).num_classes == 9
     write(tmp_path / "train.parquet", {"writer": ["a", None], "x": [1.0, 2.0], "y": [0, 1]})

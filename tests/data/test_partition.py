@@ -11,7 +11,7 @@ ALL = [Iid(), DirichletSizes(), PowerLaw(), *BY_LABEL]
 
 
 def columns(labels: int, each: int, coarse: int = 1) -> dict[str, np.ndarray]:
-    """Returns shuffled labels, `each` times each; label c is in superclass c mod `coarse`."""
+    """Returns shuffled labels, each one `each` times; label c is in superclass c mod `coarse`."""
     label = np.random.default_rng(0).permutation(np.repeat(np.arange(labels), each))
     return {"label": label, "coarse_label": label % coarse}
 
@@ -56,7 +56,7 @@ def same(parts, column):
 
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 5.0])
 def test_two_examples_of_a_client_have_one_label_as_often_as_under_a_dirichlet_distribution(alpha):
-    known = columns(10, 4000)  # 2,000 clients of 20: labels are not used up after two turns
+    known = columns(10, 4000)  # 2,000 clients with 20 examples each: after two turns, all labels have examples left
     parts = split(Dirichlet(alpha), known, 2000)
     assert same(parts, known["label"]) == pytest.approx((alpha + 1) / (10 * alpha + 1), abs=0.035)  # 3 deviations
 
@@ -81,7 +81,8 @@ def test_pachinko_draws_superclasses_and_then_labels(alpha, beta):
 
 
 def test_pachinko_leaves_the_share_of_a_used_label_to_its_superclass():
-    # each client wants one superclass; label 0 has three examples, label 2 of the same superclass has the others
+    # each client draws from one superclass; label 0 has three examples, and label 2 of the same superclass has the
+    # others
     label = np.array([0] * 3 + [2] * 97 + [1] * 100)
     known = {"label": label, "coarse_label": label % 2}
     wanted = [set(part.tolist()) for part in split(Pachinko(alpha=1e-9, beta=1e6), known, 2)]
@@ -96,12 +97,12 @@ def test_pachinko_leaves_the_share_of_a_used_label_to_its_superclass():
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_a_client_has_as_many_shards_as_asked(shards):
-    known = columns(10, 600)  # 100 shards at least, which end where labels end
+    known = columns(10, 600)  # 100 shards or more, with borders at the borders of labels
     parts = split(Shards(shards), known, 100)
     assert {len(part) for part in parts} == {60}
     labels = [len(set(known["label"][part])) for part in parts]
     assert max(labels) == shards
-    # McMahan 2016: two of 200 shards at random, of which 20 have one label
+    # McMahan 2016: two random shards of 200; each label fills 20 shards
     if shards == 2:
         assert np.mean(np.array(labels) == 1) == pytest.approx(19 / 199, abs=0.09)
 
@@ -140,7 +141,7 @@ def test_more_clients_than_examples_are_refused(partition):
 
 @pytest.mark.parametrize("partition", BY_LABEL, ids=named)
 def test_a_dataset_without_labels_is_refused(partition):
-    with pytest.raises(ValueError, match="the dataset knows no label of its examples"):
+    with pytest.raises(ValueError, match="the dataset has no label of each example"):
         partition.split(10, {}, 2, Key(0))
 
 
@@ -148,9 +149,9 @@ def test_other_faults_are_named():
     known = {"label": np.array([0, 0, 1]), "coarse_label": np.array([0, 1, 1])}
     with pytest.raises(ValueError, match="a label is in two superclasses"):
         split(Pachinko(), known, 2)
-    with pytest.raises(ValueError, match="knows no client of its examples"):
+    with pytest.raises(ValueError, match="the dataset has no client of each example"):
         split(Natural(), known, None)
-    with pytest.raises(ValueError, match="clients must be null, not 3: the dataset has 2 clients of its own"):
+    with pytest.raises(ValueError, match="clients must be null, not 3: the dataset already has 2 clients"):
         split(Natural(), {"label": np.zeros(3, int), "client": np.array([5, 7, 5])}, 3)
     for make in (Dirichlet, DirichletSizes, Pachinko):
         for alpha in (0, -1, float("nan")):

@@ -1,4 +1,4 @@
-"""Map-style datasets, as torchvision's, with a partition."""
+"""Map-style datasets, such as torchvision's, with a partition."""
 
 import re
 from collections import Counter
@@ -172,5 +172,5 @@ def test_labels_that_are_no_classes_are_refused(targets, error):
 
 def test_pictures_of_two_sizes_are_named():
     pictures = Pictures([torch.zeros(3, 4, 5), torch.zeros(3, 5, 4)], [0, 1])
-    with pytest.raises(DatasetError, match=re.escape("shapes such as (3, 4, 5) and (3, 5, 4); they must have one")):
+    with pytest.raises(DatasetError, match=re.escape("shapes such as (3, 4, 5) and (3, 5, 4); all must have one")):
         Partitioned(pictures, pictures, Iid(), clients=1).client(0).load()

@@ -1,4 +1,4 @@
-"""Who has what: numbers, tables and picture of python -m fedq.data."""
+"""Labels and sizes of clients: numbers, tables and picture of python -m fedq.data."""
 
 import re
 import subprocess
@@ -89,7 +89,7 @@ def test_the_command_prints_tables_of_80_columns_and_draws(tmp_path, monkeypatch
     assert re.search(r"^ +80 +80 +80 +80 +80 +80$", out, re.MULTILINE)
     assert len(re.findall(r"^\d +10\.0 % +\d+\.0 % +\d+\.\d %$", out, re.MULTILINE)) == 10
     mean = distances(read_population(Mnist5k(clients=50, alpha=0.05)).labels).mean()
-    assert f"all clients': {mean:.2f} of 1 in the mean" in out
+    assert f"from all clients' shares: {mean:.2f} of 1" in out
     assert out.endswith("picture: mnist5k.png\n")
     assert pixels(Path("mnist5k.png")).shape == (675, 1650, 3)
 
@@ -113,7 +113,7 @@ def test_the_command_takes_ones_own_files(tmp_path, monkeypatch, capsys):
         (["leaf"], "dataset.path: Missing mandatory value: path"),
         (["leaf", "dataset.path=nowhere"], "nowhere/train must hold LEAF's .json files"),
         (["cifar10", "dataset.partition=iid", "dataset.path=nowhere"], "nowhere has no usable CIFAR10"),
-        (["mnist5k", "--config-dir", "nowhere"], "--config-dir: nowhere is no folder"),
+        (["mnist5k", "--config-dir", "nowhere"], "--config-dir: nowhere is not a folder"),
         (["mnist5k", "--picture", "nowhere/a.png"], "nowhere/a.png"),
     ],
 )

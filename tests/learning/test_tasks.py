@@ -1,4 +1,4 @@
-"""Compares each task's loss and metrics with the mathematics, in numpy, and checks what a task refuses."""
+"""Compares each task's loss and metrics with the mathematics, in numpy, and checks the errors of tasks."""
 
 import math
 from functools import partial
@@ -100,7 +100,7 @@ def softmax(z):
 
 
 def by_hand(name, z, y):
-    """Returns the metrics of outputs `z` and targets `y`, float64 arrays, without any sum that fedq makes."""
+    """Returns the metrics of outputs `z` and targets `y`, float64 arrays, computed without fedq's sums."""
     if name in ("classification", "next_token"):
         z, y = z.reshape(-1, z.shape[-1]), y.ravel().astype(int)
         if name == "next_token":
@@ -160,7 +160,7 @@ def test_training_reports_the_same_sums_and_takes_steps_of_the_mean_loss(name):
     for places in np.split(order, (8, 16)):
         z, y = reference(examples.x[places]), examples.y[places]
         outputs.append((z.detach().double().numpy(), y.double().numpy()))
-        if name == "next_token":  # torch's mean leaves out what it ignores, too
+        if name == "next_token":  # torch's mean also leaves out ignored targets
             loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=PAD)
         else:
             losses = {
@@ -332,7 +332,7 @@ def test_outputs_that_do_not_vary_are_left_out_of_r2():
 
 
 def test_one_output_goes_with_targets_of_one_axis():
-    """Without care (N, 1) − (N,) would have the shape (N, N)."""
+    """With broadcasting, (N, 1) − (N,) would have the shape (N, N)."""
     x, y = numbers(1, 40, 1)
     for task, targets in ((Regression(), y), (Multilabel(), (y > 0).float())):
         process = built(task, partial(Dense, 1))
@@ -366,7 +366,7 @@ def test_an_object_with_logits_is_taken():
     assert outputs_of(torch.zeros(2, dtype=torch.float64)).dtype == torch.float64
 
 
-# what does not fit
+# examples and outputs that do not fit
 
 
 class Tuple(Dense):
@@ -412,16 +412,16 @@ REFUSED = {
         "from 0 to 4, because the model has 5 .* from 0 to 9",
     ),
     "one logit": (Classification(), partial(Dense, 1), Examples(X, 0 * Y), r"at least two classes.* \(8, 1\)"),
-    "-100": (Classification(), Dense, Examples(X, torch.where(Y == 3, -100, Y)), "they go from -100 to 9"),
+    "-100": (Classification(), Dense, Examples(X, torch.where(Y == 3, -100, Y)), "targets are from -100 to 9"),
     "ten": (Classification(), Dense, Examples(X, torch.where(Y == 3, 10, Y)), "from 0 to 9, .* from 0 to 10"),
-    "tuple": (Classification(), Tuple, Examples(X, Y), "the model returns a tuple: .* object with one as .logits"),
+    "tuple": (Classification(), Tuple, Examples(X, Y), "the model returns a tuple: .* as .logits of an object"),
     "dict": (Classification(), Dict, Examples(X, Y), "the model returns a dict"),
     "axis": (Classification(), Axis, Examples(X, Y), r"outputs of shape \(8, 10, 1\)"),
     "one for all": (Classification(), OneForAll, Examples(X, Y), r"outputs of shape \(1, 10\) .* for 8 examples"),
     "integers": (Classification(), Integers, Examples(X, Y), r"returns a tensor of shape \(8, 10\) and dtype int64"),
     "arrays": (Classification(), Dense, Examples(X.numpy(), Y.numpy()), "two tensors .* not ndarray and ndarray"),
-    "39 inputs": (Classification(), Dense, Examples(X[1:], Y), "29 inputs, and targets for 30"),
-    "41 inputs": (Classification(), Dense, Examples(torch.cat([X, X[:1]]), Y), "31 inputs, and targets for 30"),
+    "39 inputs": (Classification(), Dense, Examples(X[1:], Y), "29 inputs but 30 targets"),
+    "41 inputs": (Classification(), Dense, Examples(torch.cat([X, X[:1]]), Y), "31 inputs but 30 targets"),
     "token": (NextToken(), Letters, Examples(SEQUENCES.x, SEQUENCES.y + 1), "from 0 to 11, .* to 12"),
     "flat tokens": (NextToken(), Letters, Examples(SEQUENCES.x, SEQUENCES.y[:, 0]), r"targets of shape \(30,\)"),
     "int32 tokens": (NextToken(), Letters, Examples(SEQUENCES.x, SEQUENCES.y.int()), "dtype int32"),
@@ -462,7 +462,7 @@ def test_a_tasks_count_of_targets_must_travel_if_it_is_not_that_of_examples():
 @pytest.mark.parametrize("weight", ["examples", "targets", "uniform"])
 @pytest.mark.parametrize("most", [None, 10])
 def test_a_clients_weight(weight, most):
-    """The mean of updates has the weight that is asked for, of the examples that the client uses."""
+    """The mean of updates has the weights that `weight` asks for, of the examples that clients use."""
     task, sizes = NextToken(PAD), {4: 9, 7: 24, 1: 16}
     process = built(task, Letters, weight=weight, max_examples=most)
     start = process.initialize()

@@ -62,7 +62,7 @@ KEEPING = LocalTraining(
 
 
 class Dropping(MLP):
-    """A model that draws, also in the computation of its middle again."""
+    """A model that draws, also when a checkpoint repeats its middle layers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(checkpoint(F.dropout, x, 0.1, use_reentrant=False) + 0.01 * torch.randn(28))

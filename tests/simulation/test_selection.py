@@ -48,9 +48,7 @@ def test_the_best_is_strictly_better_and_patience_counts_evaluations(caplog):
     with caplog.at_level(logging.INFO):
         assert selection.stops() and selection.stops()
     (line,) = caplog.messages
-    assert line == (
-        "run.patience: 2 evaluations in a row have not improved validation/accuracy, which is best after 4 rounds"
-    )
+    assert line == ("run.patience: 2 evaluations in a row have not improved validation/accuracy: best after 4 rounds")
     assert selection.values["stopped_early"]
     assert not followed([0.1, 0.3, 0.3, 0.4, 0.3]).stops()
     assert not followed([0.3, 0.2, 0.1], replace(VALIDATED, patience=None)).stops()
@@ -75,7 +73,7 @@ def test_without_validation_the_test_set_chooses():
 
 
 class Shifted(Noise):
-    """Noise with a validation set of its own."""
+    """Noise with a validation set."""
 
     def validation(self):
         return Examples(torch.ones(30, 1, 28, 28), torch.arange(30) % 10)
@@ -89,7 +87,7 @@ def test_the_loop_evaluates_the_validation_set_and_stops_when_asked():
     assert {name: metrics[f"validation/{name}"] for name in expected} == expected
     plain = [m for _, m in rounds(make_process(), process.initialize(), dataset, RUN)]
     assert not any(name.startswith("validation/") for m in plain for name in m)
-    assert plain[-1]["test/loss"] == metrics["test/loss"]  # validation changes nothing else
+    assert plain[-1]["test/loss"] == metrics["test/loss"]  # validation changes no other metric
     asked = iter([False, False, True])
     assert len(list(rounds(make_process(), process.initialize(), dataset, run, stop=lambda: next(asked)))) == 2
     with pytest.raises(FedqError, match="there are no validation examples"):
@@ -128,7 +126,7 @@ def test_each_client_is_evaluated_on_its_own_examples(part):
         process.map = workers.map
         assert process.evaluate_clients(state, clients) == found
     process.map = map
-    with pytest.raises(FedqError, match=r"run.evaluate_clients: none of these clients has examples"):
+    with pytest.raises(FedqError, match=r"run.evaluate_clients: these clients have no examples"):
         process.evaluate_clients(state, clients[23:])
 
 
@@ -173,7 +171,7 @@ def test_an_early_stop_is_the_same_when_resumed_and_its_best_checkpoint_stays(tm
     assert f"│ test after round {best + 1} │ {whole[best]['test/accuracy']:.2%} │" in rows
     assert f"validation acc {values[0]:.3f}, test acc" in done.stderr
 
-    # stops a round before its time, then gets the command anew
+    # the run stops a round early, and the same command resumes the run
     short = (*options, "run.workers=2", f"hydra.run.dir={tmp_path}/resumed")
     fedq(tmp_path, *short, f"run.rounds={rounds_done - 1}")
     assert not summary_of(tmp_path / "resumed")["selection"]["stopped_early"]
@@ -184,7 +182,7 @@ def test_an_early_stop_is_the_same_when_resumed_and_its_best_checkpoint_stays(tm
     again = fedq(tmp_path, *short)
     assert "finished: nothing to do" in again.stderr
 
-    # with its summary lost the run is resumed, and does no further round; more patience continues it
+    # a run without its summary is resumed, and does no further round; more patience continues the run
     (tmp_path / "resumed" / "summary.json").unlink()
     fedq(tmp_path, *short)
     assert summary_of(tmp_path / "resumed")["selection"] == chosen

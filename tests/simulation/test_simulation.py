@@ -33,7 +33,7 @@ def test_the_loop_reads_only_the_cohort_and_evaluates_when_told():
     metrics = [m for _, m in rounds(process, process.initialize(), dataset, RUN)]
     assert [m["round"] for m in metrics] == [0, 1, 2, 3, 4]
     assert ["test/accuracy" in m for m in metrics] == [False, True, False, True, True]
-    # client 0 is read once more, to check the dataset
+    # a further read of client 0 checks the dataset
     assert dataset.read == [0] + [int(n) for r in range(5) for n in cohort(RUN.seed, r, 6, 2)]
     phases = ("train", "encode", "decode", "aggregate", "evaluate")
     splits = [sum(m[f"seconds/{phase}"] for phase in phases) / m["seconds"] for m in metrics]

@@ -93,7 +93,7 @@ def test_jobs_that_fail_do_not_end_a_search(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("encoder.bits=2,8",), "a search needs the accuracy to hold: set run.accuracy_floor"),
+        (("encoder.bits=2,8",), "a search needs a required accuracy: set run.accuracy_floor"),
         (
             ("run.accuracy_floor=0.9", "encoder.bits=interval(1,8)"),
             "encoder.bits: 1.0 is not allowed; it must be an integer",

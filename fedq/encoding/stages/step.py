@@ -131,7 +131,7 @@ class StepQuantization(EncodingStage):
         shift, beyond = float(side["shift"]) if self.centroids else 0.0, step * 2.0**32 >= largest
         random = key.bit_generator() if self.rounding == "dithered" else None
         if random is None and not any(map(int, torch.aminmax(y) if y.numel() else ())):
-            # as for most tensors after singular vectors
+            # all values are 0, as in most tensors after singular vectors
             return torch.zeros(spec.shape, dtype=spec.dtype, device=y.device)
         decoded = torch.empty(spec.shape, dtype=spec.dtype, device=y.device)
         for part, out in chunks(y, decoded):

@@ -20,7 +20,7 @@ from fedq.keys import Key
 
 Rounding = Literal["stochastic", "nearest", "dithered"]
 
-_CHUNK = 1 << 19  # elements at a time: smaller pieces cost more calls, larger ones leave the cache
+_CHUNK = 1 << 19  # elements of a piece: smaller pieces need more calls, larger pieces do not fit the cache
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class UniformQuantization(EncodingStage):
         return -high, high
 
     def _ends(self, side: Tensors) -> tuple[np.ndarray, np.ndarray]:
-        """Returns for each row (rows × 1, float64) the value of the symbol `_origin` and the upper end of the range."""
+        """Returns the value of the symbol `_origin` and the upper end of the range for each row, float64 (rows, 1)."""
         # for few numbers numpy's calls take a fifth of torch's time
         high = np.float64(self.limit) if self.limit is not None else side["maximum"].numpy().astype(np.float64)
         low = np.zeros_like(high) if self._symmetric else side["minimum"].numpy().astype(np.float64)
@@ -228,7 +228,7 @@ class UniformQuantization(EncodingStage):
 
 
 def _chunks(rows: Tensor, out: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields pieces of two tensors, two scratch tensors in the columns' dtype, and the matching pieces of columns.
+    """Yields pieces of two tensors, two scratch tensors of the columns' dtype, and the same rows of columns.
 
     The scratch tensors use the same memory for every piece: new memory costs a page fault for every 4 KiB.
     """

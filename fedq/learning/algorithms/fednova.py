@@ -23,8 +23,8 @@ class FedNova(FedAvg):
     def check(self, training: LocalTraining) -> None:
         if training.optimizer or training.keep_optimizer:
             raise FedqError(
-                "algorithm=fednova needs client.optimizer=null and client.keep_optimizer=false: it divides by the "
-                "norm of the accumulated gradients, which is known for SGD and for momentum from 0"
+                "algorithm=fednova needs client.optimizer=null and client.keep_optimizer=false: its formula "
+                "holds for SGD, and for momentum that starts from 0"
             )
         if training.schedule and training.proximal:
             raise FedqError("algorithm=fednova takes client.schedule or client.proximal, not both")

@@ -15,9 +15,9 @@ class Multilabel(Task):
     Outputs are logits, shape (N, labels). Targets are 0 or 1, or false or true, of any dtype and of the same shape. A
     label is predicted if its probability is above 1/2.
 
-    Micro F1 is 2·hits / (predicted + positive), each counted over all examples and labels; 0 if there are none. Average
-    precision is the area below precision over recall, Σ (R_k − R_(k+1))·P_k over thresholds k / bins. Its mean is over
-    the labels that some example has.
+    Micro F1 is 2·hits / (predicted + positive), each counted over all examples and labels; 0 / 0 counts as 0. Average
+    precision is the area below precision over recall, Σ (R_k − R_(k+1))·P_k over thresholds k / bins. The mean is over
+    the labels that at least one example has.
     """
 
     headline = "micro_f1"
@@ -58,8 +58,8 @@ class Multilabel(Task):
             absent, present = sums["histogram"].double()
             hits = present.flip(1).cumsum(1)
             predicted = hits + absent.flip(1).cumsum(1)
-            found = (present.flip(1) * hits / predicted.clamp(min=1)).sum(1) / present.sum(1)
-            metrics["mean_average_precision"] = float(found.nanmean())
+            average_precision = (present.flip(1) * hits / predicted.clamp(min=1)).sum(1) / present.sum(1)
+            metrics["mean_average_precision"] = float(average_precision.nanmean())
         return metrics
 
     @override
@@ -67,7 +67,7 @@ class Multilabel(Task):
         fits = outputs.dim() == 2 and squeezed(outputs, targets).shape[1:] == targets.shape[1:]
         if not fits or targets.is_complex() or not bool(((targets == 0) | (targets == 1)).all()):
             raise TaskError(
-                "task=multilabel takes outputs of shape (N, labels), and as many targets, each 0 or 1, not "
+                "task=multilabel takes outputs of shape (N, labels) and targets of equal shape, each 0 or 1, not "
                 f"{in_words(outputs, targets)}{remedy(self, targets) if not fits else ' with other values'}"
             )
 

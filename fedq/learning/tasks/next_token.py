@@ -21,9 +21,9 @@ class NextToken(Classification):
     reported = {"targets": int, "correct": int}  # noqa: RUF012
 
     def __init__(self, padding: int | None = 0, special: Sequence[int] = ()) -> None:
-        """Takes the ids with a meaning of their own.
+        """Takes the special ids.
 
-        padding: The id that fills sequences up, and counts nowhere; None if there is none.
+        padding: The id of padding, which loss and metrics leave out; None without padding.
         special: Ids that "accuracy_without_special" leaves out, such as the unknown word and the end of a sentence
             (Reddi 2021, appendix C).
         """
@@ -38,7 +38,7 @@ class NextToken(Classification):
         of_tokens, tokens = outputs.flatten(0, -2), targets.flatten()
         if reduction == "sum":
             return F.cross_entropy(of_tokens, tokens, ignore_index=ignored, reduction="none").double().sum()
-        # torch's own mean over no token is NaN
+        # torch's mean over no tokens is NaN
         return F.cross_entropy(of_tokens, tokens, ignore_index=ignored, reduction="sum") / max(1, self.count(targets))
 
     @override

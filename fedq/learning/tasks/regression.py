@@ -15,10 +15,10 @@ Loss = Literal["mse", "huber"]
 class Regression(Task):
     """Numbers: squared error or Huber's loss, mean absolute error ("mae"), and the coefficient of determination ("r2").
 
-    Outputs and targets are floating, of equal shape (N, …); outputs of shape (N, 1) also go with targets of shape (N,).
+    Outputs and targets are floats of equal shape (N, …); outputs of shape (N, 1) also go with targets of shape (N,).
     The mean absolute error is over all numbers.
 
-    R² is 1 − Σ (y − f)² / Σ (y − ȳ)² for each output, and its mean over the outputs whose targets vary. Sums are
+    R² is 1 − Σ (y − f)² / Σ (y − ȳ)² for each output; "r2" is the mean over outputs whose targets vary. Sums are
     float64. Targets whose deviation is less than a millionth of their root mean square do not count as varying.
     """
 
@@ -30,7 +30,7 @@ class Regression(Task):
         """Takes the loss.
 
         loss: "mse" for the squared error, "huber" for Huber's loss (Huber 1964).
-        delta: The error from which Huber's loss is linear.
+        delta: Huber's loss is linear for errors above this value.
         """
         check_choice("loss", loss, Loss)
         check_range("delta", delta, above=0)
@@ -66,7 +66,7 @@ class Regression(Task):
         if "total" in sums:
             total = sums["total"]
             variation = sums["squares"] - total.square() * len(total) / sums["targets"]
-            varies = variation > 1e-12 * sums["squares"]  # smaller differences of the sums are rounding errors
+            varies = variation > 1e-12 * sums["squares"]  # a smaller difference of the sums is a rounding error
             metrics["r2"] = float((1 - sums["squared_error"][varies] / variation[varies]).mean())
         return metrics
 
