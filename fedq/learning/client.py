@@ -42,7 +42,7 @@ class ClientHalf:
         """
         self.protocol, self._precision = protocol, precision
         self._local = threading.local()
-        self._draws: bool | None = None  # whether the model draws in training; None before the first client
+        self.keyed: bool | None = None  # whether the model draws in training; None before the first client
         buffers, saved = dict(protocol.client_model.named_buffers()), protocol.client_model.state_dict()
         self._unsaved = {name: value for name, value in buffers.items() if name not in saved}
         if protocol.projection:
@@ -129,7 +129,7 @@ class ClientHalf:
         if protocol.initial_groups:
             correct = partial(_correct, protocol, received, kept)
         # torch asks the mode before each of its functions: without draws, that time is saved
-        draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
+        draws = nullcontext() if self.keyed is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
             with draws:
                 metrics = training.train(
@@ -150,7 +150,7 @@ class ClientHalf:
         except Exception as error:
             raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
         if isinstance(draws, KeyedDraws):
-            self._draws = self._draws or draws.drawn
+            self.keyed = self.keyed or draws.drawn
         return metrics
 
     def _worker_model(self) -> nn.Module:

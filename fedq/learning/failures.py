@@ -32,6 +32,10 @@ class OtherBase(ClientFailure):
     """
 
 
+class SharedDraw(FedqError):
+    """Something has drawn from a generator that all threads share; names the generator."""
+
+
 class Diverged(FedqError):
     """The server's weights hold NaN or infinity and cannot be sent; names the tensor."""
 

@@ -20,7 +20,7 @@ from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.cohort import Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
 from fedq.learning.evaluation import Map, check, evaluate, evaluate_clients
-from fedq.learning.failures import Diverged, TooFewClients
+from fedq.learning.failures import Diverged, SharedDraw, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counted, counts_of, metrics_of
@@ -98,8 +98,9 @@ class FederatedAveraging:
         self.server, self.map, self.precision = server, map, precision
         self.store = InMemory() if store is None else store
         self.downlink, self.uplink = Downlink(protocol), Uplink(protocol, guard)
-        clients = LocalClients(ClientHalf(protocol, precision), self.store, network)
-        self.contribute = Cohort(protocol, self.downlink, self.uplink, clients.ask, map).contribute
+        self._half = ClientHalf(protocol, precision)
+        clients = LocalClients(self._half, self.store, network)
+        self._cohort = Cohort(protocol, self.downlink, self.uplink, clients.ask, map)
 
     def initialize(self) -> ServerState:
         """Returns the state before the first round."""
@@ -164,6 +165,20 @@ class FederatedAveraging:
                 limit, received = len(broadcast.all_at_once), [record.client for record in usable]
                 after = after.after_broadcast(result.received, broadcast.messages[0], limit, received)
         return after, metrics_of(self.protocol.task, state, after, records, seconds)
+
+    def contribute(self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]]) -> CohortResult:
+        """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort.
+
+        If a client's model is the first to draw, all these clients train again, with the keys of their draws.
+        """
+        clients = list(clients)
+        try:
+            return self._cohort.contribute(broadcast, clients)
+        except SharedDraw:
+            if self._half.keyed:
+                raise
+            self._half.keyed = True
+            return self._cohort.contribute(broadcast, clients)
 
     @one_thread()
     def evaluate(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fedq.data import Examples
 from fedq.data.augment import Augment
-from fedq.errors import FedqError, check_choice
+from fedq.errors import check_choice
 from fedq.keys import Key
+from fedq.learning.failures import SharedDraw
 from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
 from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
 
@@ -183,8 +184,8 @@ class LocalTraining:
         kept: The optimizer's state, which is replaced by the state after training; empty before a client's first
             round. None if the state is not kept.
 
-        Raises TaskError if the examples or the model's outputs do not fit the task. Raises FedqError if the model draws
-        from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
+        Raises TaskError if the examples or the model's outputs do not fit the task. Raises SharedDraw if the model
+        draws from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
         """
         check_examples(examples)
         model.load_state_dict(weights)
@@ -241,10 +242,10 @@ class LocalTraining:
 
 
 def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None:
-    """Raises FedqError if a generator that all threads share has changed since `generators` returned `before`."""
+    """Raises SharedDraw if a generator that all threads share has changed since `generators` returned `before`."""
     after = generators(device)
     if drawn := [name for name in before if before[name] != after[name]]:
-        raise FedqError(
+        raise SharedDraw(
             f"the model or the dataset draws random numbers from {drawn[0]}'s global generator, which all threads "
             "share: no run could be repeated. Draw with torch's functions in the model: in training they use a "
             "generator of the client's own. Give the dataset a generator of its own"

@@ -15,6 +15,7 @@ from fedq.encoding.schema import Schema, Tensors
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.checks import check_feedback, check_model, check_scaled, check_together, fitted
+from fedq.learning.draws import seeded
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
@@ -91,9 +92,7 @@ class Protocol:
         self.upload_feedback = isinstance(upload, ErrorFeedback)
         down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
         check_together(client, algorithm, broadcast, upload, submodel)
-        # Modules draw their first weights from torch's global generator: seed it, then restore its state.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(Key(seed).fold("model").integer())
+        with seeded(Key(seed).fold("model"), device):
             built = model()
         self.parts = parts = parts_of(built, algorithm.frozen, algorithm.personal)
         check_model(built, parts, submodel)
