@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedq.data.dataset import Client, Examples, FederatedDataset
+from fedq.data.dataset import Client, Examples, FederatedDataset, pooled
 from fedq.errors import FedqError
 from fedq.keys import Key
 
@@ -130,4 +130,4 @@ def _pooled(
             "run.validation: there are no validation examples: the dataset has none, or its clients are too small for "
             "this share; hold out more, such as run.validation=0.2"
         )
-    return Examples(*map(torch.cat, zip(*parts, strict=True)))
+    return pooled(parts)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedq.data.dataset import Client, Examples
+from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError, obtain
 from fedq.errors import check_range
 
@@ -179,8 +179,8 @@ class TffDataset(ABC):
         clients = min(len(file.ids), -(-most // 10) if most else len(file.ids))  # a read takes half a millisecond
         chosen = file.ids[np.arange(clients) * len(file.ids) // clients].tolist()
         each = most and -(-most // clients)
-        x, y = zip(*(self._load(file, client_id, each) for client_id in chosen), strict=True)
-        return Examples(torch.cat(x)[:most], torch.cat(y)[:most])
+        x, y = pooled(self._load(file, client_id, each) for client_id in chosen)
+        return Examples(x[:most], y[:most])
 
 
 @contextmanager
