@@ -19,6 +19,10 @@ Shares = Callable[[int, np.ndarray], np.ndarray]
 """Returns the unnormalised shares of labels (C,) of a client, given which labels have examples left (bool, (C,))."""
 
 
+LIMITS = (1e-100, 1e100)
+"""The least and the largest concentration of a Dirichlet distribution. Beyond them, sums overflow or vanish."""
+
+
 class Partition(Protocol):
     """Splits the examples of a dataset over clients."""
 
@@ -40,7 +44,10 @@ class Natural(Partition):
 
     @override
     def split(self, examples: int, columns: Columns, clients: int | None, key: Key) -> list[np.ndarray]:
-        _, client_of, counts = np.unique(column(columns, "client"), return_inverse=True, return_counts=True)
+        try:
+            _, client_of, counts = np.unique(column(columns, "client"), return_inverse=True, return_counts=True)
+        except TypeError as error:
+            raise ValueError(f"the ids of the dataset's clients cannot be sorted: {error}.") from error
         if clients is not None:
             raise ValueError(f"clients must be null, not {clients}: the dataset has {len(counts)} clients of its own.")
         return np.split(np.argsort(client_of, kind="stable"), counts.cumsum()[:-1])
@@ -57,11 +64,11 @@ class Iid(Partition):
 class DirichletSizes(Partition):
     """Random examples for each client, and sizes from a symmetric Dirichlet distribution (Li 2022, NIID-Bench).
 
-    alpha: concentration of each client, above 0. Small values give a few large clients.
+    alpha: concentration of each client, 1e-100 to 1e100. Small values give a few large clients.
     """
 
     def __init__(self, alpha: float = 0.5) -> None:
-        check_range("alpha", alpha, above=0)
+        check_range("alpha", alpha, *LIMITS)
         self.alpha = alpha
 
     @override
@@ -114,11 +121,11 @@ class Dirichlet(Partition):
     examples before the next; here clients take turns, one example each. The last clients would otherwise get only the
     labels that remain.
 
-    alpha: mean concentration of a label, above 0: the paper's α divided by the number of labels.
+    alpha: mean concentration of a label, 1e-100 to 1e100: the paper's α divided by the number of labels.
     """
 
     def __init__(self, alpha: float = 0.1) -> None:
-        check_range("alpha", alpha, above=0)
+        check_range("alpha", alpha, *LIMITS)
         self.alpha = alpha
 
     @override
@@ -138,13 +145,13 @@ class Pachinko(Partition):
     distributions. A label without examples leaves its share to the labels of its superclass. Clients take turns, as in
     Dirichlet.
 
-    alpha: concentration of each superclass, above 0.
-    beta: concentration of each label in its superclass, above 0.
+    alpha: concentration of each superclass, 1e-100 to 1e100.
+    beta: concentration of each label in its superclass, 1e-100 to 1e100.
     """
 
     def __init__(self, alpha: float = 0.1, beta: float = 10.0) -> None:
-        check_range("alpha", alpha, above=0)
-        check_range("beta", beta, above=0)
+        check_range("alpha", alpha, *LIMITS)
+        check_range("beta", beta, *LIMITS)
         self.alpha, self.beta = alpha, beta
 
     @override
