@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError
-from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore
 from fedq.learning.evaluation import Map
-from fedq.learning.failures import ClientFailure, OtherBase
+from fedq.learning.failures import ClientFailure, OtherBase, reading
 from fedq.learning.local_training import check_nothing_drawn, generators
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import (
@@ -166,16 +165,10 @@ class LocalClients:
 
 
 def loaded(client: Client, device: torch.device) -> Examples:
-    """Returns a client's examples. Raises FedqError if a file cannot be read, which is no fault of the client."""
+    """Returns a client's examples. Raises FedqError or ClientFailure if they cannot be read; see `reading`."""
     before = generators(device)
-    try:
+    with reading(client.number):
         examples = client.load()
-    except OSError as error:
-        raise FedqError(f"the dataset's client {client.number} cannot be read: {error}") from error
-    except (FedqError, ClientFailure):
-        raise
-    except Exception as error:  # whatever an author's dataset raises
-        raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
     check_nothing_drawn(before, device)
     return examples
 

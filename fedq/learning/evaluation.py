@@ -13,6 +13,7 @@ from fedq.data import Client, Examples
 from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning.draws import KeyedDraws
+from fedq.learning.failures import ClientFailure, reading
 from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators
 from fedq.learning.task import (
     Sums,
@@ -121,7 +122,8 @@ def evaluate_clients(
     """Returns mean, median and worst tenth of the headline over clients; each client counts once, as in Li 2020.
 
     A client is evaluated on its test examples; if it has none, on its validation examples; else on its training
-    examples. Clients without a target that counts are left out. The worst tenth is rounded up to whole clients.
+    examples. Clients without a target that counts, and clients that cannot be read, are left out. The worst tenth is
+    rounded up to whole clients.
 
     model_of: Gives the model of a client, a new one each time.
     map: Evaluates the clients; a pool's `map` evaluates them side by side, with the same result.
@@ -130,7 +132,11 @@ def evaluate_clients(
     """
 
     def headline(client: Client) -> list[float]:
-        examples = (client.test or client.validation or client.load)()
+        try:
+            with reading(client.number):
+                examples = (client.test or client.validation or client.load)()
+        except ClientFailure:
+            return []
         if not task.count(examples.y):
             return []
         metrics = evaluate(model_of(client), examples, batch_size, precision=precision, task=task)

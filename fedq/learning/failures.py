@@ -1,5 +1,7 @@
 """Why a client is left out of a round."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from fedq.errors import FedqError
@@ -23,6 +25,22 @@ class ClientFailure(Exception):
     def __init__(self, kind: FailureKind, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
+
+
+@contextmanager
+def reading(client: int) -> Iterator[None]:
+    """Turns the errors of a dataset that reads a client's examples into ClientFailure.
+
+    Raises FedqError if a file cannot be read, which is no fault of the client.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FedqError(f"the dataset's client {client} cannot be read: {error}") from error
+    except (FedqError, ClientFailure):
+        raise
+    except Exception as error:  # whatever an author's dataset raises
+        raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
 
 
 class OtherBase(ClientFailure):

@@ -191,7 +191,8 @@ class FederatedAveraging:
         """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
 
         clients: With personal tensors, numbers and examples of clients. The metrics are the mean over those clients,
-            each with its own tensors. Clients without a target that counts are left out.
+            each with its own tensors. Clients without a target that counts are left out. So are clients without a
+            metric, from the metric's mean.
         """
         task, found = self.protocol.task, []
         for number, its in clients if self.protocol.parts.personal else ():
@@ -199,7 +200,8 @@ class FederatedAveraging:
                 model = self._model(state, number)
                 found.append(evaluate(model, its, batch_size, self.map, self.precision, task))
         found = found or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
-        return {name: fmean(one[name] for one in found) for name in found[0]}
+        names = dict.fromkeys(name for one in found for name in one)
+        return {name: fmean(one[name] for one in found if name in one) for name in names}
 
     @one_thread()
     def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:

@@ -14,6 +14,7 @@ from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
 from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TooFewClients
 from fedq.learning.cohort import loaded
+from fedq.learning.failures import reading
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,14 @@ def _evaluated(dataset: FederatedDataset, run: RunConfig) -> Iterator[Client]:
 
 
 def _own_examples(clients: Iterable[Client], name: str, examples: Examples) -> Iterator[tuple[int, Examples]]:
-    """Yields each client's number with its own "test" or "validation" examples; `examples` if it has none."""
+    """Yields each client's number with its own "test" or "validation" examples; `examples` if it has none.
+
+    Leaves out clients that cannot be read.
+    """
     for client in clients:
-        own = getattr(client, name)
-        yield client.number, own() if own else examples
+        try:
+            with reading(client.number):
+                its = (getattr(client, name) or (lambda: examples))()
+        except ClientFailure:
+            continue
+        yield client.number, its
