@@ -123,7 +123,7 @@ class LocalTraining:
 
     @cached_property
     def _rates(self) -> Rates | None:
-        return Rates(self.lr, self.schedule) if self.schedule else None
+        return Rates(self.lr, self.schedule, "client.schedule") if self.schedule else None
 
     def optimizer_of(self, parameters: Mapping[str, Tensor]) -> Steps:
         """Returns a new optimizer of the parameters, given by name."""

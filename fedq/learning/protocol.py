@@ -19,7 +19,7 @@ from fedq.learning.draws import seeded
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
-from fedq.learning.optimizers import stepped
+from fedq.learning.optimizers import stepped, tried
 from fedq.learning.parts import as_bytes, digest, parts_of
 from fedq.learning.round import Received, Registered
 from fedq.learning.submodel import FederatedDropout, SubModels
@@ -140,9 +140,10 @@ class Protocol:
             }
         )
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
-        if client.keep_optimizer:
+        if client.optimizer or client.keep_optimizer:
             trained = {name: self.initial[name] for name, p in self.model.named_parameters() if p.requires_grad}
-            self.kept_schema |= schema_of(stepped(client.optimizer_of, trained).state())
+            optimizer = tried("client.optimizer", lambda: stepped(client.optimizer_of, trained))
+            self.kept_schema |= schema_of(optimizer.state()) if client.keep_optimizer else {}
         if self.upload_feedback:
             self.kept_schema |= {name: schema[name] for name in self.weights.upload.compressed}
         self.kept_schema |= schema_of({name: self.initial[name] for name in parts.personal})
