@@ -124,7 +124,7 @@ def _pooled(
     reader: Gives what reads a client's examples, if it has some.
     """
     readers = map(reader, map(client, drawn(seed, "validation", population, MOST_CLIENTS)))
-    parts = [part for part in (read() for read in readers if read) if len(part.y)]
+    parts = [part for part in (Examples(*read()) for read in readers if read) if len(part.y)]
     if not parts:
         raise FedqError(
             "run.validation: there are no validation examples: the dataset has none, or its clients are too small for "

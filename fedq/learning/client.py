@@ -18,7 +18,7 @@ from fedq.errors import FedqError
 from fedq.keys import BROADCAST
 from fedq.learning.draws import KeyedDraws
 from fedq.learning.error_feedback import compensate, residual_of
-from fedq.learning.failures import ClientFailure
+from fedq.learning.failures import ClientFailure, unable
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
 from fedq.learning.parts import as_bytes
@@ -148,7 +148,7 @@ class ClientHalf:
         except (FedqError, ClientFailure):
             raise
         except Exception as error:
-            raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+            raise unable(error) from error
         if isinstance(draws, KeyedDraws):
             self.keyed = self.keyed or draws.drawn
         return metrics

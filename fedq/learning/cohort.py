@@ -30,6 +30,7 @@ from fedq.learning.round import (
     timed,
 )
 from fedq.learning.server import Downlink, Uplink
+from fedq.learning.task import TaskError, check_examples
 
 log = logging.getLogger(__name__)
 
@@ -165,12 +166,18 @@ class LocalClients:
 
 
 def loaded(client: Client, device: torch.device) -> Examples:
-    """Returns a client's examples. Raises FedqError or ClientFailure if they cannot be read; see `reading`."""
+    """Returns a client's examples. Raises FedqError or ClientFailure if they cannot be read; see `reading`.
+
+    Raises TaskError unless they are two tensors of equal length.
+    """
     before = generators(device)
     with reading(client.number):
         examples = client.load()
     check_nothing_drawn(before, device)
-    return examples
+    try:
+        return check_examples(examples)
+    except TaskError as error:
+        raise TaskError(f"with the examples of client {client.number}: {error}") from error
 
 
 def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:

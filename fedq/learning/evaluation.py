@@ -63,7 +63,7 @@ def evaluate(
             sums = {"loss": task.loss(outputs, y, "sum"), **task.test_sums(outputs, y)}
             return {"targets": task.count(y)} | {name: summable(value) for name, value in sums.items()}
 
-    check_examples(examples)
+    examples = check_examples(examples)
     if not len(examples.y):
         raise FedqError("there are no examples to evaluate on: the dataset's test set is empty")
     device = next(model.parameters()).device
@@ -94,7 +94,7 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
     """
     device = next(model.parameters()).device
     try:
-        check_examples(examples)
+        examples = check_examples(examples)
         if not len(examples.y):
             return
         x = examples.x[:2].to(device, copy=True)
@@ -134,7 +134,7 @@ def evaluate_clients(
     def headline(client: Client) -> list[float]:
         try:
             with reading(client.number):
-                examples = (client.test or client.validation or client.load)()
+                examples = check_examples((client.test or client.validation or client.load)())
         except ClientFailure:
             return []
         if not task.count(examples.y):

@@ -27,6 +27,12 @@ class ClientFailure(Exception):
         self.kind = kind
 
 
+def unable(error: Exception) -> ClientFailure:
+    """Returns the failure of a client whose dataset or model raised `error`, with the first line of its text."""
+    first = str(error).partition("\n")[0]
+    return ClientFailure("unable", f"{type(error).__name__}: {first}")
+
+
 @contextmanager
 def reading(client: int) -> Iterator[None]:
     """Turns the errors of a dataset that reads a client's examples into ClientFailure.
@@ -40,7 +46,7 @@ def reading(client: int) -> Iterator[None]:
     except (FedqError, ClientFailure):
         raise
     except Exception as error:  # whatever an author's dataset raises
-        raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+        raise unable(error) from error
 
 
 class OtherBase(ClientFailure):

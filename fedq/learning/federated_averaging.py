@@ -29,7 +29,7 @@ from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, G
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import Task
+from fedq.learning.task import Task, check_examples
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -196,7 +196,7 @@ class FederatedAveraging:
         """
         task, found = self.protocol.task, []
         for number, its in clients if self.protocol.parts.personal else ():
-            if task.count(its.y):
+            if task.count(check_examples(its).y):
                 model = self._model(state, number)
                 found.append(evaluate(model, its, batch_size, self.map, self.precision, task))
         found = found or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]

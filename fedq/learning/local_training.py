@@ -187,7 +187,7 @@ class LocalTraining:
         Raises TaskError if the examples or the model's outputs do not fit the task. Raises SharedDraw if the model
         draws from a generator that all threads share; in `KeyedDraws`, torch's functions do not.
         """
-        check_examples(examples)
+        all_x, all_y = (part.detach() for part in check_examples(examples))
         model.load_state_dict(weights)
         model.train()
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -195,7 +195,7 @@ class LocalTraining:
         optimizer = self.optimizer_of(parameters)
         if kept:
             optimizer.load(kept)
-        all_x, all_y = examples.x.to(device), examples.y.to(device)
+        all_x, all_y = all_x.to(device), all_y.to(device)
         loss_sum, seen, steps = 0.0, 0, 0
         sums: dict[str, float] = dict.fromkeys((*task.reported, "targets"), 0)
         order = self.chosen(len(examples.y), key)
