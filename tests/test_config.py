@@ -40,7 +40,13 @@ def options(group):
     return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
 
 
-GROUPS = ("run/faults", "run/guard", "run/submodel")  # test_train.py covers the options of all other groups
+GROUPS = ("algorithm", "client/augment", "run/faults", "run/guard", "run/submodel")
+ELSEWHERE = {  # groups whose options all train in another test
+    "test_datasets.py": ("dataset/partition",),
+    "test_presets.py": ("experiment",),
+    "test_task.py": ("task",),
+    "test_train.py": ("client", "dataset", "encoder", "model", "run", "server"),
+}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,11 @@ def test_a_misspelt_key_of_ones_own_file_is_told(tmp_path):
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_option_composes_and_passes_the_check(group, option):
     check(configured(f"{group}={option}"))
+
+
+def test_the_options_of_every_group_are_tried():
+    found = {str(path.parent.relative_to(CONF)) for path in CONF.glob("*/**/*.yaml")}
+    assert {group for group in found if not group.startswith("hydra")} == {*GROUPS, *sum(ELSEWHERE.values(), ())}
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_every_failing_job_of_a_sweep_is_told_and_the_others_finish(tmp_path):
     [
         ("encoder.bist=8", "encoder.bist is not a key; allowed here: axis, bits, block, broadcast, "),
         ("+encoder.step=2", "encoder.step is not a key; allowed here: threshold, broadcast, upload"),
-        ("client.rate=1", "client.rate is not a key; allowed here: _target_, batch_size, epochs, lr, "),
+        ("client.rate=1", "client.rate is not a key; allowed here: _target_, augment, batch_size, epochs, keep_optimizer, "),
         ("client.rate=1", ", and with +client.rate=… the other arguments of its class\n"),
         ("encoder=uint9", "Could not find 'encoder/uint9' Available options in 'encoder': adaptive_clip ans "),
         ("run.clients_per_round=7", "run.clients_per_round: 7 is more than the 6 clients"),

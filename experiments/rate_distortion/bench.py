@@ -178,14 +178,16 @@ def encoders(choices: list[str], folder: Path | None = None) -> dict[str, StateD
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for choice in choices or [path.stem for path in files]:
             name, _, given = choice.partition(":")
-            node = compose("config", [*search, f"encoder={name}"]).encoder
+            cfg = compose("config", [*search, f"encoder={name}"])
+            node = cfg.encoder
             if not choices and "rate_control" in node.upload:
                 continue
             settings = [setting for setting in given.split(",") if setting]
             overrides = [
                 f"{_path(node, setting.partition('=')[0])}={setting.partition('=')[2]}" for setting in settings
             ]
-            cfg = compose("config", [*search, f"encoder={name}", *overrides])
+            if overrides:
+                cfg = compose("config", [*search, f"encoder={name}", *overrides])
             check(cfg, overrides)
             if given or "bits" not in node.upload:
                 chains[choice] = _upload(cfg)

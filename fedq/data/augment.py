@@ -36,7 +36,7 @@ class CropAndFlip(Augment):
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Returns images of the shape of `x`, (N, C, H, W). Raises ValueError for other shapes."""
         if x.dim() != 4:
-            raise ValueError(f"CropAndFlip takes images (N, C, H, W), not {tuple(x.shape)}")
+            raise ValueError(f"CropAndFlip takes images (N, C, H, W), not {tuple(x.shape)}: set client/augment=none")
         n, _, height, width = x.shape
         shifts = torch.randint(2 * self.padding + 1, (2, n, 1), generator=generator)
         mirrored = torch.rand((n, 1), generator=generator) < self.flip

@@ -7,7 +7,6 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedq.data import Examples
@@ -21,7 +20,7 @@ from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure, unable
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
-from fedq.learning.parts import as_bytes
+from fedq.learning.parts import same_bits
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
 from fedq.learning.task import TaskError
@@ -195,7 +194,7 @@ def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> N
         if not isinstance(after, Tensor) or TensorSpec.of(after) != TensorSpec.of(value):
             raise FedqError(f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged")
     for name in frozen:
-        if not torch.equal(as_bytes(trained[name]), as_bytes(start[name])):
+        if not same_bits(trained[name], start[name]):
             raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
 
 

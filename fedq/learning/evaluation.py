@@ -24,6 +24,8 @@ from fedq.learning.task import (
     check_works,
     of,
     outputs_of,
+    remedy,
+    remedy_of_model,
     summable,
 )
 
@@ -103,7 +105,10 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
                 made = model.eval()(x)
             except Exception as error:  # whatever an author's model raises
                 reason = str(error).splitlines()[0] if str(error) else ""
-                raise TaskError(f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}") from error
+                raise TaskError(
+                    f"the model fails on inputs {of(x)}: {type(error).__name__}: {reason}{remedy_of_model(x)}"
+                    f"{remedy(task, examples.y)}"
+                ) from error
             outputs, y = outputs_of(made), examples.y[:2].to(device)
             check_fit(task, outputs, len(x), examples.y)
             check_works(task, outputs, y)

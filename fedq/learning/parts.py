@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fedq.encoding.schema import Tensors, TensorSpec, canonical_text
 from fedq.errors import FedqError
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -91,9 +93,15 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return {name: tied[name] for name in model.state_dict() if name in tied}
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns the bytes of a tensor in the order of its elements: uint8, one axis."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+def as_bytes(tensor: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Returns the bytes of a tensor in the order of its elements: one axis, of any dtype that is not wider."""
+    return tensor.detach().contiguous().reshape(-1).view(dtype)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Returns whether two tensors of one shape and dtype hold the same bits, also of NaN."""
+    dtype = _INTEGERS.get(left.itemsize, torch.uint8)  # bytes take four times as long
+    return torch.equal(as_bytes(left, dtype), as_bytes(right, dtype))
 
 
 def digest(tensors: Tensors) -> bytes:

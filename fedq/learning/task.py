@@ -108,7 +108,7 @@ class Classification(Task):
         if outputs.dim() != 2 or outputs.shape[1] < 2 or targets.dim() != 1 or targets.dtype != torch.int64:
             raise TaskError(
                 "task=classification takes outputs of shape (N, classes), at least two classes, and int64 targets of "
-                f"shape (N,), not {in_words(outputs, targets)}"
+                f"shape (N,), not {in_words(outputs, targets)}{remedy(self, targets)}"
             )
         check_classes(targets, outputs.shape[1])
 
@@ -188,6 +188,31 @@ def outputs_of(made: Any) -> Tensor:
 def of(tensor: Tensor) -> str:
     """Returns the shape and the dtype of a tensor in words."""
     return f"of shape {tuple(tensor.shape)} and dtype {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def remedy(task: Task, targets: Tensor) -> str:
+    """Returns the end of an error's text: the task that these targets need, or "" if it is `task` or unclear."""
+    counted, numbers = targets.dtype == torch.int64, targets.is_floating_point()
+    if targets.dim() == 2 and bool(((targets == 0) | (targets == 1)).all()):
+        kind, needed = "labels of 0 and 1", "multilabel"
+    elif counted and targets.dim() in (1, 2):
+        kind, needed = ("classes", "classification") if targets.dim() == 1 else ("tokens", "next_token")
+    else:
+        kind, needed = "numbers", "regression" if numbers else ""
+    fedqs = type(task).__module__.startswith("fedq.")
+    same = type(task).__name__.lower() == needed.replace("_", "")
+    return f"; targets that are {kind} need task={needed}" if fedqs and needed and not same else ""
+
+
+def remedy_of_model(inputs: Tensor) -> str:
+    """Returns the end of an error's text: a model that takes these inputs, or "" if none is clear."""
+    if inputs.dtype == torch.int64 and inputs.dim() == 2:
+        return "; tokens need a model such as model=char_lstm"
+    if inputs.is_floating_point() and inputs.dim() == 4:
+        grey = inputs.shape[1:] == (1, 28, 28)
+        model = "model=fedavg_cnn" if grey else f"model=resnet20 model.channels={inputs.shape[1]}"
+        return f"; images of shape {tuple(inputs.shape[1:])} need a model such as {model}"
+    return ""
 
 
 def in_words(outputs: Tensor, targets: Tensor) -> str:

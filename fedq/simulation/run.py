@@ -33,7 +33,7 @@ from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
 from fedq.learning import FederatedAveraging, ServerState
-from fedq.learning.parts import as_bytes
+from fedq.learning.parts import same_bits
 from fedq.learning.server import server_step
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
@@ -182,7 +182,7 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
         if schema_of(getattr(state, way)) != schema_of(getattr(fresh, way)):
             raise ConfigError(f"{folder}: its checkpoint holds another state of encoder.{way}")
     for name in process.protocol.parts.frozen:
-        if not torch.equal(as_bytes(state.weights[name]), as_bytes(fresh.weights[name]).cpu()):
+        if not same_bits(state.weights[name], fresh.weights[name].cpu()):
             raise ConfigError(f"{folder}: its checkpoint is of another model: the frozen {name!r} differs")
     weights = {name: state.weights[name] for name in process.protocol.parameters}
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}

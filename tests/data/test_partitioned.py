@@ -101,16 +101,17 @@ def test_missing_files_are_fetched_by_torchvision(tmp_path, monkeypatch, any_md5
     assert capsys.readouterr().out == ""  # stdout is for results
 
 
-def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch, name):
     monkeypatch.setenv("FEDQ_CACHE", str(tmp_path))
 
     def download(self):
         raise URLError("no network")
 
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
-    expected = f"{tmp_path}/torchvision has no usable CIFAR10 (<urlopen error no network>): try again, or "
+    monkeypatch.setattr(getattr(torchvision.datasets, name), "download", download)
+    expected = f"{tmp_path}/torchvision has no usable {name} (<urlopen error no network>): try again, or "
     with pytest.raises(DatasetError, match="^" + re.escape(expected)) as caught:
-        torchvision_dataset("CIFAR10", Iid(), 4)
+        torchvision_dataset(name, Iid(), 4)
     assert "\n" not in str(caught.value)
 
 

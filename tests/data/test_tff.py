@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torchvision
 from tff_files import cifar100_files, many_clients, shakespeare_files, stackoverflow_files, strings, write_clients
 
 from fedq.data import tff
@@ -165,6 +166,9 @@ def test_images_become_floats_with_channels_first(tmp_path: Path) -> None:
     assert np.array_equal(np.rint(x.numpy() * 255), image.transpose(0, 3, 1, 2)) and x.max() <= 1
     assert y.tolist() == label.tolist()
     assert dataset.test().x.shape == (24, 3, 32, 32)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 2.0, 4.0]
+    ours = FedCifar100(str(tmp_path), mean, std).client(2).load().x
+    assert torch.equal(ours, torchvision.transforms.functional.normalize(x, mean, std))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedq.errors import check_range
-from fedq.learning.task import Reduction, Sums, Task, TaskError, in_words, squeezed
+from fedq.learning.task import Reduction, Sums, Task, TaskError, in_words, remedy, squeezed
 
 
 class Multilabel(Task):
@@ -69,7 +69,7 @@ class Multilabel(Task):
         if not fits or targets.is_complex() or not bool(((targets == 0) | (targets == 1)).all()):
             raise TaskError(
                 "task=multilabel takes outputs of shape (N, labels), and as many targets, each 0 or 1, not "
-                f"{in_words(outputs, targets)}{'' if not fits else ' with other values'}"
+                f"{in_words(outputs, targets)}{remedy(self, targets) if not fits else ' with other values'}"
             )
 
     @override

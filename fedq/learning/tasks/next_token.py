@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedq.errors import check_range
-from fedq.learning.task import Classification, Reduction, Sums, TaskError, check_classes, in_words
+from fedq.learning.task import Classification, Reduction, Sums, TaskError, check_classes, in_words, remedy
 
 
 class NextToken(Classification):
@@ -71,7 +71,7 @@ class NextToken(Classification):
         if not fits or targets.dtype != torch.int64:
             raise TaskError(
                 "task=next_token takes outputs of shape (N, T, vocabulary) and int64 targets of shape (N, T), not "
-                f"{in_words(outputs, targets)}"
+                f"{in_words(outputs, targets)}{remedy(self, targets)}"
             )
         check_classes(targets[self._counts(targets)], outputs.shape[-1])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fedq.errors import check_choice, check_range
-from fedq.learning.task import Reduction, Sums, Task, TaskError, in_words, squeezed
+from fedq.learning.task import Reduction, Sums, Task, TaskError, in_words, remedy, squeezed
 
 Loss = Literal["mse", "huber"]
 
@@ -79,7 +79,7 @@ class Regression(Task):
         if not fits or not bool(targets.isfinite().all()):
             raise TaskError(
                 "task=regression takes outputs and finite, floating targets of equal shape, not "
-                f"{in_words(outputs, targets)}{'' if not fits else ' with NaN or infinity'}"
+                f"{in_words(outputs, targets)}{remedy(self, targets) if not fits else ' with NaN or infinity'}"
             )
 
     @override
