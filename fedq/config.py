@@ -179,7 +179,7 @@ def build_server(cfg: DictConfig) -> Any:
     """Returns a function that makes the server optimizer. A trial step checks its arguments before the first round."""
     import torch
 
-    from fedq.learning.optimizers import Scheduled, tried
+    from fedq.learning.optimizers import Scheduled
 
     server = build(cfg, "server")
 
@@ -195,7 +195,7 @@ def build_server(cfg: DictConfig) -> Any:
     if to_container(cfg, "server.schedule") is None:
         return server
     scheduled = Scheduled(server, build(cfg, "server.schedule"))
-    tried("server.schedule", lambda: scheduled.rate(1))
+    scheduled.rate(1)
     return scheduled
 
 

@@ -225,7 +225,7 @@ def test_a_schedule_of_the_server_makes_the_rates_of_its_optimizer():
     server = build_server(configured("server.lr=0.5", STEP))
     assert [server.rate(round_) for round_ in range(5)] == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
     assert not hasattr(build_server(configured("server.lr=0.5")), "rate")
-    with pytest.raises(FedqError, match=r"server\.schedule: TypeError: .*metrics"):
+    with pytest.raises(FedqError, match=r"server\.schedule, round 2: TypeError: .*metrics"):
         build_server(configured(STEP.replace("StepLR", "ReduceLROnPlateau").replace("step_size:2", "patience:2")))
 
 

@@ -19,6 +19,7 @@ from tff_files import cifar100_files, stackoverflow_files
 from fedq.config import check
 from fedq.data import Examples
 from fedq.learning import Classification, FederatedAveraging, LocalTraining, Multilabel, NextToken, Regression
+from fedq.learning.evaluation import check as check_examples_fit
 from fedq.learning.task import TaskError, remedy, remedy_of_model
 from fedq.models import CharLSTM, FedAvgCNN, ResNet
 
@@ -140,7 +141,7 @@ def test_parts_that_do_not_fit_end_with_a_remedy(examples, model, task, remedy):
         partial(model, num_classes=10), LocalTraining(lr=0.1), partial(torch.optim.SGD, lr=1.0), task=task
     )
     with pytest.raises(TaskError, match=f"{remedy}$"):
-        process.check("client 0", examples)
+        check_examples_fit(process.protocol.model, "client 0", examples, task)
 
 
 def test_examples_that_fit_have_no_remedy():

@@ -1,10 +1,11 @@
 """The interface of a federated dataset: a population of clients, each with its own examples, and a test set."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fedq.errors import FedqError
@@ -21,6 +22,18 @@ class Examples(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+
+def pooled(parts: Iterable[Examples]) -> Examples:
+    """Returns the examples of several clients as one set. Raises FedqError if their shapes or dtypes differ."""
+    x, y = zip(*parts, strict=True)
+    for name, tensors in (("inputs", x), ("targets", y)):
+        found = sorted({f"{tuple(tensor.shape[1:])} {tensor.dtype}".replace("torch.", "") for tensor in tensors})
+        if len(found) > 1:
+            raise FedqError(
+                f"the {name} of clients are {found[0]} and {found[1]}: all clients need one shape and one dtype."
+            )
+    return Examples(torch.cat(x), torch.cat(y))
 
 
 def plain_integer(name: str, value: Any, least: int, below: int) -> int:

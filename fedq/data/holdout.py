@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedq.data.dataset import Client, Examples, FederatedDataset
+from fedq.data.dataset import Client, Examples, FederatedDataset, pooled
 from fedq.errors import FedqError
 from fedq.keys import Key
 
@@ -124,10 +124,10 @@ def _pooled(
     reader: Returns the function that reads a client's examples; None if the client has no examples.
     """
     readers = map(reader, map(client, drawn(seed, "validation", population, MOST_CLIENTS)))
-    parts = [part for part in (read() for read in readers if read) if len(part.y)]
+    parts = [part for part in (Examples(*read()) for read in readers if read) if len(part.y)]
     if not parts:
         raise FedqError(
             "run.validation: there are no validation examples: the dataset lacks them, or clients are too small for "
             "this share; hold out more, such as run.validation=0.2"
         )
-    return Examples(*map(torch.cat, zip(*parts, strict=True)))
+    return pooled(parts)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from fedq.data.characters import VOCABULARY, sequences, tokens
-from fedq.data.dataset import Client, Examples
+from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError
+from fedq.errors import check_range
 
 _USER_DATA = re.compile(r'"user_data"\s*:\s*\{')
 _BETWEEN = re.compile(r"[\s:,]*")
@@ -52,6 +53,7 @@ class Leaf:
     """
 
     def __init__(self, path: str, shape: list[int] | None = None, classes: int | None = None) -> None:
+        check_range("classes", classes, 1, integer=True, optional=True)
         self._shape, folder = shape, Path(path).expanduser()
         self._train, self._test = (_places(folder / part) for part in ("train", "test"))
         places = [*self._train.values(), *self._test.values()]
@@ -75,8 +77,7 @@ class Leaf:
 
     def test(self) -> Examples:
         """Returns the test examples of all users, in the sorted order of the users; each call reads the files."""
-        parts = [self._read(user, place) for user, place in sorted(self._test.items())]
-        return Examples(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        return pooled(self._read(user, place) for user, place in sorted(self._test.items()))
 
     def _read(self, user: str, place: _Place) -> Examples:
         try:
@@ -84,9 +85,11 @@ class Leaf:
                 file.seek(place.start)
                 x, y = _checked(json.loads(file.read(place.end - place.start)))
             if not place.classes:
-                parts = [sequences(tokens((a + b).encode())) for a, b in zip(x, y, strict=True)]
-                return Examples(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-            inputs = torch.from_numpy(np.array(x, np.float32))
+                return pooled(sequences(tokens((a + b).encode())) for a, b in zip(x, y, strict=True))
+            array = np.array(x)
+            if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+                raise ValueError("x must be finite numbers, or text where y is text")
+            inputs = torch.from_numpy(array.astype(np.float32))
             return Examples(inputs.reshape(len(x), *(self._shape or inputs.shape[1:])), torch.tensor(y).long())
         except (
             OSError,
@@ -126,6 +129,8 @@ def _users(file: Path) -> Iterator[tuple[str, _Place]]:
     while text[start] != "}":
         _, end = decode(text, start)
         user, start = json.loads(data[start:end]), _after(text, end)
+        if not isinstance(user, str):
+            raise ValueError(f"a user must be a text, not {user!r}")
         value, end = decode(text, start)
         try:
             x, y = _checked(value)
@@ -151,6 +156,6 @@ def _checked(value: Any) -> tuple[list[Any], list[Any]]:
     if all(isinstance(text, str) for text in (*x, *y)):
         return x, y
     for label in y:
-        if not isinstance(label, int | float) or label < 0 or label != int(label):
-            raise ValueError(f"y must be labels of 0 or more, or text if x is text, not {label!r}")
+        if not isinstance(label, int | float) or not 0 <= label < 2**31 or label != int(label):
+            raise ValueError(f"y must be labels from 0 to 2^31 - 1, or text if x is text, not {label!r}")
     return x, y

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fedq.data.characters import LENGTH, VOCABULARY, sequences, tokens
-from fedq.data.dataset import Client, Examples
+from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError
 from fedq.data.images import check_shape, decoded
 from fedq.data.partitioned import normalised, stacked
-from fedq.errors import MissingPackage
+from fedq.errors import MissingPackage, check_range
 
 try:
     import pyarrow as pa
@@ -63,7 +63,10 @@ class Parquet:
         train: str = "train",
         test: str = "test",
     ) -> None:
+        check_range("classes", classes, 1, integer=True, optional=True)
         self._client, self._x, self._y = client, [x] if isinstance(x, str) else x, y
+        if not self._x:
+            raise ValueError("x must name a column, or several.")
         self._shape, self._mean, self._std = shape, mean, std
         folder = Path(path).expanduser()
         self._train, self._test = (_opened(folder, part) for part in (train, test))
@@ -75,12 +78,18 @@ class Parquet:
         self._kind = _kind(self._train.schema.field(self._x[0]).type)
         if self._kind == "image":
             check_shape(shape or [])
+        elif mean is not None or std is not None:
+            raise ValueError(f"mean and std must be null: {self._x[0]!r} holds no images.")
         if y is None and self._kind != "text":
             raise ValueError(f"y must be a column: {self._x[0]!r} is not text, whose next tokens could be predicted.")
         self.num_classes = VOCABULARY if y is None else self._classes(y, classes)
         self._ids, self._counts = _clients(self._train, client)
         test_ids = _clients(self._test, client)[0] if client in self._test.schema.names else self._ids[:0]
-        self._own_test = pc.is_in(self._ids, test_ids.cast(self._ids.type)).to_pylist()
+        try:
+            self._own_test = pc.is_in(self._ids, test_ids.cast(self._ids.type)).to_pylist()
+        except pa.ArrowException as error:
+            found = f"{client!r} is {self._ids.type} in {train!r}, and {test_ids.type} in {test!r}"
+            raise DatasetError(f"{folder}: {found}; both columns must have one type.") from error
         self.num_clients = len(self._ids)
 
     @property
@@ -107,8 +116,7 @@ class Parquet:
         where = f"{Path(part.files[0]).parent}: column"
         columns = [table[name].combine_chunks() for name in self._x]
         if self._y is None:
-            parts = [sequences(tokens((text or "").encode())) for text in columns[0].to_pylist()]
-            return Examples(*(torch.cat(both) for both in zip(*parts, strict=True)))
+            return pooled(sequences(tokens((text or "").encode())) for text in columns[0].to_pylist())
         y = _numbers(table[self._y].combine_chunks(), f"{where} {self._y!r}")
         y = y.reshape(len(y), -1) if y.is_floating_point() else y.long()  # a regression has outputs (N, numbers)
         return Examples(self._inputs(columns, f"{where} {self._x[0]!r}"), y)
@@ -129,7 +137,7 @@ class Parquet:
         x = x / 255 if x.dtype == torch.uint8 else x
         try:
             return x if self._shape is None else x.reshape(len(x), *self._shape)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise DatasetError(f"{where} has inputs of shape {list(x.shape[1:])}, not {self._shape}.") from error
 
     def _classes(self, y: str, classes: int | None) -> int:
@@ -138,8 +146,8 @@ class Parquet:
             return _numbers(self._train.head(1, columns=[y])[y].combine_chunks(), f"column {y!r}")[0].numel()
         labels = pa.chunked_array(chunk for part in (self._train, self._test) for chunk in _table(part, [y])[y].chunks)
         low, high = pc.min_max(labels).as_py().values()
-        if labels.null_count or low < 0 or high >= (classes or 2**63):
-            allowed = "from 0 to classes - 1" if classes else "of 0 or more"
+        if labels.null_count or low < 0 or high >= (classes or 2**31):
+            allowed = f"from 0 to {(classes or 2**31) - 1}"
             raise DatasetError(
                 f"column {y!r} has labels from {low} to {high}, and {labels.null_count} missing labels. "
                 f"All rows must have labels {allowed}."
@@ -162,7 +170,10 @@ def _opened(folder: Path, part: str) -> Any:
         plain = [
             field.with_type(f.value_type) if pa.types.is_dictionary(f := field.type) else field for field in schema
         ]
-        return ds.dataset(files, pa.schema(plain), format="parquet")
+        opened = ds.dataset(files, pa.schema(plain), format="parquet")
+        if not opened.count_rows():
+            raise DatasetError(f"{folder}: the files of {part!r} have no rows.")
+        return opened
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DatasetError(f"{folder}: the files of {part!r} cannot be read ({reason}).") from error
@@ -171,7 +182,7 @@ def _opened(folder: Path, part: str) -> Any:
 def _table(part: Any, columns: list[str], rows: Any = None) -> Any:
     """Returns columns of the rows that an expression selects, or of all rows."""
     try:
-        return part.to_table(columns=columns, filter=rows, use_threads=False)
+        return part.to_table(columns=list(dict.fromkeys(columns)), filter=rows, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DatasetError(f"{Path(part.files[0]).parent}: the files cannot be read ({reason}).") from error
@@ -180,8 +191,11 @@ def _table(part: Any, columns: list[str], rows: Any = None) -> Any:
 def _clients(part: Any, client: str) -> tuple[Any, Any]:
     """Returns the sorted values of the column of clients and the number of rows of each."""
     column = _table(part, [client])[client]
-    if column.null_count:
-        raise DatasetError(f"{Path(part.files[0]).parent}: {column.null_count} rows have no {client!r}.")
+    where, kind = Path(part.files[0]).parent, column.type
+    if pa.types.is_nested(kind):
+        raise DatasetError(f"{where}: {client!r} holds {kind}; it must hold one value a row.")
+    if missing := pc.sum(pc.is_null(column, nan_is_null=True)).as_py():
+        raise DatasetError(f"{where}: {missing} rows have no {client!r}.")
     counts = pc.value_counts(column)
     values = counts.field("values")
     order = pc.sort_indices(values)
@@ -192,11 +206,17 @@ def _kind(column: Any) -> str:
     """Returns the kind of a column of inputs, by the column's type: "text", "image" or "numbers"."""
     if pa.types.is_string(column) or pa.types.is_large_string(column):
         return "text"
-    if pa.types.is_struct(column) and column.get_field_index("bytes") < 0:
-        raise ValueError(f"the inputs are {column}, without the bytes of an image.")
-    if pa.types.is_binary(column) or pa.types.is_large_binary(column) or pa.types.is_struct(column):
+    in_struct = pa.types.is_struct(column)
+    data = column.field("bytes").type if in_struct and column.get_field_index("bytes") >= 0 else column
+    if pa.types.is_binary(data) or pa.types.is_large_binary(data) or (in_struct and pa.types.is_null(data)):
         return "image"
+    if in_struct:
+        raise ValueError(f"the inputs are {column}, without the bytes of an image.")
     return "numbers"
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _numbers(column: Any, where: str) -> Tensor:
@@ -206,7 +226,7 @@ def _numbers(column: Any, where: str) -> Tensor:
     Raises DatasetError for other types, missing values and lists of several lengths.
     """
     shape = [len(column)]
-    while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type) and not column.null_count:
+    while _is_list(column.type) and not column.null_count:
         lengths = pc.unique(pc.list_value_length(column)).to_pylist()
         if len(lengths) != 1:
             raise DatasetError(f"{where} has lists of {len(lengths)} lengths; all lists must have one length.")

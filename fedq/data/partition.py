@@ -20,6 +20,10 @@ Shares = Callable[[int, np.ndarray], np.ndarray]
 left."""
 
 
+LIMITS = (1e-100, 1e100)
+"""The least and the largest concentration of a Dirichlet distribution. Beyond them, sums overflow or vanish."""
+
+
 class Partition(Protocol):
     """Splits the examples of a dataset over clients."""
 
@@ -41,7 +45,10 @@ class Natural(Partition):
 
     @override
     def split(self, examples: int, columns: Columns, clients: int | None, key: Key) -> list[np.ndarray]:
-        _, client_of, counts = np.unique(column(columns, "client"), return_inverse=True, return_counts=True)
+        try:
+            _, client_of, counts = np.unique(column(columns, "client"), return_inverse=True, return_counts=True)
+        except TypeError as error:
+            raise ValueError(f"the ids of the dataset's clients cannot be sorted: {error}.") from error
         if clients is not None:
             raise ValueError(f"clients must be null, not {clients}: the dataset already has {len(counts)} clients.")
         return np.split(np.argsort(client_of, kind="stable"), counts.cumsum()[:-1])
@@ -58,11 +65,11 @@ class Iid(Partition):
 class DirichletSizes(Partition):
     """Random examples for each client, and sizes from a symmetric Dirichlet distribution (Li 2022, NIID-Bench).
 
-    alpha: concentration of each client, above 0. Small values give a few large clients.
+    alpha: concentration of each client, 1e-100 to 1e100. Small values give a few large clients.
     """
 
     def __init__(self, alpha: float = 0.5) -> None:
-        check_range("alpha", alpha, above=0)
+        check_range("alpha", alpha, *LIMITS)
         self.alpha = alpha
 
     @override
@@ -115,11 +122,11 @@ class Dirichlet(Partition):
     client draws all its examples before the next client. Here clients take turns, one example each; otherwise the last
     clients would get only the remaining labels.
 
-    alpha: mean concentration of a label, above 0: the paper's α divided by the number of labels.
+    alpha: mean concentration of a label, 1e-100 to 1e100: the paper's α divided by the number of labels.
     """
 
     def __init__(self, alpha: float = 0.1) -> None:
-        check_range("alpha", alpha, above=0)
+        check_range("alpha", alpha, *LIMITS)
         self.alpha = alpha
 
     @override
@@ -139,13 +146,13 @@ class Pachinko(Partition):
     Dirichlet distributions. If a label has no examples left, the other labels of the superclass take its share. Clients
     take turns, as in Dirichlet.
 
-    alpha: concentration of each superclass, above 0.
-    beta: concentration of each label in its superclass, above 0.
+    alpha: concentration of each superclass, 1e-100 to 1e100.
+    beta: concentration of each label in its superclass, 1e-100 to 1e100.
     """
 
     def __init__(self, alpha: float = 0.1, beta: float = 10.0) -> None:
-        check_range("alpha", alpha, above=0)
-        check_range("beta", beta, above=0)
+        check_range("alpha", alpha, *LIMITS)
+        check_range("beta", beta, *LIMITS)
         self.alpha, self.beta = alpha, beta
 
     @override

@@ -1,5 +1,6 @@
 """A federated dataset of two map-style datasets, such as torchvision's, and a partition."""
 
+import math
 from collections.abc import Iterable, Sequence, Sized
 from functools import partial
 from typing import Any, Protocol
@@ -126,6 +127,8 @@ def normalised(x: Tensor, mean: list[float] | None, std: list[float] | None) -> 
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, x.shape[1]):
             raise DatasetError(f"{name} must have {x.shape[1]} numbers, one a channel, not {len(values)}.")
+        if values is not None and not all(math.isfinite(v) and (v > 0 or name == "mean") for v in values):
+            raise DatasetError(f"{name} must be finite numbers{' above 0' if name == 'std' else ''}, not {values}.")
     if mean is not None:
         x = x - x.new_tensor(mean).reshape(-1, 1, 1)
     return x if std is None else x / x.new_tensor(std).reshape(-1, 1, 1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedq.data.characters import LENGTH, VOCABULARY, sequences, tokens
-from fedq.data.dataset import Client, Examples
+from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError
 from fedq.errors import MissingPackage, check_range
 
@@ -81,7 +81,7 @@ class Shakespeare:
         return self._pooled(VALIDATION)
 
     def _pooled(self, part: int) -> Examples:
-        x, y = (torch.cat(columns) for columns in zip(*(_load(t, part) for t in self._roles.values()), strict=True))
+        x, y = pooled(_load(text, part) for text in self._roles.values())
         limit = min(self._test_examples or len(y), len(y))
         chosen = torch.arange(limit) * len(y) // limit
         return Examples(x[chosen], y[chosen])

@@ -9,9 +9,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from h5py import h5f
 from torch import Tensor
 
-from fedq.data.dataset import Client, Examples
+from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError, obtain
 from fedq.errors import check_range
 
@@ -82,6 +83,8 @@ class ClientsFile:
             for array, (name, (kind, shape)) in zip(arrays, self._layout.items(), strict=True):
                 if not isinstance(array, h5py.Dataset):
                     raise DatasetError(f"{where} has no array '{name}'.")
+                if array.external or array.is_virtual or h5f.get_name(array.id) != h5f.get_name(self._clients.id):
+                    raise DatasetError(f"{where} has '{name}' in another file, which is not read.")
                 if not _is_of(array.dtype, kind) or not array.shape or array.shape[1:] != shape:
                     found = f"{array.dtype} {array.shape}"
                     raise DatasetError(f"{where} has '{name}' as {found}, not {kind.__name__} {('N', *shape)}.")
@@ -180,8 +183,8 @@ class TffDataset(ABC):
         clients = min(len(file.ids), -(-limit // 10) if limit else len(file.ids))  # a read takes half a millisecond
         chosen = file.ids[np.arange(clients) * len(file.ids) // clients].tolist()
         each = limit and -(-limit // clients)
-        x, y = zip(*(self._load(file, client_id, each) for client_id in chosen), strict=True)
-        return Examples(torch.cat(x)[:limit], torch.cat(y)[:limit])
+        x, y = pooled(self._load(file, client_id, each) for client_id in chosen)
+        return Examples(x[:limit], y[:limit])
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def check_optimizer(training: LocalTraining) -> None:
         if training.keep_optimizer and not optimizer.state():
             raise FedqError("client.keep_optimizer must be false: the optimizer has no state")
     if training.schedule:
-        tried("client.schedule", lambda: training.at(1))
+        training.at(1)
 
 
 def fitted(way: str, encoder: StateDictEncoder, model: nn.Module, parts: Parts) -> StateDictEncoder:

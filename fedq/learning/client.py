@@ -17,7 +17,7 @@ from fedq.errors import FedqError
 from fedq.keys import BROADCAST
 from fedq.learning.draws import KeyedDraws
 from fedq.learning.error_feedback import compensate, residual_of
-from fedq.learning.failures import ClientFailure
+from fedq.learning.failures import ClientFailure, unable
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
 from fedq.learning.parts import same_bits
@@ -41,7 +41,7 @@ class ClientHalf:
         """
         self.protocol, self._precision = protocol, precision
         self._local = threading.local()
-        self._draws: bool | None = None  # whether training draws random numbers; None before the first client
+        self.keyed: bool | None = None  # whether the model draws in training; None before the first client
         buffers, saved = dict(protocol.client_model.named_buffers()), protocol.client_model.state_dict()
         self._unsaved = {name: value for name, value in buffers.items() if name not in saved}
         if protocol.projection:
@@ -128,7 +128,7 @@ class ClientHalf:
         if protocol.initial_groups:
             correct = partial(_correct, protocol, received, kept)
         # the mode slows each function of torch, and a model without draws does not need the mode
-        draws = nullcontext() if self._draws is False else KeyedDraws(key.fold("draws"), protocol.device)
+        draws = nullcontext() if self.keyed is False else KeyedDraws(key.fold("draws"), protocol.device)
         try:
             with draws:
                 metrics = training.train(
@@ -147,9 +147,9 @@ class ClientHalf:
         except (FedqError, ClientFailure):
             raise
         except Exception as error:
-            raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
+            raise unable(error) from error
         if isinstance(draws, KeyedDraws):
-            self._draws = self._draws or draws.drawn
+            self.keyed = self.keyed or draws.drawn
         return metrics
 
     def _worker_model(self) -> nn.Module:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError
-from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore
 from fedq.learning.evaluation import Map
-from fedq.learning.failures import ClientFailure, OtherBase
+from fedq.learning.failures import ClientFailure, OtherBase, reading
 from fedq.learning.local_training import check_nothing_drawn, generators
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import (
@@ -31,6 +30,7 @@ from fedq.learning.round import (
     timed,
 )
 from fedq.learning.server import Downlink, Uplink
+from fedq.learning.task import TaskError, check_examples
 
 log = logging.getLogger(__name__)
 
@@ -165,18 +165,18 @@ class LocalClients:
 
 
 def loaded(client: Client, device: torch.device) -> Examples:
-    """Returns a client's examples. Raises FedqError if a file cannot be read, which is no fault of the client."""
+    """Returns a client's examples. Raises FedqError or ClientFailure if they cannot be read; see `reading`.
+
+    Raises TaskError unless they are two tensors of equal length.
+    """
     before = generators(device)
-    try:
+    with reading(client.number):
         examples = client.load()
-    except OSError as error:
-        raise FedqError(f"the dataset's client {client.number} cannot be read: {error}") from error
-    except (FedqError, ClientFailure):
-        raise
-    except Exception as error:  # whatever an author's dataset raises
-        raise ClientFailure("unable", f"{type(error).__name__}: {error}") from error
     check_nothing_drawn(before, device)
-    return examples
+    try:
+        return check_examples(examples)
+    except TaskError as error:
+        raise TaskError(f"with the examples of client {client.number}: {error}") from error
 
 
 def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:

@@ -1,6 +1,8 @@
 """Random draws of a model in training: each client's draws follow from the client's key."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
 from typing import Any, Self
@@ -14,6 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from fedq.keys import Key
+
+
+@contextmanager
+def seeded(key: Key, device: torch.device) -> Iterator[None]:
+    """Seeds the generators that all threads share, for a model's first weights, and restores them afterwards."""
+    of_python, of_numpy, seed = random.getstate(), np.random.get_state(), key.integer()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
 
 _DRAWING = (
     *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli"),

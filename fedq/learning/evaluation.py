@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -12,7 +13,9 @@ from torch import nn
 from fedq.data import Client, Examples
 from fedq.errors import FedqError
 from fedq.keys import Key
+from fedq.learning.aggregation import one_thread
 from fedq.learning.draws import KeyedDraws
+from fedq.learning.failures import ClientFailure, reading
 from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators
 from fedq.learning.task import (
     Sums,
@@ -64,7 +67,7 @@ def evaluate(
             sums = {"loss": task.loss(outputs, y, "sum"), **task.test_sums(outputs, y)}
             return {"targets": task.count(y)} | {name: summable(value) for name, value in sums.items()}
 
-    check_examples(examples)
+    examples = check_examples(examples)
     if not len(examples.y):
         raise FedqError("there are no examples to evaluate on: the dataset's test set is empty")
     device = next(model.parameters()).device
@@ -83,25 +86,26 @@ def evaluate(
     return task.metrics(total)
 
 
+@one_thread()
 def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
     """Raises TaskError unless the model takes the examples, and the task takes the outputs and the targets.
 
-    model: The model, which evaluation may change.
+    model: The model.
     whose: The owner of the examples, for the error's text.
     examples: The model evaluates the first two; the targets of all are checked. An empty set passes.
     task: The task.
 
-    Changes neither the examples nor torch's generator.
+    Changes neither the model, nor the examples, nor torch's generator.
     """
     device = next(model.parameters()).device
     try:
-        check_examples(examples)
+        examples = check_examples(examples)
         if not len(examples.y):
             return
         x = examples.x[:2].to(device, copy=True)
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             try:
-                returned = model.eval()(x)
+                returned = deepcopy(model).eval()(x)
             except Exception as error:  # an author's model may raise any error
                 reason = str(error).splitlines()[0] if str(error) else ""
                 raise TaskError(
@@ -126,8 +130,8 @@ def evaluate_clients(
     """Returns mean, median and worst tenth of the headline over clients; each client counts once, as in Li 2020.
 
     A client is evaluated on its test examples. Without test examples, its validation examples are used, and without
-    these its training examples. Clients without a target that counts are left out. The worst tenth is rounded up to
-    whole clients.
+    these its training examples. Clients without a target that counts, and clients that cannot be read, are left
+    out. The worst tenth is rounded up to whole clients.
 
     model_of: Returns a new model for a client.
     map: Evaluates the clients; a pool's `map` evaluates them side by side, with the same result.
@@ -136,7 +140,11 @@ def evaluate_clients(
     """
 
     def headline(client: Client) -> list[float]:
-        examples = (client.test or client.validation or client.load)()
+        try:
+            with reading(client.number):
+                examples = check_examples((client.test or client.validation or client.load)())
+        except ClientFailure:
+            return []
         if not task.count(examples.y):
             return []
         metrics = evaluate(model_of(client), examples, batch_size, precision=precision, task=task)

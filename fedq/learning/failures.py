@@ -1,5 +1,7 @@
 """Why a client is left out of a round."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from fedq.errors import FedqError
@@ -25,11 +27,37 @@ class ClientFailure(Exception):
         self.kind = kind
 
 
+def unable(error: Exception) -> ClientFailure:
+    """Returns the failure of a client whose dataset or model raised `error`, with the first line of its text."""
+    first = str(error).partition("\n")[0]
+    return ClientFailure("unable", f"{type(error).__name__}: {first}")
+
+
+@contextmanager
+def reading(client: int) -> Iterator[None]:
+    """Turns the errors of a dataset that reads a client's examples into ClientFailure.
+
+    Raises FedqError if a file cannot be read, which is no fault of the client.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FedqError(f"the dataset's client {client} cannot be read: {error}") from error
+    except (FedqError, ClientFailure):
+        raise
+    except Exception as error:  # whatever an author's dataset raises
+        raise unable(error) from error
+
+
 class OtherBase(ClientFailure):
     """The client's frozen tensors or first weights may differ from the server's.
 
     The server then sends its tensors, exact, before the same messages.
     """
+
+
+class SharedDraw(FedqError):
+    """Something has drawn from a generator that all threads share; names the generator."""
 
 
 class Diverged(FedqError):

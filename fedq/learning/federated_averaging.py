@@ -19,8 +19,8 @@ from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.cohort import Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.evaluation import Map, check, evaluate, evaluate_clients
-from fedq.learning.failures import Diverged, TooFewClients
+from fedq.learning.evaluation import Map, evaluate, evaluate_clients
+from fedq.learning.failures import Diverged, SharedDraw, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counted, counts_of, metrics_of
@@ -29,7 +29,7 @@ from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, G
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import Task
+from fedq.learning.task import Task, check_examples
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -98,8 +98,9 @@ class FederatedAveraging:
         self.server, self.map, self.precision = server, map, precision
         self.store = InMemory() if store is None else store
         self.downlink, self.uplink = Downlink(protocol), Uplink(protocol, guard)
-        clients = LocalClients(ClientHalf(protocol, precision), self.store, network)
-        self.contribute = Cohort(protocol, self.downlink, self.uplink, clients.ask, map).contribute
+        self._half = ClientHalf(protocol, precision)
+        clients = LocalClients(self._half, self.store, network)
+        self._cohort = Cohort(protocol, self.downlink, self.uplink, clients.ask, map)
 
     def initialize(self) -> ServerState:
         """Returns the state before the first round."""
@@ -165,6 +166,20 @@ class FederatedAveraging:
                 after = after.after_broadcast(result.received, broadcast.messages[0], limit, received)
         return after, metrics_of(self.protocol.task, state, after, records, seconds)
 
+    def contribute(self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]]) -> CohortResult:
+        """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort.
+
+        If a client's model is the first to draw, all these clients train again, with keyed draws.
+        """
+        clients = list(clients)
+        try:
+            return self._cohort.contribute(broadcast, clients)
+        except SharedDraw:
+            if self._half.keyed:
+                raise
+            self._half.keyed = True
+        return self._cohort.contribute(broadcast, clients)
+
     @one_thread()
     def evaluate(
         self,
@@ -175,16 +190,17 @@ class FederatedAveraging:
     ) -> dict[str, float]:
         """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
 
-        clients: With personal tensors, numbers and examples of clients. Metrics are means over these clients, each with
-            its own tensors. Clients without a target that counts are left out.
+        clients: With personal tensors, numbers and examples of clients. A metric is the mean over those clients that
+            have the metric, each with its own tensors. Clients without a target that counts are left out.
         """
         task, metrics = self.protocol.task, []
         for number, its in clients if self.protocol.parts.personal else ():
-            if task.count(its.y):
+            if task.count(check_examples(its).y):
                 model = self._model(state, number)
                 metrics.append(evaluate(model, its, batch_size, self.map, self.precision, task))
         metrics = metrics or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
-        return {name: fmean(one[name] for one in metrics) for name in metrics[0]}
+        names = {name: None for one in metrics for name in one}
+        return {name: fmean(one[name] for one in metrics if name in one) for name in names}
 
     @one_thread()
     def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:
@@ -207,11 +223,6 @@ class FederatedAveraging:
         model = deepcopy(protocol.model)
         model.load_state_dict(weights)
         return model
-
-    @one_thread()
-    def check(self, whose: str, examples: Examples) -> None:
-        """Raises TaskError unless model and task take the examples of `whose`; see `evaluation.check`."""
-        check(deepcopy(self.protocol.model), whose, examples, self.protocol.task)
 
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fedq.data import Examples
 from fedq.data.augment import Augment
-from fedq.errors import FedqError, check_choice
+from fedq.errors import check_choice
 from fedq.keys import Key
+from fedq.learning.failures import SharedDraw
 from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
 from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
 
@@ -122,7 +123,7 @@ class LocalTraining:
 
     @cached_property
     def _rates(self) -> Rates | None:
-        return Rates(self.lr, self.schedule) if self.schedule else None
+        return Rates(self.lr, self.schedule, "client.schedule") if self.schedule else None
 
     def optimizer_of(self, parameters: Mapping[str, Tensor]) -> Steps:
         """Returns a new optimizer of the parameters, given by name."""
@@ -183,10 +184,10 @@ class LocalTraining:
         kept: The optimizer's state before training, which the state after training replaces. Empty in a client's first
             round; None if the state is not kept.
 
-        Raises TaskError if the examples or the model's outputs do not fit the task. Raises FedqError if the model draws
-        from a generator that all threads share. In `KeyedDraws`, torch's functions use the client's generator.
+        Raises TaskError if the examples or the model's outputs do not fit the task. Raises SharedDraw if the model
+        draws from a generator that all threads share. In `KeyedDraws`, torch's functions use the client's generator.
         """
-        check_examples(examples)
+        all_x, all_y = (part.detach() for part in check_examples(examples))
         model.load_state_dict(weights)
         model.train()
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -194,7 +195,7 @@ class LocalTraining:
         optimizer = self.optimizer_of(parameters)
         if kept:
             optimizer.load(kept)
-        all_x, all_y = examples.x.to(device), examples.y.to(device)
+        all_x, all_y = all_x.to(device), all_y.to(device)
         loss_sum, seen, steps = 0.0, 0, 0
         sums: dict[str, float] = dict.fromkeys((*task.reported, "targets"), 0)
         order = self.chosen(len(examples.y), key)
@@ -241,10 +242,10 @@ class LocalTraining:
 
 
 def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None:
-    """Raises FedqError if a generator that all threads share has changed since `generators` returned `before`."""
+    """Raises SharedDraw if a generator that all threads share has changed since `generators` returned `before`."""
     after = generators(device)
     if drawn := [name for name in before if before[name] != after[name]]:
-        raise FedqError(
+        raise SharedDraw(
             f"the model or the dataset draws random numbers from {drawn[0]}'s global generator, which all threads "
             "share: the run could not be repeated. In the model, draw with torch's functions, which use the client's "
             "generator in training. In the dataset, draw from a generator that belongs to the dataset"

@@ -1,5 +1,6 @@
 """Optimizers of clients, and learning rates that change over the rounds."""
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -150,33 +151,45 @@ class Scheduled:
 
     @cached_property
     def _rates(self) -> "Rates":
-        return Rates(self.optimizer([torch.zeros(1)]).param_groups[0]["lr"], self.schedule)
+        return Rates(self.optimizer([torch.zeros(1)]).param_groups[0]["lr"], self.schedule, "server.schedule")
 
 
 class Rates:
     """The learning rate of each round: a scheduler of torch that steps once a round."""
 
-    def __init__(self, lr: float, schedule: Schedule) -> None:
-        """Starts at the first round.
+    def __init__(self, lr: float, schedule: Schedule, path: str) -> None:
+        """Takes the rate that the scheduler starts from.
 
-        lr: The rate that the scheduler starts from.
+        lr: The rate.
         schedule: Builds the scheduler.
+        path: The schedule's place in the configuration, for errors.
         """
-        self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
-        self._scheduler = schedule(self._optimizer)
-        self._rates, self._lock = [self._now()], threading.Lock()
+        self._optimizer, self._path = torch.optim.SGD([torch.zeros(1)], lr=lr), path
+        self._scheduler = tried(path, lambda: schedule(self._optimizer))
+        self._rates, self._lock = [self._checked(0)], threading.Lock()
 
     def __call__(self, round: int) -> float:
-        """Returns the rate of a round. The first round is number 0."""
+        """Returns the rate of a round. The first round is number 0.
+
+        Raises FedqError if the schedule has no such round, or gives it a rate below 0 or none that is finite.
+        """
         with self._lock:
             while len(self._rates) <= round:
-                self._optimizer.step()
-                self._scheduler.step()
-                self._rates.append(self._now())
+                tried(f"{self._path}, round {len(self._rates) + 1}", self._step)
+                self._rates.append(self._checked(len(self._rates)))
             return self._rates[round]
 
-    def _now(self) -> float:
-        return float(self._optimizer.param_groups[0]["lr"])
+    def _step(self) -> None:
+        self._optimizer.step()
+        self._scheduler.step()
+
+    def _checked(self, round: int) -> float:
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        if not 0 <= rate < math.inf:
+            raise FedqError(
+                f"{self._path} gives the rate {rate} in round {round + 1}: rates must be finite, at least 0"
+            )
+        return rate
 
 
 def tried(path: str, function: Callable[[], Result]) -> Result:

@@ -15,10 +15,11 @@ from fedq.encoding.schema import Schema, Tensors
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.checks import check_feedback, check_model, check_scaled, check_together, fitted
+from fedq.learning.draws import seeded
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
-from fedq.learning.optimizers import stepped
+from fedq.learning.optimizers import stepped, tried
 from fedq.learning.parts import as_bytes, digest, parts_of
 from fedq.learning.round import Received, Registered
 from fedq.learning.submodel import FederatedDropout, SubModels
@@ -92,9 +93,7 @@ class Protocol:
         self.upload_feedback = isinstance(upload, ErrorFeedback)
         down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
         check_together(client, algorithm, broadcast, upload, submodel)
-        # Modules draw their first weights from torch's global generator: seed it, then restore its state.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(Key(seed).fold("model").integer())
+        with seeded(Key(seed).fold("model"), device):
             built = model()
         self.parts = parts = parts_of(built, algorithm.frozen, algorithm.personal)
         check_model(built, parts, submodel)
@@ -142,9 +141,10 @@ class Protocol:
             }
         )
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
-        if client.keep_optimizer:
+        if client.optimizer or client.keep_optimizer:
             trained = {name: self.initial[name] for name, p in self.model.named_parameters() if p.requires_grad}
-            self.kept_schema |= schema_of(stepped(client.optimizer_of, trained).state())
+            optimizer = tried("client.optimizer", lambda: stepped(client.optimizer_of, trained))
+            self.kept_schema |= schema_of(optimizer.state()) if client.keep_optimizer else {}
         if self.upload_feedback:
             self.kept_schema |= {name: schema[name] for name in self.weights.upload.compressed}
         self.kept_schema |= schema_of({name: self.initial[name] for name in parts.personal})

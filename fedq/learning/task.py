@@ -118,13 +118,16 @@ class Classification(Task):
         return bool(sums["loss"] >= 0 and 0 <= sums["correct"] <= sums["targets"])
 
 
-def check_examples(examples: Examples) -> None:
-    """Raises TaskError unless `examples` has two tensors of equal length."""
+def check_examples(examples: Any) -> Examples:
+    """Returns two tensors as examples. Raises TaskError unless they are two, of equal length."""
+    if not (isinstance(examples, tuple | list) and len(examples) == 2):
+        raise TaskError(f"examples must be two tensors of shape (N, …), not a {type(examples).__name__}")
     x, y = examples
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and y.dim()):
         raise TaskError(f"examples must be two tensors of shape (N, …), not {type(x).__name__} and {type(y).__name__}")
     if len(x) != len(y):
         raise TaskError(f"the examples have {len(x)} inputs but {len(y)} targets")
+    return Examples(x, y)
 
 
 def check_fit(task: Task, outputs: Tensor, examples: int, targets: Tensor) -> None:

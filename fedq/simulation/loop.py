@@ -14,6 +14,8 @@ from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
 from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TooFewClients
 from fedq.learning.cohort import loaded
+from fedq.learning.evaluation import check
+from fedq.learning.failures import reading
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +66,11 @@ def rounds(
     sets = {"test": dataset.test()}
     if run.validation is not None:
         sets["validation"] = validation_set(dataset, run.seed)
+    model, task = process.protocol.model, process.protocol.task
     with suppress(ClientFailure):  # rounds leave out a client that cannot be read
-        process.check("client 0", loaded(dataset.client(0), process.device))
+        check(model, "client 0", loaded(dataset.client(0), process.device), task)
     for name, examples in sets.items():
-        process.check(f"the {name} set", examples)
+        check(model, f"the {name} set", examples, task)
     return _rounds(process, state, dataset, sets, run, clients, gather, stop)
 
 
@@ -123,7 +126,14 @@ def _evaluated(dataset: FederatedDataset, run: RunConfig) -> Iterator[Client]:
 
 
 def _examples_of_each(clients: Iterable[Client], name: str, examples: Examples) -> Iterator[tuple[int, Examples]]:
-    """Yields each client's number and "test" or "validation" examples; for clients without them, `examples`."""
+    """Yields each client's number and "test" or "validation" examples; for clients without them, `examples`.
+
+    Clients that cannot be read are left out.
+    """
     for client in clients:
-        read = getattr(client, name)
-        yield client.number, read() if read else examples
+        try:
+            with reading(client.number):
+                its = (getattr(client, name) or (lambda: examples))()
+        except ClientFailure:
+            continue
+        yield client.number, its

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -25,7 +25,10 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.count, "worker", initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Yields `function(item)` in order. The pool keeps at most two unread results a worker."""
+        """Yields `function(item)` in order. The pool keeps at most two unread results a worker.
+
+        After an error, no call runs on.
+        """
         pending: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -35,8 +38,7 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
+            wait([future for future in pending if not future.cancel()])
 
     def __enter__(self) -> "Workers":
         return self

@@ -144,3 +144,12 @@ def test_a_draw_has_distinct_clients_in_order():
     assert len(found) == 30
     assert found != list(drawn(0, "y", 1000, 30))
     assert found != list(drawn(1, "x", 1000, 30))
+
+
+def test_clients_of_other_shapes_are_one_sentence():
+    class Ragged(Numbered):
+        def client(self, number):
+            return Client(number, lambda: Examples(torch.zeros(4, 1 + number), torch.zeros(4, dtype=torch.int64)), 4)
+
+    with pytest.raises(FedqError, match="the inputs of clients are .* all clients need one shape and one dtype"):
+        HeldOut(Ragged(), 0.5).validation()

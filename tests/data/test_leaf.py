@@ -10,6 +10,7 @@ import torch
 from fedq.data.characters import VOCABULARY, tokens
 from fedq.data.download import DatasetError
 from fedq.data.leaf import Leaf
+from fedq.errors import FedqError
 
 
 def write(path: Path, users: dict[str, tuple[list, list]], **options) -> None:
@@ -88,11 +89,13 @@ def test_text_becomes_tokens_and_next_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("x", "y", "error"),
     [
-        ([[0.0]], [0.5], "user 'u': y must be labels of 0 or more, or text if x is text, not 0.5"),
-        ([[0.0]], [-1], "user 'u': y must be labels of 0 or more, or text if x is text, not -1"),
-        ([[0.0]], ["a"], "user 'u': y must be labels of 0 or more, or text if x is text, not 'a'"),
-        ([[0.0]], [[1]], "user 'u': y must be labels of 0 or more, or text if x is text, not [1]"),
-        ([[0.0]], [float("inf")], "cannot convert float infinity to integer"),
+        ([[0.0]], [0.5], "user 'u': y must be labels from 0 to 2^31 - 1, or text if x is text, not 0.5"),
+        ([[0.0]], [-1], "user 'u': y must be labels from 0 to 2^31 - 1, or text if x is text, not -1"),
+        ([[0.0]], ["a"], "user 'u': y must be labels from 0 to 2^31 - 1, or text if x is text, not 'a'"),
+        ([[0.0]], [[1]], "user 'u': y must be labels from 0 to 2^31 - 1, or text if x is text, not [1]"),
+        ([[0.0]], [float("inf")], "not inf"),
+        ([[0.0]], [2**31], "not 2147483648"),
+        ([[0.0]], [1e300], "not 1e+300"),
         ([[0.0]], [0, 1], "user 'u': 1 x but 2 y"),
         ({}, [0, 1], "user 'u': x and y must be lists"),
     ],
@@ -104,7 +107,10 @@ def test_wrong_examples_are_one_sentence(tmp_path, x, y, error):
         Leaf(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"user_data": 3}', '{"user_data": {"u": {"x": [1', '{"user_data": {"u"'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"user_data": 3}', '{"user_data": {"u": {"x": [1', '{"user_data": {"u"', '{"user_data": {5: {}}}'],
+)
 def test_damaged_files_are_one_sentence(tmp_path, text):
     write_images(tmp_path)
     (tmp_path / "test" / "u.json").write_text(text)
@@ -116,7 +122,11 @@ def test_other_faults_are_one_sentence(tmp_path):
     with pytest.raises(DatasetError, match="/train must hold LEAF's .json files with users in them"):
         Leaf(str(tmp_path))
     write_images(tmp_path)
-    for x in ([[0.0, 1.0], [1.0]], [[1.0], [0.0]], ["a", [0.0]]):
+    six = [0.0] * 5
+    for x in (
+        *([[0.0, 1.0], [1.0]], [[1.0], [0.0]], ["a", [0.0]]),
+        *([[*six, wrong]] * 2 for wrong in (None, "1", float("nan"), float("inf"), 10**400)),
+    ):
         write(tmp_path / "train" / "u.json", {"u": (x, [0, 1])})
         dataset = Leaf(str(tmp_path), shape=[1, 2, 3])
         with pytest.raises(DatasetError, match=r"/train/u\.json: user 'u' cannot be read \("):
@@ -127,3 +137,9 @@ def test_other_faults_are_one_sentence(tmp_path):
     write(tmp_path / "train" / "u.json", {"f_10": ([[0.0] * 6], [0])})
     with pytest.raises(DatasetError, match=r"/train/u\.json .* \(user 'f_10' is also in .*/all_data_0\.json\)"):
         Leaf(str(tmp_path))
+    write(tmp_path / "train" / "u.json", {"u": ([[0.0]], [0])})
+    write(tmp_path / "test" / "u.json", {"u": ([[0.0]], [0])})
+    with pytest.raises(FedqError, match=re.escape("the inputs of clients are (1,) float32 and (6,) float32: all")):
+        Leaf(str(tmp_path)).test()
+    with pytest.raises(ValueError, match="classes must be an integer, at least 1, not nan"):
+        Leaf(str(tmp_path), classes=float("nan"))

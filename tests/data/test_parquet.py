@@ -149,13 +149,16 @@ def test_empty_and_missing_texts_have_no_tokens(tmp_path):
         (
             [1.0] * 6,
             [0, -1] * 3,
-            "column 'y' has labels from -1 to 0, and 0 missing labels. All rows must have labels of 0",
+            "column 'y' has labels from -1 to 0, and 0 missing labels. All rows must have labels from 0 to 2147483647",
         ),
         ([1.0] * 6, [0, None] * 3, "column 'y' has labels from 0 to 0, and 4 missing"),
         ([1.0] * 6, ["a"] * 6, "column 'y' holds string; the column must hold numbers"),
         ([b"no image"] * 6, None, "column 'x' is not a readable image"),
         ([{"bytes": None, "path": "a.png"}] * 6, None, "column 'x' is not a readable image"),
         ([{"path": "a.png"}] * 6, None, "the inputs are struct<path: string>, without the bytes of an image"),
+        ([{"bytes": "a"}] * 6, None, "the inputs are struct<bytes: string>, without the bytes of an image"),
+        (pa.array([[("a", 1)]] * 6, pa.map_(pa.string(), pa.int8())), None, "the column must hold numbers"),
+        ([1.0] * 6, [2**31] * 6, "column 'y' has labels from 2147483648 to 2147483648"),
     ],
 )
 def test_values_that_do_not_fit_are_one_sentence(tmp_path, x, y, error):
@@ -177,12 +180,31 @@ def test_other_faults_are_one_sentence(tmp_path):
         Parquet(str(tmp_path), "writer", "x")
     with pytest.raises(DatasetError, match=re.escape("column 'x' has inputs of shape [2], not [3]")):
         numbers(tmp_path, [[1.0, 2.0]] * 6, shape=[3]).test()
-    with pytest.raises(DatasetError, match="must have labels from 0 to classes - 1"):
+    with pytest.raises(DatasetError, match="must have labels from 0 to 1"):
         Parquet(str(tmp_path), "writer", "x", "y", classes=2)
     assert Parquet(str(tmp_path), "writer", "x", "y", classes=9).num_classes == 9
     write(tmp_path / "train.parquet", {"writer": ["a", None], "x": [1.0, 2.0], "y": [0, 1]})
     with pytest.raises(DatasetError, match="1 rows have no 'writer'"):
         Parquet(str(tmp_path), "writer", "x", "y")
+    for writers, error in (
+        ([1.0, float("nan")], "1 rows have no 'writer'"),
+        ([[1], [2]], r"'writer' holds list<element: int64>; it must hold one value a row"),
+        ([1, 2], "'writer' is int64 in 'train', and string in 'test'; both columns must have one type"),
+        (pa.array([], pa.string()), "the files of 'train' have no rows"),
+    ):
+        few = len(writers)
+        x, y = pa.array([1.0, 2.0][:few], pa.float32()), pa.array([0, 1][:few], pa.int64())
+        write(tmp_path / "train.parquet", {"writer": writers, "x": x, "y": y})
+        with pytest.raises(DatasetError, match=error):
+            Parquet(str(tmp_path), "writer", "x", "y")
+    numbers(tmp_path, [1.0] * 6)
+    with pytest.raises(ValueError, match="x must name a column, or several"):
+        Parquet(str(tmp_path), "writer", [], "y")
+    with pytest.raises(ValueError, match="mean and std must be null: 'x' holds no images"):
+        Parquet(str(tmp_path), "writer", "x", "y", std=[0.5])
+    with pytest.raises(ValueError, match="classes must be at least 1, not 0"):
+        Parquet(str(tmp_path), "writer", "x", "y", classes=0)
+    assert Parquet(str(tmp_path), "writer", "y", "y").client(0).load().x.tolist() == [1, 1]
     (tmp_path / "train.parquet").write_bytes(b"damaged")
     with pytest.raises(DatasetError, match="the files of 'train' cannot be read"):
         Parquet(str(tmp_path), "writer", "x", "y")

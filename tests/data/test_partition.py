@@ -154,10 +154,15 @@ def test_other_faults_are_named():
     with pytest.raises(ValueError, match="clients must be null, not 3: the dataset already has 2 clients"):
         split(Natural(), {"label": np.zeros(3, int), "client": np.array([5, 7, 5])}, 3)
     for make in (Dirichlet, DirichletSizes, Pachinko):
-        for alpha in (0, -1, float("nan")):
+        for alpha in (0, -1, float("nan"), 1.7e308, 5e-324):
             with pytest.raises(ValueError, match="alpha must be"):
                 make(alpha)
     with pytest.raises(ValueError, match="shards must be"):
         Shards(0)
     with pytest.raises(ValueError, match="exponent must be"):
         PowerLaw(-1)
+
+
+def test_ids_of_several_kinds_are_one_sentence():
+    with pytest.raises(ValueError, match="the ids of the dataset's clients cannot be sorted: '<' not supported"):
+        Natural().split(2, {"client": np.array(["a", None], dtype=object)}, None, Key(0))

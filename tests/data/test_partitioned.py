@@ -17,6 +17,7 @@ from fedq.data import Partitioned
 from fedq.data.dataset import FederatedDataset
 from fedq.data.download import DatasetError
 from fedq.data.partition import Dirichlet, Iid, Natural, Pachinko
+from fedq.data.partitioned import normalised
 from fedq.data.vision import COARSE, torchvision_dataset
 
 
@@ -174,3 +175,9 @@ def test_pictures_of_two_sizes_are_named():
     pictures = Pictures([torch.zeros(3, 4, 5), torch.zeros(3, 5, 4)], [0, 1])
     with pytest.raises(DatasetError, match=re.escape("shapes such as (3, 4, 5) and (3, 5, 4); all must have one")):
         Partitioned(pictures, pictures, Iid(), clients=1).client(0).load()
+
+
+@pytest.mark.parametrize(("std", "mean"), [([0.0], None), ([float("nan")], None), (None, [float("inf")])])
+def test_a_mean_or_a_deviation_that_gives_no_numbers_is_refused(std, mean):
+    with pytest.raises(DatasetError, match=r"(mean|std) must be finite numbers"):
+        normalised(torch.rand(2, 3, 4, 4), mean, std)

@@ -344,3 +344,29 @@ def test_342477_clients_start_in_seconds_and_keep_little_memory(tmp_path: Path) 
         assert tracemalloc.get_traced_memory()[0] < 20 * 342_477  # an id takes 8 bytes
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("way", ["link", "raw", "virtual"])
+def test_a_file_reads_no_other_file_of_the_machine(tmp_path: Path, way: str) -> None:
+    cifar100_files(tmp_path / "other")
+    cifar100_files(tmp_path)
+    dataset = FedCifar100(str(tmp_path))
+    client_id = dataset.client_ids[0]
+    rows = len(dataset.client(0).load().y)
+    shape, secret = (rows, 32, 32, 3), tmp_path / "secret"
+    secret.write_bytes(bytes(rows * 32 * 32 * 3))
+    del dataset
+    with h5py.File(tmp_path / "fed_cifar100_train.h5", "r+") as file:
+        group, other = file[f"examples/{client_id}"], str(tmp_path / "other" / "fed_cifar100_train.h5")
+        del group["image"]
+        if way == "link":
+            group["image"] = h5py.ExternalLink(other, f"/examples/{client_id}/image")
+        elif way == "raw":
+            group.create_dataset("image", shape, np.uint8, external=[(str(secret), 0, rows * 32 * 32 * 3)])
+        else:
+            layout = h5py.VirtualLayout(shape, np.uint8)
+            layout[:] = h5py.VirtualSource(other, f"/examples/{client_id}/image", shape, np.uint8)
+            group.create_virtual_dataset("image", layout)
+    expected = f"client {client_id!r} has 'image' in another file, which is not read"
+    with pytest.raises(DatasetError, match=re.escape(expected)):
+        FedCifar100(str(tmp_path)).client(0).load()

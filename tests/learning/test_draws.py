@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fedq.data import Examples
 from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning import LocalTraining, evaluate
@@ -444,3 +446,47 @@ def test_an_evaluation_that_draws_can_be_repeated(client, noise):
 def test_an_evaluation_that_draws_past_torch_is_refused(client):
     with pytest.raises(FedqError, match="draws random numbers from numpy's global generator"):
         evaluate(Draws(lambda: np.random.standard_normal()), client(0).load())
+
+
+class Late(nn.Module):
+    """Draws only for some batches."""
+
+    def __init__(self, draws):
+        super().__init__()
+        self.draws, self.out = draws, nn.Linear(28 * 28, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.out(F.dropout(x) if self.training and self.draws(x) else x)
+
+
+def dark(client):
+    x, y = client.load()
+    return Examples(torch.zeros_like(x), y)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_model_that_draws_for_some_clients_only_draws_from_their_keys(process, client, workers):
+    quiet, others = [client(0), client(1)], [client(number) for number in range(6)]
+    with Workers(workers) as pool:
+        late = process(model=partial(Late, lambda x: float(x[0, 0]) > 0.5), map=pool.map)
+        before, _ = late.next(late.initialize(), [replace(one, load=partial(dark, one)) for one in quiet])
+        after, _ = late.next(before, others)
+    resumed = process(model=partial(Late, lambda x: float(x[0, 0]) > 0.5))
+    assert_same(after.weights, resumed.next(before, others)[0].weights)
+    never = process(model=partial(Late, lambda x: False))
+    assert not torch.equal(after.weights["out.weight"], never.next(before, others)[0].weights["out.weight"])
+
+
+@pytest.mark.parametrize("noise", [random.random, np.random.standard_normal, lambda: torch.randn(())])
+def test_first_weights_follow_from_the_seed_whatever_generator_the_model_draws_them_from(process, noise):
+    class Model(nn.Linear):
+        def __init__(self):
+            super().__init__(28 * 28, 10)
+            self.weight.data.mul_(float(noise()))
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    first, again, other = (process(model=Model, seed=seed).initialize().weights for seed in (1, 1, 2))
+    assert_same(first, again)
+    assert not torch.equal(first["weight"], other["weight"])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before

@@ -31,7 +31,16 @@ from fedq.encoding import (
 )
 from fedq.encoding.message import pack, peek, repacked
 from fedq.errors import FedqError
-from fedq.learning import ClientFailure, Diverged, LocalTraining, Registered, TooFewClients, TrainingMetrics, evaluate
+from fedq.learning import (
+    ClientFailure,
+    Diverged,
+    LocalTraining,
+    Registered,
+    TaskError,
+    TooFewClients,
+    TrainingMetrics,
+    evaluate,
+)
 from fedq.learning.cohort import _longest_first
 from fedq.simulation.workers import Workers
 
@@ -556,3 +565,48 @@ def test_clients_that_fail_alike_are_one_line(process, client, caplog):
     lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("round 1: client 1 and 2 more are left out: the header says")
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_examples_may_be_any_two_tensors(process, client, kind):
+    averaging, plain = process(), client(0)
+    pair = replace(plain, load=lambda: kind(plain.load()))
+    states = [averaging.next(averaging.initialize(), [one])[0] for one in (plain, pair)]
+    assert all(torch.equal(value, states[1].weights[name]) for name, value in states[0].weights.items())
+    first, second = (averaging.evaluate(states[0], one.load()) for one in (plain, pair))
+    assert first == second
+    assert averaging.evaluate_clients(states[0], [pair]) == averaging.evaluate_clients(states[0], [plain])
+
+
+@pytest.mark.parametrize(
+    ("examples", "error"),
+    [
+        (None, "examples must be two tensors of shape (N, …), not a NoneType"),
+        ((torch.zeros(3, 784),) * 3, "examples must be two tensors of shape (N, …), not a tuple"),
+        ((torch.zeros(3, 784), torch.tensor(1)), "examples must be two tensors of shape (N, …), not Tensor and Tensor"),
+    ],
+)
+def test_what_is_not_two_tensors_is_the_datasets_fault(process, client, examples, error):
+    averaging = process()
+    with pytest.raises(TaskError, match=re.escape(f"with the examples of client 0: {error}")):
+        averaging.next(averaging.initialize(), [replace(client(0), load=lambda: examples)])
+
+
+def test_gradients_do_not_reach_the_dataset(process, client):
+    x, y = client(0).load()
+    x.requires_grad_()
+    averaging = process()
+    _, metrics = averaging.next(averaging.initialize(), [Client(0, lambda: Examples(x * 1, y))])
+    assert metrics["clients"] == 1
+    averaging.next(averaging.initialize(), [Client(0, lambda: Examples(x, y))])
+    assert x.grad is None
+
+
+def test_a_failures_reason_is_one_line(process, client, caplog):
+    def load():
+        raise ValueError("no such file\nand many more lines")
+
+    averaging = process()
+    averaging.next(averaging.initialize(), [client(0), replace(client(1), load=load)])
+    assert "client 1 is left out: ValueError: no such file" in caplog.text
+    assert "many more lines" not in caplog.text

@@ -1,6 +1,8 @@
 """Optimizers of clients, clipping, steps, and learning rates over rounds, compared with loops of plain torch."""
 
+import math
 import random
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -139,7 +141,7 @@ def test_the_rate_of_a_round_is_torchs_in_any_order(schedule):
         scheduler.step()
     places = list(range(12))
     random.Random(0).shuffle(places)
-    training, fresh = LocalTraining(lr=0.2, schedule=schedule), Rates(0.2, schedule)
+    training, fresh = LocalTraining(lr=0.2, schedule=schedule), Rates(0.2, schedule, "client.schedule")
     assert [training.at(round_).lr for round_ in places] == [rates[round_] for round_ in places]
     assert fresh(11) == rates[11]
     assert len({*rates}) > 3
@@ -277,7 +279,7 @@ class Lists(torch.optim.SGD):
         ({"optimizer": partial(torch.optim.Adam, eps=-1)}, {}, "client.optimizer: Invalid epsilon value: -1"),
         ({"optimizer": torch.optim.SGD, "keep_optimizer": True}, {}, "keep_optimizer must be false: .* has no state"),
         ({"optimizer": Lists, "keep_optimizer": True}, {}, "keep_optimizer: 'history' .* is not a tensor"),
-        ({"schedule": lr_scheduler.ReduceLROnPlateau}, {}, "client.schedule: TypeError: .* 'metrics'"),
+        ({"schedule": lr_scheduler.ReduceLROnPlateau}, {}, "client.schedule, round 2: TypeError: .* 'metrics'"),
         (ADAM, {"algorithm": Scaffold()}, "algorithm=scaffold needs .* client.optimizer=null"),
         (ADAM, {"algorithm": FedNova()}, "algorithm=fednova needs client.optimizer=null"),
         ({"momentum": 0.5, "keep_optimizer": True}, {"algorithm": FedNova()}, "algorithm=fednova needs"),
@@ -304,3 +306,41 @@ def test_scaffold_refuses_a_rate_of_0(process, client):
         FedqError, match=r"client\.schedule gives the rate 0 in round 1, and algorithm=scaffold divides"
     ):
         run.next(run.initialize(), [client(1)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error"),
+    [
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.3, total_steps=2), "schedule, round 4: Tried to step 3 times"),
+        (partial(lr_scheduler.LambdaLR, lr_lambda=lambda r: 1 / (2 - r)), "schedule, round 3: ZeroDivisionError: "),
+        (
+            partial(lr_scheduler.LambdaLR, lr_lambda=lambda r: 1 - r),
+            "schedule gives the rate -0.1 in round 3:",
+        ),
+        (
+            partial(lr_scheduler.StepLR, step_size=2, gamma=math.nan),
+            "schedule gives the rate nan in round 3:",
+        ),
+    ],
+)
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_a_round_for_which_a_schedule_has_no_rate_is_named(process, client, schedule, error, side):
+    parts = {"client": LocalTraining(lr=0.1, schedule=schedule)}
+    if side == "server":
+        parts = {"server": Scheduled(partial(torch.optim.SGD, lr=0.1), schedule)}
+    run = process(**parts)
+    state = run.initialize()
+    with pytest.raises(FedqError, match=re.escape(f"{side}.{error}")):
+        for _ in range(4):
+            state, _ = run.next(state, [client(0)])
+
+
+def test_an_optimizer_that_does_not_take_the_models_parameters_is_named_before_the_first_round(process):
+    def only_matrices(parameters, lr):
+        parameters = list(parameters)
+        if any(parameter.dim() != 2 for parameter in parameters):
+            raise ValueError("only 2-D parameters")
+        return torch.optim.SGD(parameters, lr=lr)
+
+    with pytest.raises(FedqError, match=r"client\.optimizer: only 2-D parameters"):
+        process(client=LocalTraining(lr=0.1, optimizer=only_matrices))

@@ -15,6 +15,7 @@ from fedq.encoding import Key, MessageError
 from fedq.errors import FedqError
 from fedq.learning import (
     Classification,
+    FedAvg,
     FederatedAveraging,
     LocalTraining,
     Multilabel,
@@ -301,7 +302,7 @@ def test_labels_that_no_example_has_are_left_out_of_average_precision():
     assert task.metrics(sums)["mean_average_precision"] == 1.0
     nothing = {"loss": 1.0, "targets": 6, **task.test_sums(-outputs.abs(), 0 * targets)}
     assert task.metrics(nothing)["micro_f1"] == 0
-    assert math.isnan(task.metrics(nothing)["mean_average_precision"])
+    assert "mean_average_precision" not in task.metrics(nothing)
 
 
 def test_probabilities_of_0_and_1_are_in_the_outer_bins():
@@ -321,6 +322,46 @@ def test_constant_targets_that_no_float_holds_do_not_vary():
     outputs[:, 1] = 1e3 + torch.arange(101)
     task = Regression()
     assert task.metrics({"loss": 1.0, "targets": 202, **task.test_sums(outputs, targets)})["r2"] == 1.0
+    constant = {"loss": 1.0, "targets": 101, **task.test_sums(outputs[:, :1], targets[:, :1])}
+    assert task.metrics(constant).keys() == {"loss", "mae"}
+
+
+@pytest.mark.parametrize("task", [Regression(), Regression("huber", delta=0.3)])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e9])
+def test_no_loss_goes_with_a_larger_error(task, size):
+    outputs, targets = size * torch.randn(50, 3, generator=draw(1)), torch.zeros(50, 3)
+    sums = {"targets": 150, "loss": float(task.loss(outputs, targets)) * 150}
+    error = float(task.sums(outputs, targets)["absolute_error"])
+    assert task.can_give(sums | {"absolute_error": error})
+    equal = torch.full((50, 3), size)  # an error that is the same everywhere is the largest error of a squared loss
+    sums = {"targets": 150, "loss": float(task.loss(equal, targets)) * 150}
+    assert task.can_give(sums | {"absolute_error": 150 * size})
+    assert not task.can_give(sums | {"absolute_error": 150 * (1.4 * size + 0.2)})
+
+
+def test_more_labels_than_targets_cannot_be_predicted_or_present():
+    sums = {"loss": 1.0, "targets": 40, "predicted": 30, "positive": 30}
+    assert Multilabel().can_give(sums | {"hits": 20})
+    assert not Multilabel().can_give(sums | {"hits": 19})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_metric_that_one_client_lacks_is_the_mean_over_the_others(order):
+    tokens = torch.randint(1, 9, (4, PLACES), generator=draw(2))
+    both = [(0, Examples(tokens, torch.full((4, PLACES), 5))), (1, Examples(tokens, tokens))][::order]
+    averaging = FederatedAveraging(
+        Letters,
+        LocalTraining(lr=0.1),
+        partial(torch.optim.SGD, lr=1.0),
+        task=NextToken(PAD, special=[5]),
+        algorithm=FedAvg(personal=["letters.*"]),
+    )
+    state = averaging.initialize()
+    found = averaging.evaluate(state, both[0][1], clients=both)
+    alone = [averaging.evaluate(state, its, clients=[(number, its)]) for number, its in both]
+    other = next(one for one in alone if "accuracy_without_special" in one)
+    assert found["accuracy_without_special"] == other["accuracy_without_special"]
+    assert found["loss"] == pytest.approx(sum(one["loss"] for one in alone) / 2)
 
 
 def test_outputs_that_do_not_vary_are_left_out_of_r2():

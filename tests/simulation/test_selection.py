@@ -16,7 +16,7 @@ from command import fedq
 from noise import RUN, Noise, make_process
 from test_train import SMALL, assert_same_run, metrics_of
 
-from fedq.data import Examples
+from fedq.data import Client, Examples
 from fedq.errors import FedqError
 from fedq.learning import Classification, evaluate
 from fedq.learning.evaluation import evaluate_clients
@@ -126,6 +126,14 @@ def test_each_client_is_evaluated_on_its_own_examples(part):
         process.map = workers.map
         assert process.evaluate_clients(state, clients) == found
     process.map = map
+
+    def fails(error):
+        raise error
+
+    broken = Client(99, clients[0].load, test=lambda: fails(ValueError("no such shape")))
+    assert process.evaluate_clients(state, [*clients, broken]) == found
+    with pytest.raises(FedqError, match=r"the dataset's client 99 cannot be read: \[Errno 5\] no disk"):
+        process.evaluate_clients(state, [replace(broken, test=lambda: fails(OSError(5, "no disk")))])
     with pytest.raises(FedqError, match=r"run.evaluate_clients: these clients have no examples"):
         process.evaluate_clients(state, clients[23:])
 

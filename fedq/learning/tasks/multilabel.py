@@ -17,7 +17,7 @@ class Multilabel(Task):
 
     Micro F1 is 2·hits / (predicted + positive), each counted over all examples and labels; 0 / 0 counts as 0. Average
     precision is the area below precision over recall, Σ (R_k − R_(k+1))·P_k over thresholds k / bins. The mean is over
-    the labels that at least one example has.
+    the labels that at least one example has; without such labels, the metric is left out.
     """
 
     headline = "micro_f1"
@@ -59,7 +59,8 @@ class Multilabel(Task):
             hits = present.flip(1).cumsum(1)
             predicted = hits + absent.flip(1).cumsum(1)
             average_precision = (present.flip(1) * hits / predicted.clamp(min=1)).sum(1) / present.sum(1)
-            metrics["mean_average_precision"] = float(average_precision.nanmean())
+            if present.any():
+                metrics["mean_average_precision"] = float(average_precision.nanmean())
         return metrics
 
     @override
@@ -75,5 +76,7 @@ class Multilabel(Task):
     def can_give(self, sums: Sums) -> bool:
         hits, predicted, positive = sums["hits"], sums["predicted"], sums["positive"]
         return bool(
-            sums["loss"] >= 0 and 0 <= hits <= min(predicted, positive) <= max(predicted, positive) <= sums["targets"]
+            sums["loss"] >= 0
+            and 0 <= hits <= min(predicted, positive)
+            and predicted + positive - hits <= sums["targets"]
         )

@@ -1,5 +1,6 @@
 """Regression: numbers for each example."""
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ class Regression(Task):
     The mean absolute error is over all numbers.
 
     R² is 1 − Σ (y − f)² / Σ (y − ȳ)² for each output; "r2" is the mean over outputs whose targets vary. Sums are
-    float64. Targets whose deviation is less than a millionth of their root mean square do not count as varying.
+    float64. Targets whose deviation is less than a millionth of their root mean square do not count as varying. Without
+    varying targets there is no R².
     """
 
     headline = "mae"
@@ -67,7 +69,8 @@ class Regression(Task):
             total = sums["total"]
             variation = sums["squares"] - total.square() * len(total) / sums["targets"]
             varies = variation > 1e-12 * sums["squares"]  # a smaller difference of the sums is a rounding error
-            metrics["r2"] = float((1 - sums["squared_error"][varies] / variation[varies]).mean())
+            if varies.any():
+                metrics["r2"] = float((1 - sums["squared_error"][varies] / variation[varies]).mean())
         return metrics
 
     @override
@@ -81,4 +84,13 @@ class Regression(Task):
 
     @override
     def can_give(self, sums: Sums) -> bool:
-        return bool(sums["loss"] >= 0 and sums["absolute_error"] >= 0)
+        loss, error, targets = sums["loss"], sums["absolute_error"], sums["targets"]
+        if not (loss >= 0 and error >= 0):
+            return False
+        # Cauchy and Schwarz: (Σ|e|)² ≤ n·Σe²; and Huber's loss of e is at least delta·(|e| − delta/2)
+        most = (
+            math.sqrt(loss) * math.sqrt(targets)
+            if self._loss == "mse"
+            else loss / self.delta + targets * self.delta / 2
+        )
+        return bool(error <= 1.001 * most + 1e-18 * targets)  # float32 rounds losses, and small squares to 0
