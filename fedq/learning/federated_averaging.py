@@ -196,8 +196,7 @@ class FederatedAveraging:
         task, metrics = self.protocol.task, []
         for number, its in clients if self.protocol.parts.personal else ():
             if task.count(check_examples(its).y):
-                model = self._model(state, number)
-                metrics.append(evaluate(model, its, batch_size, self.map, self.precision, task))
+                metrics.append(evaluate(self._model(state, number), its, batch_size, self.map, self.precision, task))
         metrics = metrics or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
         names = {name: None for one in metrics for name in one}
         return {name: fmean(one[name] for one in metrics if name in one) for name in names}
