@@ -1,6 +1,6 @@
 """Builds the objects that a configuration describes.
 
-A part of the configuration with a `_target_` holds the arguments of that class. The constructor's parameters are the
+A node with a `_target_` names a class and its arguments. The constructor's parameters are the
 allowed keys, and the annotations give the types. A new dataset, model, stage or optimizer needs only a YAML file. The
 groups `run` and `encoder` have no `_target_`: the dataclasses of config_nodes.py describe them.
 """

@@ -171,7 +171,7 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
 
 
 def takes(target: str, name: str) -> bool:
-    """Returns whether a `_target_` takes an argument of that name, also by **kwargs."""
+    """Returns whether the class or function `target` takes an argument `name`. A **kwargs takes every name."""
     try:
         parameters = inspect.signature(pkgutil.resolve_name(target)).parameters
     except ValueError:  # some classes written in C have no signature

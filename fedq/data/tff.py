@@ -23,7 +23,7 @@ Layout = Mapping[str, tuple[type, tuple[int, ...]]]
 
 
 def folder_of(path: str | None, archive: str, sha256: str, files: tuple[str, ...]) -> Path:
-    """Returns the folder of `files`: `path`, or the cache folder after a download if `path` is None.
+    """Returns the folder of `files`. Without a `path`, missing files are downloaded into the cache folder.
 
     archive: the name of the archive that holds the files, without .tar.bz2.
     sha256: the archive's SHA-256, in hexadecimal.

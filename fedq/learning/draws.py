@@ -83,7 +83,7 @@ class KeyedDraws(TorchFunctionMode):
     @override
     def __enter__(self) -> Self:
         torch.get_rng_state, torch.set_rng_state = _get_rng_state, _set_rng_state
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch gives no types here
         return self
 
     @override
@@ -181,11 +181,11 @@ class KeyedDraws(TorchFunctionMode):
             generator.set_state(its_state.clone())  # torch reads a view from the start of the storage
 
 
-class _HandOver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _HandOver(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types here
     """Gives the client's generator to operators that draw."""
 
     def __init__(self, draws: KeyedDraws) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives no types here
         self._draws = draws
 
     @override
@@ -216,13 +216,13 @@ def _with_generator(func: Any) -> Callable[..., Any] | None:
     if func is torch.ops.aten.native_dropout.default:
         return _native_dropout
     if any(argument.name == "generator" for argument in func._schema.arguments):
-        return func  # type: ignore[no-any-return]
+        return func  # type: ignore[no-any-return]  # operators have no types
     if torch.Tag.nondeterministic_seeded in func.tags:
         wanted = _types_of(func)
         for name in func.overloadpacket.overloads():
             other = getattr(func.overloadpacket, name)
             if _types_of(other) == {**wanted, "generator": "Optional[Generator]"}:
-                return other  # type: ignore[no-any-return]
+                return other  # type: ignore[no-any-return]  # operators have no types
     return None
 
 
