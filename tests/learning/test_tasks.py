@@ -27,6 +27,7 @@ from fedq.learning import (
     TrainingMetrics,
     evaluate,
 )
+from fedq.learning.evaluation import check
 from fedq.learning.task import outputs_of
 from fedq.simulation.workers import Workers
 
@@ -539,3 +540,20 @@ def test_no_other_weight_is_taken():
 def test_arguments_out_of_range(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_the_check_of_examples_leaves_the_model_as_it_is():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x)
+
+    model = Counting()
+    check(model, "client 0", Examples(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])), Classification())
+    assert model.calls == 0
+    assert model.training
