@@ -181,7 +181,11 @@ def target_of(runs: Sequence[Run], target: float | None) -> float:
     """Returns the target of a comparison. Raises FedqError for different headlines, and for an unusable `target`."""
     headline, *others = dict.fromkeys(run.headline for run in runs)
     if others:
-        raise FedqError(f"some runs have test {headline.words}, others test {others[0].words}: compare them separately")
+        folders = (
+            f"test {one.words} in {' '.join(str(run.folder) for run in runs if run.headline == one)}"
+            for one in (headline, *others)
+        )
+        raise FedqError(f"runs of different metrics must be compared separately: {'; '.join(folders)}")
     if target is None:
         worst = max(run.summary[headline.key("final")] for run in runs)
         return 0.95 if headline.more_is_better else worst

@@ -73,7 +73,9 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
             check_is_built(cfg, group)
             partial = group in ("model", "server")
             if to_container(cfg, group).get("_partial_", False) is not partial:
-                raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}")
+                optimizer = "; an optimizer's class is client.optimizer, as in client/adamw.yaml"
+                hint = optimizer if group == "client" else ""
+                raise ConfigError(f"{group}._partial_ must be {str(partial).lower()}{hint}")
         for part in _PARTIAL.get(group, ()):
             node = to_container(cfg, part)
             if node is not None and not (isinstance(node, dict) and node.get("_target_") and node.get("_partial_")):

@@ -1,5 +1,6 @@
 """Checks the keys and values of a configuration against the signatures of constructors."""
 
+import importlib
 import inspect
 import math
 import pkgutil
@@ -59,9 +60,11 @@ def explain(error: Exception) -> str:
         return moved(key, parent) or f"{key} is not a key; allowed here: {allowed}{others}"
     if key:
         reason = str(cause).splitlines()[0]
+        if reason.startswith("Missing mandatory value"):
+            return f"{key} has no value: set {key}=…"
         return f"{key}: {'its ${…} refers to itself' if reason.startswith('Recursive') else reason}"
     if re.search(r"Could not (find|load) 'hydra/(launcher|sweeper)/", text):
-        return f'{text} (some come with pip install -e ".[sweep]")'
+        return f'{text} (some come with pip install "fedq[sweep]")'
     return text
 
 
@@ -100,7 +103,9 @@ def check_targets(cfg: DictConfig, path: str) -> None:
             try:
                 target = pkgutil.resolve_name(node["_target_"])
             except (ImportError, AttributeError, ValueError, TypeError) as error:
-                raise ConfigError(f"{path}._target_: {node['_target_']!r} cannot be imported: {error}") from error
+                # where a module fails, pkgutil only says that its package has no such attribute
+                reason = (isinstance(error, AttributeError) and import_error(node["_target_"])) or error
+                raise ConfigError(f"{path}._target_: {node['_target_']!r} cannot be imported: {reason}") from error
             if not callable(target):
                 raise ConfigError(f"{path}._target_: {node['_target_']!r} is not a class or function")
             check_arguments(cfg, path, target)
@@ -110,6 +115,17 @@ def check_targets(cfg: DictConfig, path: str) -> None:
     for child, value in children:
         if isinstance(value, dict | list):
             check_targets(cfg, child)
+
+
+def import_error(target: str) -> ImportError | None:
+    """Returns the error that a module of the dotted name `target` raises, such as for a package that is missing."""
+    modules = target.split(".")
+    for last in range(1, len(modules)):
+        try:
+            importlib.import_module(module := ".".join(modules[:last]))
+        except ImportError as error:
+            return None if error.name == module else error
+    return None
 
 
 def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | None = None) -> None:

@@ -46,6 +46,8 @@ def main() -> None:
     """Runs the command line, alone or as one of the processes that torchrun starts."""
     if (here := os.getcwd()) not in sys.path:  # like python -m: a user's modules are in the current folder
         sys.path.insert(0, here)
+    # argparse refuses an option between overrides, such as -m
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda given: re.match(r"~|[^-=][^=]*=", given) is not None)
     if {"-sc", "--shell-completion"} & set(sys.argv) and sys.argv[0].endswith(".py"):
         # Hydra's script would complete "python FILE", and nothing for "python -m MODULE"
         sys.exit('fedq: shells complete the installed command alone: eval "$(fedq-train -sc install=bash)"')

@@ -249,7 +249,7 @@ def test_what_needs_a_package_that_is_not_there_is_left_out(tmp_path, monkeypatc
     main()
     with (tmp_path / "bench.csv").open() as file:
         assert [row["encoder"] for row in csv.DictReader(file)] == ["float32"]
-    left_out = 'ans:bits=4 is left out: numba is missing, for compiled loops: pip install -e ".[coders]"'
+    left_out = 'ans:bits=4 is left out: numba is missing, for compiled loops: pip install "fedq[coders]"'
     assert left_out in capsys.readouterr().out
 
 

@@ -148,7 +148,7 @@ def test_the_options_of_every_group_are_tried():
         ("client.schedule={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true}", "client.schedule.step_size is missing"),
         ("+server.schedule={_target_:torch.optim.lr_scheduler.StepLR,_partial_:true,size:1}", "server.schedule.step_size is missing"),
         ("+server.schedule=3", "server.schedule must be null, or a node with _target_ and _partial_: true"),
-        ("+client._partial_=true", "client._partial_ must be false"),
+        ("+client._partial_=true", "client._partial_ must be false; an optimizer's class is client.optimizer"),
         ("+model.num_classes=37", "model.num_classes is not a key: the dataset gives the number"),
         ("+foo.bar=1", "foo is not a key; allowed here: dataset, model, task, algorithm, client, server, run, encoder"),
         ("+encoder.upload.eror_feedback=true", "encoder.upload.eror_feedback is not a key; allowed here: stages"),
@@ -411,7 +411,7 @@ class WithoutTest:
         ("encoder.upload.bits=${encoder.upload}", "encoder.upload.bits: Interpolation to parent node detected"),
         ("run.rounds=${run.rounds}", "run.rounds: its ${…} refers to itself"),
         ("client.lr=${client.rate}", "client.lr: Interpolation key 'client.rate' not found"),
-        ("dataset.alpha=???", "dataset.alpha: Missing mandatory value: alpha"),
+        ("dataset.alpha=???", "dataset.alpha has no value: set dataset.alpha=…"),
         ("dataset._target_=builtins.dict", "dataset: a dict has no num_classes, num_clients, client, test"),
         ("~dataset +dataset={_target_:test_config.WithoutTest}", "dataset: a WithoutTest has no test"),
         ("dataset._target_=torch.nn.Linear", "dataset.in_features is missing"),
@@ -430,7 +430,7 @@ class WithoutTest:
         ("encoder=float32 encoder.upload.coder._target_=fedq.encoding.FixedWidth", "encoder.upload: FixedWidth must stand behind a stage that gives symbols of a known number of levels"),
         ("encoder=nothing", "In 'config': Could not find 'encoder/nothing' Available options in 'encoder': adaptive_clip"),
         ("run/guard=nothing", "In 'run/default': Could not find 'run/guard/nothing' Available options in 'run/guard': clip drop none"),
-        ("hydra/launcher=nothing", "(some come with pip install -e \".[sweep]\")"),
+        ("hydra/launcher=nothing", "(some come with pip install \"fedq[sweep]\")"),
     ],
 )  # fmt: skip
 def test_what_used_to_be_a_traceback_is_a_sentence(override, sentence):

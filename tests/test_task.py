@@ -160,6 +160,10 @@ def test_inputs_that_the_model_does_not_take_end_the_run_before_its_first_round(
             '"distance": int}\n    loss = None',
             "task: Own fails on outputs of shape (2, 5) and dtype float32 and",
         ),
+        (
+            '"distance": int}\n    def loss(self, x, y): return F.cross_entropy(x, y)',
+            "and dtype int64: TypeError: Own.loss() takes 3 positional arguments but 4 were given",
+        ),
         ('"distance": int}\n    del sums', "task: Can't instantiate abstract class Own"),
     ],
 )
@@ -247,7 +251,8 @@ def test_runs_of_different_tasks_are_not_compared(tmp_path):
     for task in ("classification", "regression"):
         fedq(tmp_path, *command(tmp_path, task, "run.rounds=1", f"hydra.run.dir={task}"))
     runs = [read_run(tmp_path / task) for task in ("classification", "regression")]
-    with pytest.raises(FedqError, match="some runs have test accuracy, others test mae: compare them separately"):
+    apart = f"test accuracy in {tmp_path / 'classification'}; test mae in {tmp_path / 'regression'}"
+    with pytest.raises(FedqError, match=f"different metrics must be compared separately: {apart}"):
         compare.target_of(runs, None)
     assert compare.target_of(runs[:1], None) == 0.95
     assert compare.target_of(runs[1:], None) == runs[1].summary["final_test_mae"]

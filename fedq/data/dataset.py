@@ -52,7 +52,7 @@ def plain_integer(name: str, value: Any, least: int, below: int) -> int:
 
 @dataclass(frozen=True)
 class Client:
-    """One client of a population. Integers of numpy and torch become ints; other values raise FedqError.
+    """One client of a population. Integers of numpy and torch become ints. Values of other types raise FedqError.
 
     Attributes:
         number: the client's number in the population, 0 to 2^64 − 2. The client's random draws depend on the number.
@@ -70,6 +70,13 @@ class Client:
     test: Callable[[], Examples] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("load", "validation", "test"):
+            value = getattr(self, name)
+            if not callable(value) and (value is not None or name == "load"):
+                raise FedqError(
+                    f"a client's {name} must be a function that returns Examples, such as lambda: examples, not a "
+                    f"{type(value).__name__}."
+                )
         for name, below in (("number", BROADCAST), ("examples", 2**63)):
             plain = plain_integer(f"a client's {name}", getattr(self, name), 0, below)
             object.__setattr__(self, name, plain)

@@ -19,7 +19,7 @@ from fedq.errors import MissingPackage
 try:
     from numba import njit
 except ImportError as error:
-    raise MissingPackage('numba is missing, for compiled loops: pip install -e ".[coders]"') from error
+    raise MissingPackage('numba is missing, for compiled loops: pip install "fedq[coders]"') from error
 
 
 _FOLDER = Path(__file__).parent

@@ -113,6 +113,8 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
                     f"{remedy(task, examples.y)}"
                 ) from error
             outputs, y = outputs_of(returned), examples.y[:2].to(device)
+            if outputs.isnan().any() and not examples.x.isfinite().all():
+                raise TaskError("the inputs hold NaN or infinity, and the model returns NaN")
             check_fit(task, outputs, len(x), examples.y)
             check_works(task, outputs, y)
     except TaskError as error:

@@ -154,8 +154,16 @@ def check_works(task: Task, outputs: Tensor, targets: Tensor) -> None:
     try:
         others = task.sums(outputs, targets)
         sums = {"loss": task.loss(outputs, targets), "targets": task.count(targets), **others}
+        once, twice = (
+            {"loss": task.loss(x, y, "sum"), **task.test_sums(x, y)}
+            for x, y in ((outputs, targets), (torch.cat([outputs] * 2), torch.cat([targets] * 2)))
+        )
         if lacking := task.reported.keys() - sums.keys():
             raise TaskError(f"task: sums() of {type(task).__name__} lacks {min(lacking)!r}, which `reported` names")
+        for name, value in twice.items():  # a mean stays the same
+            if torch.any(torch.as_tensor(value)) and torch.equal(*map(torch.as_tensor, (once[name], value))):
+                method = 'loss(…, reduction="sum")' if name == "loss" else f"{name!r} of sums()"
+                raise TaskError(f"task: {method} of {type(task).__name__} must be a sum over examples, not a mean")
         of_client = {name: summable(sums[name]) for name in ("loss", "targets", *task.reported)}
         if of_client["targets"] and task.headline not in task.metrics(of_client):
             raise TaskError(f"task: metrics() of {type(task).__name__} lacks {task.headline!r}, the headline")
@@ -196,6 +204,11 @@ def of(tensor: Tensor) -> str:
 
 def remedy(task: Task, targets: Tensor) -> str:
     """Returns the end of an error's text: the task that these targets need, or "" without a better task."""
+    of_fedq = type(task).__module__.startswith("fedq.")
+    if targets.dtype in (torch.int32, torch.int16, torch.uint8):
+        return "; give y.long()"
+    if targets.dtype == torch.int64 and targets.dim() == 2 and targets.shape[1] == 1 and task.headline == "accuracy":
+        return "; give y.squeeze(1)"
     counted, numbers = targets.dtype == torch.int64, targets.is_floating_point()
     if targets.dim() == 2 and bool(((targets == 0) | (targets == 1)).all()):
         kind, needed = "labels of 0 and 1", "multilabel"
@@ -203,7 +216,6 @@ def remedy(task: Task, targets: Tensor) -> str:
         kind, needed = ("classes", "classification") if targets.dim() == 1 else ("tokens", "next_token")
     else:
         kind, needed = "numbers", "regression" if numbers else ""
-    of_fedq = type(task).__module__.startswith("fedq.")
     same = type(task).__name__.lower() == needed.replace("_", "")
     return f"; targets that are {kind} need task={needed}" if of_fedq and needed and not same else ""
 
@@ -212,6 +224,10 @@ def remedy_of_model(inputs: Tensor) -> str:
     """Returns the end of an error's text: a model that takes these inputs, or "" if no model is clear."""
     if inputs.dtype == torch.int64 and inputs.dim() == 2:
         return "; tokens need a model such as model=char_lstm"
+    if inputs.dtype in (torch.uint8, torch.float64):
+        return f"; most models take float32: give x.float(){' / 255' if inputs.dtype == torch.uint8 else ''}"
+    if inputs.dim() == 4 and inputs.shape[3] in (1, 3) and inputs.shape[1] not in (1, 3):
+        return "; most models take the channels before height and width: give x.permute(0, 3, 1, 2)"
     if inputs.is_floating_point() and inputs.dim() == 4:
         grey = inputs.shape[1:] == (1, 28, 28)
         model = "model=fedavg_cnn" if grey else f"model=resnet20 model.channels={inputs.shape[1]}"

@@ -12,7 +12,7 @@ from fedq.config_nodes import RunConfig
 from fedq.data import Client, Examples, FederatedDataset
 from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
-from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TooFewClients
+from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TaskError, TooFewClients
 from fedq.learning.cohort import loaded
 from fedq.learning.evaluation import check
 from fedq.learning.failures import reading
@@ -63,12 +63,17 @@ def rounds(
     Raises TaskError at once unless a client, the test and the validation set fit the model and the task. The iterator
     raises TooFewClients when the repeats are used up.
     """
+    if not isinstance(first := dataset.client(0), Client):
+        raise TaskError(
+            f"dataset: client(0) of {type(dataset).__name__} must return a fedq.data.Client, such as "
+            f"Client(0, lambda: examples), not a {type(first).__name__}"
+        )
     sets = {"test": dataset.test()}
     if run.validation is not None:
         sets["validation"] = validation_set(dataset, run.seed)
     model, task = process.protocol.model, process.protocol.task
     with suppress(ClientFailure):  # rounds leave out a client that cannot be read
-        check(model, "client 0", loaded(dataset.client(0), process.device), task)
+        check(model, "client 0", loaded(first, process.device), task)
     for name, examples in sets.items():
         check(model, f"the {name} set", examples, task)
     return _rounds(process, state, dataset, sets, run, clients, gather, stop)

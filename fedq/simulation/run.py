@@ -89,7 +89,12 @@ def train(
         log.info("run.rounds=%d in %s", run.rounds, folder)
         for way in ("broadcast", "upload"):
             if config["encoder"][way]["stages"] and not getattr(protocol.weights, way).compressed:
-                log.warning("encoder.%s compresses nothing: no tensor has more than encoder.threshold elements", way)
+                log.warning(
+                    "encoder.%s compresses nothing: no tensor has more than encoder.threshold=%d elements. Set a lower "
+                    "threshold, such as encoder.threshold=100",
+                    way,
+                    config["encoder"]["threshold"],
+                )
         if earlier:
             check_form(process, *earlier)
             state, its_folder = earlier

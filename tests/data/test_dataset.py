@@ -18,6 +18,13 @@ def load() -> Examples:
     return Examples(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
 
 
+def test_what_reads_examples_must_be_a_function() -> None:
+    with pytest.raises(FedqError, match="a client's load must be a function that returns Examples, .* not a Examples"):
+        Client(0, load())  # type: ignore[arg-type]
+    with pytest.raises(FedqError, match="a client's test must be a function"):
+        Client(0, load, test=load())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", [int, np.int64, np.int32, np.uint8, np.uint64, np.array, torch.tensor])
 def test_integers_of_any_library_become_ints(kind: Any) -> None:
     client = Client(kind(7), load, kind(3))
@@ -92,3 +99,21 @@ def test_a_run_resumes_whose_dataset_numbers_clients_with_numpy(mine: Path, keep
 def test_a_datasets_number_that_is_no_integer_is_refused_in_one_sentence(mine: Path, field: str, kind: str) -> None:
     done = fedq(mine, *RUN, f"+dataset.kind={kind}", f"+dataset.field={field}", code=1)
     assert f"dataset.{field} must be an integer, not " in done.stderr and "Traceback" not in done.stderr
+
+
+class WithoutClients:
+    """Gives examples where a client is due."""
+
+    num_classes, num_clients = 2, 3
+
+    def client(self, number: int) -> Examples:
+        return load()
+
+    def test(self) -> Examples:
+        return load()
+
+
+def test_a_dataset_that_gives_examples_as_a_client_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    mine = "~dataset", "+dataset={_target_:data.test_dataset.WithoutClients}", "run.clients_per_round=3"
+    sentence = "client(0) of WithoutClients must return a fedq.data.Client, such as Client(0, lambda: examples)"
+    assert sentence in fedq(tmp_path, *mine, "model=mlp", code=1).stderr

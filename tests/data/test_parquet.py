@@ -213,4 +213,9 @@ def test_other_faults_are_one_sentence(tmp_path):
 def test_without_pyarrow_the_extra_is_named():
     program = "import sys; sys.modules['pyarrow'] = None; import fedq.data.parquet"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert 'MissingPackage: dataset=parquet needs pyarrow: pip install "fedq[parquet]"' in done.stderr
+    sentence = 'dataset=parquet needs pyarrow: pip install "fedq[parquet]"'
+    assert f"MissingPackage: {sentence}" in done.stderr
+    settings = ["parquet", "dataset.path=.", "dataset.client=who", "dataset.x=x"]
+    program = f"import sys; sys.modules['pyarrow'] = None; from fedq.data.__main__ import main; main({settings})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith(f"cannot be imported: {sentence}\n")

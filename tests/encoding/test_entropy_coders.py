@@ -360,10 +360,10 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     for coder in (ANS(), Huffman(), CABAC(), Zstandard()):
-        with pytest.raises(MissingPackage, match=r'pip install -e "\.\[coders\]"'):
+        with pytest.raises(MissingPackage, match=r'pip install "fedq\[coders\]"'):
             coder.encode(x, spec_of(x, 256))
     for stage in (StepQuantization(0.1, rate_weight=0.1), TrellisQuantization(0.1)):
-        with pytest.raises(MissingPackage, match=r'pip install -e "\.\[coders\]"'):
+        with pytest.raises(MissingPackage, match=r'pip install "fedq\[coders\]"'):
             stage.encode(torch.randn(100), Key(0))
 
 

@@ -28,7 +28,7 @@ from fedq.learning import (
     evaluate,
 )
 from fedq.learning.evaluation import check
-from fedq.learning.task import outputs_of
+from fedq.learning.task import check_works, outputs_of
 from fedq.simulation.workers import Workers
 
 PAD, VOCABULARY, PLACES = 0, 12, 7
@@ -487,6 +487,45 @@ def test_what_does_not_fit_is_said_once_and_is_no_clients_fault(name):
     assert str(error.value).count("client ") == 1
     with pytest.raises(TaskError, match=sentence):
         process.evaluate(state, examples, 8)
+
+
+IMAGES = torch.zeros(3, 16, 16, 3)
+HINTS = {
+    "uint8": (Examples(IMAGES.byte(), Y[:3]), r"give x.float\(\) / 255"),
+    "double": (Examples(X.double(), Y), r"give x.float\(\)$"),
+    "channels last": (Examples(IMAGES, Y[:3]), r"give x.permute\(0, 3, 1, 2\)"),
+    "a column": (Examples(X, Y[:, None]), r"give y.squeeze\(1\)"),
+    "int32": (Examples(X, Y.int()), r"give y.long\(\)"),
+    "not finite": (Examples(X / 0, Y), "the inputs hold NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_what_newcomers_get_wrong_is_told_with_a_remedy(name):
+    examples, sentence = HINTS[name]
+    with pytest.raises(TaskError, match=f"with the examples of client 0: .*{sentence}"):
+        check(Dense(5), "client 0", examples, Classification())
+
+
+class Means(Classification):
+    def sums(self, outputs, targets):
+        return {"correct": (outputs.argmax(1) == targets).float().mean()}
+
+
+class MeanLoss(Classification):
+    def loss(self, outputs, targets, reduction="mean"):
+        return F.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [(Means(), "'correct' of sums.. of Means must be a sum"), (MeanLoss(), "loss.*of MeanLoss must be a sum")],
+)
+def test_a_mean_in_place_of_a_sum_is_told(task, sentence):
+    outputs = torch.eye(2)
+    check_works(Classification(), outputs, torch.arange(2))
+    with pytest.raises(TaskError, match=sentence):
+        check_works(task, outputs, torch.arange(2))
 
 
 def test_a_tasks_count_of_targets_must_travel_if_it_is_not_that_of_examples():

@@ -89,4 +89,4 @@ def _zstandard() -> Any:
     try:
         return importlib.import_module("zstandard")
     except ImportError as error:
-        raise MissingPackage('Zstandard needs its package: pip install -e ".[coders]"') from error
+        raise MissingPackage('Zstandard needs its package: pip install "fedq[coders]"') from error
