@@ -18,6 +18,9 @@ from fedq.errors import FedqError
 
 DIRECTIONS = ("broadcast", "upload")
 
+NESTED_GROUPS = ("client.augment", "dataset.partition", "run.faults", "run.guard", "run.submodel")
+"""Keys whose values are the files of a group: client/augment=crop_and_flip sets client.augment."""
+
 RENAMED_KEYS = {
     "run.dropout": "run.submodel",
     "run.faults.dropout": "run.faults.absent",
@@ -178,12 +181,12 @@ def check_arguments(cfg: DictConfig, path: str, target: Any, knobs: set[str] | N
         allowed = hints.get(key, Any)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{place}: {value} is not a finite number")
+        takes_text = not {Any, str}.isdisjoint({allowed, *typing.get_args(allowed)})
+        if isinstance(value, str) and f"{path}.{key}" in NESTED_GROUPS and not takes_text:
+            file = f"{path}/{key}={value}"
+            raise ConfigError(f"{place}: {value!r} is not allowed; {file} chooses a file of the group {path}/{key}")
         if not matches_type(value, allowed):
-            # run.faults=some is meant for a choice of the group run/faults
-            of_group = path == "run" and isinstance(value, str)
-            of_group = of_group and not matches_type("", allowed) and matches_type({}, allowed)
-            hint = f"; {path}/{key}={value} chooses a file of the group" if of_group else ""
-            raise ConfigError(f"{place}: {value!r} is not allowed; it must be {type_in_words(allowed)}{hint}")
+            raise ConfigError(f"{place}: {value!r} is not allowed; it must be {type_in_words(allowed)}")
 
 
 def takes(target: str, name: str) -> bool:

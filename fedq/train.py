@@ -18,12 +18,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fedq.config import ConfigError, check, explain, to_container
+from fedq.config_check import overridden
 from fedq.errors import FedqError
 from fedq.files import remove_leftovers
 from fedq.simulation.earlier import finished
@@ -140,6 +142,7 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
             summary,
         ):
             check(cfg, HydraConfig.get().overrides.task)
+            warn_of_rates()
             simulation_run().train(cfg, folder, metrics_file, summary, stopping, ranks)
     except FedqError as error:
         log.error("%s", error)
@@ -155,6 +158,26 @@ def job(cfg: DictConfig, ranks: "Ranks | None" = None) -> float:
     if HydraConfig.get().mode == RunMode.RUN or not summary.is_ours or (ranks and ranks.apart):
         sys.exit(1)  # a sweep continues, and reports all failed jobs at its end
     return math.inf
+
+
+def warn_of_rates() -> None:
+    """Logs a warning if a preset's rate stays with another client or server than the preset's."""
+    config = HydraConfig.get()
+    preset, given = config.runtime.choices.get("experiment"), overridden(config.overrides.task)
+    file = CONF / "experiment" / f"{preset}.yaml"
+    rates = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for group in ("client", "server"):
+        rate, choice = rates.get(group, {}).get("lr"), config.runtime.choices[group]
+        if rate is not None and group in given and f"{group}.lr" not in given:
+            log.warning(
+                "%s.lr=%s is the rate of experiment=%s, not of %s=%s: set %s.lr",
+                group,
+                rate,
+                preset,
+                group,
+                choice,
+                group,
+            )
 
 
 def _in_words(error: OSError) -> str:

@@ -18,7 +18,7 @@ from fedq.config import (
     explain,
     flatten,
 )
-from fedq.config_check import overridden
+from fedq.config_check import NESTED_GROUPS, overridden
 from fedq.encoding import (
     Encoder,
     FixedWidth,
@@ -353,6 +353,17 @@ def test_a_key_of_both_directions_sets_both_or_one():
 )  # fmt: skip
 def test_a_key_of_the_version_before_is_refused_with_its_new_name(overrides, sentence):
     assert told(*overrides).endswith(sentence)
+
+
+def test_a_text_in_place_of_a_nested_group_names_the_command_that_chooses_a_file():
+    found = {path.relative_to(CONF).parent for path in CONF.glob("*/*/*.yaml")}
+    nested = {str(path) for path in found if path.parent.name not in ("hydra", "experiment")}
+    assert nested == {key.replace(".", "/") for key in NESTED_GROUPS}
+    for group in nested:
+        name, key = options(group)[0], group.replace("/", ".")
+        dataset = ["dataset=cifar10"] if group.startswith("dataset") else []
+        expected = f"{key}: {name!r} is not allowed; {group}={name} chooses a file of the group {group}"
+        assert told(*dataset, f"{key}={name}") == expected
 
 
 def test_a_file_of_the_version_before_is_refused_with_the_new_name(tmp_path):

@@ -19,6 +19,7 @@ from torch import nn
 
 from fedq.config import build, build_protocol, build_run, build_server, check
 from fedq.data import Client
+from fedq.encoding import MessageError
 from fedq.learning import Broadcast, ClientFailure, ClientRecord, CohortResult, FederatedAveraging
 from fedq.learning.client import ClientHalf
 from fedq.learning.cohort import Cohort
@@ -60,12 +61,13 @@ def client_process(pipe: Connection) -> None:
         half = ClientHalf(Protocol(**build_protocol(cfg, dataset, CPU)), precision)
         stores: dict[int, dict[str, torch.Tensor]] = {}
         held: dict[int, list[Any]] = {}
+        last: dict[int, int] = {}
         while (asked := pipe.recv()) is not None:
             number, messages = asked
             own = number if half.protocol.submodels else None
             try:
                 theirs = {} if own is None else {"client": own}
-                received = half.protocol.receive(messages, held.get(number, []), **theirs)
+                received = half.protocol.receive(messages, held.get(number, []), after=last.get(number, 0), **theirs)
             except OtherBase:
                 pipe.send(None)
                 continue
@@ -73,6 +75,7 @@ def client_process(pipe: Connection) -> None:
             answer = half.answer(received, number, examples, stores.get(number, {}), seconds)
             pipe.send((answer.messages, answer.report))
             stores[number], held[number] = answer.to_keep, [received.weights, received.reference]
+            last[number] = received.attempt
 
 
 def server_process(pipe: Connection) -> None:
@@ -276,3 +279,22 @@ def test_a_client_that_lost_its_store_says_so(halves: tuple[Connection, Connecti
         process.protocol.receive(process.downlink.messages(broadcast, 0))
     assert failure.value.kind == "lost"
     assert isinstance(process.contribute(broadcast, []), CohortResult)
+
+
+@pytest.mark.parametrize("options", [["encoder=uint8"], ["encoder=frontier", "encoder.broadcast.reference=last"]])
+def test_a_recorded_broadcast_of_an_earlier_round_is_refused(options: list[str]) -> None:
+    cfg = configuration(*options)
+    process, dataset = simulated(cfg), build(cfg, "dataset")
+    state, recorded = process.initialize(), []
+    for _ in range(2):
+        broadcast, _ = process.downlink.open(state, [0])
+        recorded.append(process.downlink.messages(broadcast, 0))
+        state, _ = process.next(state, [dataset.client(0)])
+    receive = process.protocol.receive
+    first = receive(recorded[0])
+    second = receive(recorded[1], [first.weights, first.reference], after=first.attempt)
+    assert (first.attempt, second.attempt) == (0, 1)
+    again = receive(recorded[1], [first.weights, first.reference], after=1)  # the answer was lost
+    assert all(torch.equal(value, again.weights[name]) for name, value in second.weights.items())
+    with pytest.raises(MessageError, match="the broadcast of attempt 0 is older than the last one, 1"):
+        receive(recorded[0], [first.weights, first.reference], after=1)

@@ -338,3 +338,20 @@ def test_a_round_has_the_same_bits_with_any_number_of_workers(name):
             states.append(process.next(process.initialize(), clients)[0].weights)
     for other in states[1:]:
         assert all(torch.equal(value, other[tensor]) for tensor, value in states[0].items())
+
+
+def test_a_resnet_crops_the_middle_and_standardises_as_tensorflow_does():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 9, 10), dtype=torch.uint8)
+    images[1] = 7
+    model = ResNet(5, 1, (4, 8), norm="group", crop=6, standardise=True)
+    seen = []
+    model.conv.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    model(images.float() / 255)
+    crop = images[:, :, 1:7, 2:8].numpy().astype(np.float64)
+    mean, deviation = crop.mean((1, 2, 3), keepdims=True), crop.std((1, 2, 3), keepdims=True)
+    expected = (crop - mean) / np.maximum(deviation, 1 / np.sqrt(3 * 6 * 6))  # tf.image.per_image_standardization
+    assert np.allclose(seen[0].numpy(), expected, atol=1e-5)
+    assert not seen[0][1].any()
+    with pytest.raises(ValueError, match=r"\(3, 3, 9, 10\) have no 12 × 12 pixels: set model.crop lower"):
+        ResNet(5, crop=12)(images.float())

@@ -11,6 +11,7 @@ from command import fedq
 from data.cifar_files import write_cifar
 from encoding.configured import CONF
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from test_datasets import SMALL, metrics_of
 from test_train import emnist_files
@@ -22,6 +23,7 @@ from fedq.learning import Classification, FederatedAveraging, LocalTraining, Mul
 from fedq.learning.evaluation import check as check_examples_fit
 from fedq.learning.task import TaskError, remedy, remedy_of_model
 from fedq.models import CharLSTM, FedAvgCNN, ResNet
+from fedq.train import warn_of_rates
 
 PRESETS = sorted(path.stem for path in Path(CONF, "experiment").glob("*.yaml"))
 FILES = {  # preset → writes the files that its dataset would download
@@ -59,6 +61,22 @@ def test_the_command_line_overrides_a_preset(name, eden):
     assert changed.server._target_ == "torch.optim.Adam"
     for part in ("dataset", "model", "task"):
         assert changed[part] == preset[part]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warnings"),
+    [
+        (["client=adamw"], ["client.lr=0.1 is the rate of {}, not of client=adamw: set client.lr"]),
+        (["server=adam"], ["server.lr=3.162 is the rate of {}, not of server=adam: set server.lr"]),
+        (["client=adamw", "client.lr=0.1", "server=adam", "server.lr=0.1"], []),
+        (["encoder=eden"], []),
+    ],
+)
+def test_a_rate_that_stays_with_another_optimizer_is_a_warning(overrides, warnings, monkeypatch, caplog):
+    cfg = configured("experiment=cifar100_resnet", *overrides, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: cfg.hydra)
+    warn_of_rates()
+    assert caplog.messages == [text.format("experiment=cifar100_resnet") for text in warnings]
 
 
 @pytest.mark.parametrize("name", PRESETS)

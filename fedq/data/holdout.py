@@ -15,6 +15,9 @@ from fedq.keys import Key
 MOST_CLIENTS = 1000
 """Largest number of clients in a validation set, because a run keeps the set in memory."""
 
+_TOO_SMALL = "run.validation: clients are too small for this share: hold out more, such as run.validation=0.2"
+_NONE_OWN = "run.validation: the dataset has no validation examples: hold some out, such as run.validation=0.1"
+
 
 class HeldOut:
     """Holds out a share of a dataset for validation. A client is read only when its examples are needed.
@@ -65,9 +68,13 @@ class HeldOut:
     def validation(self) -> Examples:
         """Returns the held-out examples of at most MOST_CLIENTS clients."""
         if self._by == "examples":
-            return _pooled(self.client, self.num_clients, self._seed, lambda client: client.validation)
+            return _pooled(self.client, self.num_clients, self._seed, lambda client: client.validation, _TOO_SMALL)
         return _pooled(
-            lambda i: self._dataset.client(self._held_out(i)), self._held, self._seed, lambda client: client.load
+            lambda i: self._dataset.client(self._held_out(i)),
+            self._held,
+            self._seed,
+            lambda client: client.load,
+            _TOO_SMALL,
         )
 
     def _first(self, block: int) -> int:
@@ -101,7 +108,7 @@ def validation_set(dataset: FederatedDataset, seed: int) -> Examples:
     if hasattr(dataset, "validation"):
         examples: Examples = dataset.validation()
         return examples
-    return _pooled(dataset.client, dataset.num_clients, seed, lambda client: client.validation)
+    return _pooled(dataset.client, dataset.num_clients, seed, lambda client: client.validation, _NONE_OWN)
 
 
 def drawn(seed: int, name: str, population: int, size: int) -> Iterable[int]:
@@ -117,17 +124,16 @@ def _pooled(
     population: int,
     seed: int,
     reader: Callable[[Client], Callable[[], Examples] | None],
+    lacking: str,
 ) -> Examples:
     """Returns the examples of at most MOST_CLIENTS clients as one set.
 
     client: Returns a client by number, from 0 to `population` − 1.
     reader: Returns the function that reads a client's examples; None if the client has no examples.
+    lacking: The error's text if no client has examples.
     """
     readers = map(reader, map(client, drawn(seed, "validation", population, MOST_CLIENTS)))
     parts = [part for part in (Examples(*read()) for read in readers if read) if len(part.y)]
     if not parts:
-        raise FedqError(
-            "run.validation: there are no validation examples: the dataset lacks them, or clients are too small for "
-            "this share; hold out more, such as run.validation=0.2"
-        )
+        raise FedqError(lacking)
     return pooled(parts)

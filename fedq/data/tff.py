@@ -1,5 +1,6 @@
 """Datasets in TensorFlow Federated's files: HDF5, one group a client, read client by client."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch import Tensor
 from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError, obtain
 from fedq.errors import check_range
+
+LARGEST = 2**28
+"""Largest number of bytes of an array that is read. A sparse array of HDF5 holds fewer bytes than it says."""
 
 URL = "https://storage.googleapis.com/tff-datasets-public/"
 
@@ -75,7 +79,8 @@ class ClientsFile:
         """Returns the client's arrays, in the layout's order, with at most `most` rows.
 
         Arrays of the type `bytes` have Python's bytes as elements, shape (N,).
-        Raises DatasetError if an array is missing, damaged or unlike the layout, or if the numbers of rows differ.
+        Raises DatasetError if an array is missing, damaged, unlike the layout or too large, or if the numbers of rows
+        differ.
         """
         where = self.where(client_id)
         with _reading(where):
@@ -93,6 +98,10 @@ class ClientsFile:
                     f"{len(array)} of '{name}'" for array, name in zip(arrays, self._layout, strict=True)
                 )
                 raise DatasetError(f"{where} has {found}.")
+            for array, name in zip(arrays, self._layout, strict=True):
+                rows = len(array) if most is None else min(len(array), most)
+                if (size := rows * math.prod(array.shape[1:]) * array.dtype.itemsize) > LARGEST:
+                    raise DatasetError(f"{where} has {size:,} bytes of '{name}': at most {LARGEST:,} are read.")
             return [array[:most] for array in arrays]
 
 

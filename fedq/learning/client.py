@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedq.data import Examples
-from fedq.encoding import Codec, EncodeError, Key, TensorSpec
+from fedq.encoding import Codec, EncodeError, Key
 from fedq.encoding.numerics import is_finite
 from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
@@ -158,14 +158,22 @@ class ClientHalf:
         Training loads the weights later. Attributes, such as a counter, and buffers outside the state_dict have their
         first values.
         """
-        if not hasattr(self._local, "model"):
-            self._local.model = deepcopy(self.protocol.client_model)
-            self._local.attributes = self._copied([_attributes(module) for module in self._local.model.modules()])
-        model: nn.Module = self._local.model
-        for module, attributes in zip(model.modules(), self._copied(self._local.attributes), strict=True):
+        local = self._local
+        if not hasattr(local, "model"):
+            local.model = deepcopy(self.protocol.client_model)
+            local.attributes = [_attributes(module) for module in local.model.modules()]
+            # most attributes, such as sizes, cannot change in place: a copy is the object itself
+            copies = self._copied(local.attributes)
+            local.mutable = [
+                {name: copy for name, copy in copied.items() if copy is not attributes[name]}
+                for attributes, copied in zip(local.attributes, copies, strict=True)
+            ]
+        model: nn.Module = local.model
+        copies = self._copied(local.mutable)
+        for module, attributes, mutable in zip(model.modules(), local.attributes, copies, strict=True):
             for name in _attributes(module).keys() - attributes.keys():
                 delattr(module, name)
-            vars(module).update(attributes)
+            vars(module).update(attributes, **mutable)
         for name, value in self._unsaved.items():
             owner, _, own = name.rpartition(".")
             setattr(model.get_submodule(owner), own, value.clone())
@@ -173,6 +181,8 @@ class ClientHalf:
 
     def _copied(self, attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns copies of modules' attributes. The copies refer to the same modules and tensors of the model."""
+        if not any(attributes):
+            return attributes
         model = self._local.model
         return deepcopy(
             attributes, {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
@@ -191,7 +201,7 @@ def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> N
     """Raises FedqError if training has changed a frozen tensor, or the shape or dtype of any tensor."""
     for name, value in start.items():
         after = trained.get(name)
-        if not isinstance(after, Tensor) or TensorSpec.of(after) != TensorSpec.of(value):
+        if not isinstance(after, Tensor) or after.shape != value.shape or after.dtype != value.dtype:
             raise FedqError(f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged")
     for name in frozen:
         if not same_bits(trained[name], start[name]):

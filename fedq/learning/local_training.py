@@ -210,7 +210,8 @@ class LocalTraining:
             epoch += 1
             for start in range(0, len(places), self.batch_size):
                 batch_x, batch_y = x[start : start + self.batch_size], y[start : start + self.batch_size]
-                model.zero_grad()
+                for parameter in parameters.values():  # Module.zero_grad looks for the parameters again
+                    parameter.grad = None
                 # bfloat16 has the range of float32: gradients need no scaling
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     outputs = outputs_of(model(batch_x))
@@ -218,7 +219,7 @@ class LocalTraining:
                     check_fit(task, outputs, len(batch_y), all_y)
                 loss, targets = task.loss(outputs, batch_y), task.count(batch_y)
                 torch.autograd.backward(loss)
-                gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+                gradients = {name: g for name, p in parameters.items() if (g := p.grad) is not None}
                 if project is not None:
                     for name, projected in project(gradients).items():
                         gradients[name].copy_(projected)

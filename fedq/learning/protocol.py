@@ -28,6 +28,7 @@ from fedq.learning.task import Task
 EXACT = StateDictEncoder()
 
 _UPLOAD = "upload/"  # in front of the names of the upload's params in a broadcast
+_LARGEST_LOSS = torch.finfo(torch.float32).max  # of a target: the sum over any cohort is finite
 _REPORT = "report/"
 
 
@@ -149,7 +150,9 @@ class Protocol:
             self.kept_schema |= {name: schema[name] for name in self.weights.upload.compressed}
         self.kept_schema |= schema_of({name: self.initial[name] for name in parts.personal})
 
-    def receive(self, messages: Sequence[bytes], held: Sequence[Tensors] = (), client: int = BROADCAST) -> Received:
+    def receive(
+        self, messages: Sequence[bytes], held: Sequence[Tensors] = (), client: int = BROADCAST, after: int = 0
+    ) -> Received:
         """Returns what a client decodes from a broadcast.
 
         messages: One message a group, in order. With reference=last, earlier messages come first: the broadcasts that
@@ -157,23 +160,28 @@ class Protocol:
         held: With reference=last, the `weights` and the `reference` that the client received last. A round that is
             repeated builds on the reference again. The client holds the initial weights too.
         client: The client's number if the messages are for this client alone, as with federated dropout.
+        after: The `attempt` of the last broadcast that the client received. A client on a network keeps this number: an
+            older broadcast, which someone may have recorded, is refused.
 
         Earlier messages that build on other weights are skipped: the client has decoded them before, but the answer was
         lost.
 
-        Raises MessageError for damaged messages, and for messages of another run. Raises ClientFailure if the client
-        does not hold the weights that a message builds on. Raises OtherBase if the server's base may help; see
+        Raises MessageError for damaged or old messages, and for messages of another run. Raises ClientFailure if the
+        client does not hold the weights that a message builds on. Raises OtherBase if the server's base may help; see
         `write_base`.
         """
         if self._base.schema and messages and self._base.expects(messages[0], {}):
             self._take_base(messages[0])
             messages = messages[1:]
         try:
-            return self._receive(messages, held, client)
+            received = self._receive(messages, held, client)
         except (SchemaMismatch, ClientFailure) as error:
             if self._base.schema and not held:
                 raise OtherBase("lost", str(error)) from error
             raise
+        if received.attempt < after:
+            raise MessageError(f"the broadcast of attempt {received.attempt} is older than the last one, {after}")
+        return received
 
     def _receive(self, messages: Sequence[bytes], held: Sequence[Tensors], client: int) -> Received:
         start = len(messages) - len(self.groups)
@@ -249,6 +257,9 @@ class Protocol:
     def read_report(self, report: bytes, key: Key, registered: Registered) -> TrainingMetrics:
         """Returns what a client reports.
 
+        The server cannot check the loss and the task's sums against the examples: inside the bounds below, a client can
+        forge them. They reach metrics only, never the weights.
+
         Raises MessageError for damaged bytes, and for numbers that the client's training cannot give.
         """
         loss, *sums, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
@@ -259,6 +270,7 @@ class Protocol:
         if (
             not (examples and self.training.can_give(metrics, examples))
             or not seen // examples * targets <= metrics.sums["targets"] <= -(-seen // examples) * targets
+            or not abs(loss) <= _LARGEST_LOSS * metrics.sums["targets"]
             or not self.task.can_give(metrics.all_sums)
         ):
             raise MessageError(f"no training gives the report {metrics} of {examples} examples, {targets} targets")

@@ -1,8 +1,10 @@
 """Residual networks for small images."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ class ResNet(nn.Module):
     projection: How shortcuts change the shape: true by a 1 × 1 convolution (option B), false by zeros (option A).
     channels: Number of channels of an image.
     norm: "batch" or "group": group norm with two groups (Hsieh 2020, Reddi 2021) treats each example separately.
+    crop: Height and width of the middle of an image that the network sees; None for all of the image.
+    standardise: Whether each image is scaled to a mean of 0 and a variance of 1, after the crop.
     """
 
     def __init__(
@@ -30,8 +34,11 @@ class ResNet(nn.Module):
         projection: bool = False,
         channels: int = 3,
         norm: Literal["group", "batch"] = "batch",
+        crop: int | None = None,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
+        self.crop, self.standardise = crop, standardise
         self.conv = _conv(channels, widths[0])
         self.norm = _norm(norm, widths[0])
         self.stages = nn.Sequential()
@@ -45,9 +52,26 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits of images `x`."""
+        if self.crop is not None:
+            if min(x.shape[2:]) < self.crop:
+                raise ValueError(
+                    f"images {tuple(x.shape)} have no {self.crop} × {self.crop} pixels: set model.crop lower"
+                )
+            top, left = ((side - self.crop) // 2 for side in x.shape[2:])
+            x = x[:, :, top : top + self.crop, left : left + self.crop]
+        x = standardised(x) if self.standardise else x
         x = self.stages(F.relu(self.norm(self.conv(x))))
         logits: Tensor = self.dense(x.mean((2, 3)))
         return logits
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Returns each image of `x` (N, C, H, W), in [0, 1], with a mean of 0 and a variance of 1.
+
+    The divisor is at least 1 / (255 √(C·H·W)), as in tf.image.per_image_standardization: one colour becomes 0.
+    """
+    deviation, mean = torch.std_mean(x, (1, 2, 3), correction=0, keepdim=True)
+    return (x - mean) / deviation.clamp_min(1 / (255 * math.sqrt(x[0].numel())))
 
 
 class Block(nn.Module):

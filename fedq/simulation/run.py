@@ -110,6 +110,8 @@ def train(
         for metrics in done:
             selection.write(metrics)
             summary.write(metrics)
+        if earlier and not store:  # the clients' state of the best round is not copied, and a resume would need it
+            checkpoint.copy_best(selection.values["round"], earlier[1] / "checkpoints", folder / "checkpoints")
         # a resumed run, for example with more rounds, keeps its name in TensorBoard
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done, headline))

@@ -22,6 +22,15 @@ def test_each_crop_and_mirror_image_is_as_frequent_as_the_others():
     assert ((counts - 200).abs() < 4 * 14).all()  # four deviations
 
 
+def test_each_smaller_crop_is_as_frequent_as_the_others():
+    image = torch.randn(3, 5, 4)
+    got = CropAndFlip(padding=0, size=3)(image.expand(2400, -1, -1, -1), generator())
+    crops = [crop(image, top, left, 3, 3) for top in range(3) for left in range(2)]
+    counts = (got[:, None] == torch.stack(crops + [hflip(c) for c in crops])).flatten(2).all(2).sum(0)
+    assert counts.sum() == 2400  # no further image
+    assert ((counts - 200).abs() < 4 * 14).all()  # four deviations
+
+
 @pytest.mark.parametrize(("flip", "mirrored"), [(0.0, 0), (1.0, 20)])
 def test_flip_is_a_probability(flip, mirrored):
     x = torch.randn(20, 1, 3, 3)
@@ -43,5 +52,7 @@ def test_wrong_arguments_and_inputs_are_named():
         CropAndFlip(padding=-1)
     with pytest.raises(ValueError, match="flip must be from 0 to 1"):
         CropAndFlip(flip=1.5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 9\) have no crop of 9 × 9: set client.augment.size lower"):
+        CropAndFlip(padding=0, size=9)(torch.zeros(2, 3, 8, 9), generator())
     with pytest.raises(ValueError, match=r"takes images \(N, C, H, W\), not \(3, 5\)"):
         CropAndFlip()(torch.zeros(3, 5), generator())

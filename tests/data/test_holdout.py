@@ -130,9 +130,10 @@ def test_a_datasets_own_validation_examples():
 
 
 def test_a_set_without_examples_is_told():
-    for empty in (lambda: validation_set(Numbered(), 0), HeldOut(Numbered([2, 3]), 0.1).validation):
-        with pytest.raises(FedqError, match="run.validation: there are no validation examples"):
-            empty()
+    with pytest.raises(FedqError, match=r"the dataset has no validation examples: hold some out, such as .*=0\.1$"):
+        validation_set(Numbered(), 0)
+    with pytest.raises(FedqError, match=r"clients are too small for this share: hold out more, such as .*=0\.2$"):
+        HeldOut(Numbered([2, 3]), 0.1).validation()
     with pytest.raises(FedqError, match=r"run.validation: 0.9 of 2 clients leaves no client to train"):
         HeldOut(Numbered([2, 3]), 0.9, "clients")
 

@@ -207,7 +207,7 @@ IMAGES = np.zeros((6, 32, 32, 3), np.uint8)
         (TffShakespeare, lambda client: client.pop("snippets"), "has no array 'snippets'."),
         (TffShakespeare, replaced("snippets", np.zeros(3)), "has 'snippets' as float64 (3,), not bytes ('N',)."),
         (TffShakespeare, replaced("snippets", strings([["a"]])), "has 'snippets' as object (1, 1), not bytes"),
-        (TffShakespeare, sparse("snippets", TEXT), "cannot be read "),
+        (TffShakespeare, sparse("snippets", TEXT), "has 8,796,093,022,208 bytes of 'snippets': at most 268,"),
         (StackOverflow, lambda client: client.pop("tokens"), "has no array 'tokens'."),
         (StackOverflow, replaced("tokens", np.zeros(3, np.int64)), "has 'tokens' as int64 (3,), not bytes ('N',)."),
         (StackOverflow, replaced("tokens", h5py.SoftLink("/examples/00000000/tokens")), "cannot be read "),
@@ -369,4 +369,17 @@ def test_a_file_reads_no_other_file_of_the_machine(tmp_path: Path, way: str) -> 
             group.create_virtual_dataset("image", layout)
     expected = f"client {client_id!r} has 'image' in another file, which is not read"
     with pytest.raises(DatasetError, match=re.escape(expected)):
+        FedCifar100(str(tmp_path)).client(0).load()
+
+
+def test_an_array_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    cifar100_files(tmp_path)
+    client_id = FedCifar100(str(tmp_path)).client_ids[0]
+    with h5py.File(tmp_path / "fed_cifar100_train.h5", "r+") as file:
+        group = file[f"examples/{client_id}"]
+        for name, (dtype, shape) in {"image": (np.uint8, (32, 32, 3)), "label": (np.int64, ())}.items():
+            del group[name]
+            group.create_dataset(name, (2**23, *shape), dtype, chunks=True)  # sparse: a few bytes of the file
+    expected = f"client {client_id!r} has 25,769,803,776 bytes of 'image': at most 268,435,456 are read"
+    with pytest.raises(DatasetError, match=expected):
         FedCifar100(str(tmp_path)).client(0).load()

@@ -469,7 +469,7 @@ def test_errors_of_encoding_name_the_tensor():
 
 def test_of_each_few_clients_the_largest_start_first_and_keep_their_places():
     sizes = [3, 50, 7] + [1] * 13 + [9, 90]  # the last two are in the second window
-    placed = [(place, Client(100 + place, EMPTY, size)) for place, size in enumerate(sizes)]
+    placed = [(place, Client(100 + place, lambda: EMPTY, size)) for place, size in enumerate(sizes)]
     order = list(_longest_first(iter(placed)))
     assert [place for place, _ in order] == [1, 2, 0, *range(3, 16), 17, 16]
     assert all(client.number == 100 + place for place, client in order)

@@ -1,6 +1,7 @@
 """Compares each task's loss and metrics with the mathematics, in numpy, and checks the errors of tasks."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -235,6 +236,15 @@ def test_sums_that_no_training_gives_are_refused(name, sums):
                 protocol.read_report(report, key, registered)
         else:
             assert protocol.read_report(report, key, registered).seen == 8
+
+
+@pytest.mark.parametrize(("loss", "taken"), [(2.7e39, True), (2.8e39, False), (1e308, False)])
+def test_a_loss_of_eight_targets_beyond_eight_times_the_largest_float32_is_refused(loss, taken):
+    task, model, _ = CASES["classification"]
+    protocol, key = built(task, model).protocol, Key(0, 0, 1)
+    report = protocol.write_report(TrainingMetrics(loss, {"targets": 8, "correct": 5}, 8, 1), key)
+    with nullcontext() if taken else pytest.raises(MessageError, match="no training gives the report"):
+        assert protocol.read_report(report, key, Registered(8, 8)).loss == loss
 
 
 # padding

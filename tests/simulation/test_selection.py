@@ -90,7 +90,7 @@ def test_the_loop_evaluates_the_validation_set_and_stops_when_asked():
     assert plain[-1]["test/loss"] == metrics["test/loss"]  # validation changes no other metric
     asked = iter([False, False, True])
     assert len(list(rounds(make_process(), process.initialize(), dataset, run, stop=lambda: next(asked)))) == 2
-    with pytest.raises(FedqError, match="there are no validation examples"):
+    with pytest.raises(FedqError, match="the dataset has no validation examples: hold some out"):
         next(rounds(make_process(), process.initialize(), Noise(), run))
 
 
@@ -179,6 +179,10 @@ def test_an_early_stop_is_the_same_when_resumed_and_its_best_checkpoint_stays(tm
     assert f"│ test after round {best + 1} │ {whole[best]['test/accuracy']:.2%} │" in rows
     assert f"validation acc {values[0]:.3f}, test acc" in done.stderr
 
+    # a run in another folder, which resumes this one, has the best checkpoint too
+    fedq(tmp_path, *options, "run.workers=1", f"run.resume={tmp_path}/whole", f"hydra.run.dir={tmp_path}/other")
+    assert sorted(path.name for path in (tmp_path / "other" / "checkpoints").glob("*.pt")) == names
+
     # the run stops a round early, and the same command resumes the run
     short = (*options, "run.workers=2", f"hydra.run.dir={tmp_path}/resumed")
     fedq(tmp_path, *short, f"run.rounds={rounds_done - 1}")
@@ -219,7 +223,7 @@ def test_a_best_checkpoint_keeps_the_clients_state_that_it_needs(tmp_path):
     [
         (("run.validation=1.5",), "run: validation must be above 0 and below 1, or own, not 1.5"),
         (("run.validation=mine",), "run.validation: 'mine' is not allowed; it must be a number or own or null"),
-        (("run.validation=own",), "run.validation: there are no validation examples"),
+        (("run.validation=own",), "run.validation: the dataset has no validation examples: hold some out"),
         (("run.patience=0",), "run: patience must be 1 or more, not 0"),
         (("run.evaluate_clients=7",), "run.evaluate_clients: 7 is more than the 6 clients; take fewer, or all"),
         (("run.validation=0.7", "run.validation_by=clients"), "run.clients_per_round: 3 is more than the 2 clients"),
