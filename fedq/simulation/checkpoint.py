@@ -52,8 +52,10 @@ def save(state: ServerState, config: dict[str, Any], folder: Path, keep: int, be
 
 def copy_best(best: int | None, source: Path, folder: Path) -> None:
     """Copies the checkpoint of round `best` from `source` to `folder`, if `source` has the checkpoint."""
-    path = source / f"round_{best or 0:06d}.pt"
-    if best is not None and source.absolute() != folder.absolute() and path.is_file():
+    if best is None or source.absolute() == folder.absolute():
+        return
+    path = source / f"round_{best:06d}.pt"
+    if path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / path.name) as file:
             file.write(path.read_bytes())

@@ -112,7 +112,7 @@ def test_the_command_takes_ones_own_files(tmp_path, monkeypatch, capsys):
         (["mnist5k", "dataset.clients=9999"], "dataset: clients must be from 1 to 4000, not 9999"),
         (["leaf"], "dataset.path has no value: set dataset.path=…"),
         (["leaf", "dataset.path=nowhere"], "nowhere/train must hold LEAF's .json files"),
-        (["cifar10", "dataset.partition=iid", "dataset.path=nowhere"], "nowhere has no usable CIFAR10"),
+        (["cifar10", "dataset/partition=iid", "dataset.path=nowhere"], "nowhere has no usable CIFAR10"),
         (["mnist5k", "--config-dir", "nowhere"], "--config-dir: nowhere is not a folder"),
         (["mnist5k", "--picture", "nowhere/a.png"], "nowhere/a.png"),
     ],
