@@ -164,8 +164,8 @@ def test_what_is_wrong_is_told_in_one_line(override, message):
     ("override", "group", "message"),
     [
         ("client.lr=0", "client", "client: lr must be above 0, not 0"),
-        ("client.batch_size=0", "client", "client: batch_size must be 1 or more, not 0"),
-        ("client.momentum=1", "client", "client: momentum must be from 0 to below 1, not 1"),
+        ("client.batch_size=0", "client", "client: batch_size must be at least 1, not 0"),
+        ("client.momentum=1", "client", "client: momentum must be at least 0 and below 1, not 1"),
         ("dataset.alpha=-1", "dataset", "dataset: alpha must be"),
         ("client.max_grad_norm=0", "client", "client: max_grad_norm must be above 0, not 0"),
     ],
@@ -203,7 +203,7 @@ def test_what_a_stage_refuses_names_its_place():
         (["encoder.upload.coder._target_=fedq.encoding.ScaledSign"], "encoder.upload: ScaledSign() is not a coder"),
         (["encoder=best", "encoder.upload.coder.coders=[{_target_:fedq.encoding.ScaledSign}]"], "is not a coder"),
         (["encoder=frontier", "+encoder.upload.rate_control={_target_:fedq.encoding.FixedWidth}"], "encoder: FixedWidth() is not a rate controller"),
-        (["encoder=follow_loss", "encoder.upload.rate_control.patience=1000000000000000"], "patience must be from 1 to 10,000"),
+        (["encoder=follow_loss", "encoder.upload.rate_control.patience=1000000000000000"], "patience must be from 1 to 10000"),
         (["encoder=kashin", "encoder.upload.redundancy=1e300"], "redundancy must be from 1 to 64"),
     ],
 )  # fmt: skip

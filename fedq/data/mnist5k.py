@@ -3,7 +3,6 @@
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from fedq.data.dataset import Client, Examples
 from fedq.data.download import cache_folder
 from fedq.data.partition import deal
+from fedq.errors import check_range
 from fedq.files import written_whole
 from fedq.keys import Key
 
@@ -40,10 +40,8 @@ class Mnist5k:
     num_classes = CLASSES
 
     def __init__(self, clients: int = 40, alpha: float = 1.0, background: float = 1.0, seed: int = 0) -> None:
-        if not 1 <= clients <= CLASSES * TRAIN:
-            raise ValueError(f"clients must be from 1 to {CLASSES * TRAIN}, not {clients}.")
-        if not (isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be finite and above 0, not {alpha}.")
+        check_range("clients", clients, 1, CLASSES * TRAIN, integer=True)
+        check_range("alpha", alpha, above=0)
         if background not in (0.0, 1.0):
             raise ValueError(f"background must be 0.0 or 1.0, not {background}.")
         pixels, labels = _digits()

@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from fedq.encoding.schema import Tensors, TensorSpec
+from fedq.errors import check_choice
 
 Aggregation = Literal["sum", "min", "max", "stack"]
 
@@ -22,8 +23,7 @@ class StateUpdate:
     aggregation: Aggregation
 
     def __post_init__(self) -> None:
-        if self.aggregation not in get_args(Aggregation):
-            raise ValueError(f"aggregation must be one of {get_args(Aggregation)}, not {self.aggregation!r}")
+        check_choice("aggregation", self.aggregation, Aggregation)
         if self.aggregation == "sum" and not self.spec.dtype.is_floating_point and self.spec.dtype.itemsize < 4:
             raise ValueError(f"a sum of {self.spec.dtype} soon overflows: report int32 or int64")
 

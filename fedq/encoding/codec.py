@@ -14,7 +14,7 @@ from fedq.encoding.adaptation import Adaptation
 from fedq.encoding.adaptive import Adaptive
 from fedq.encoding.encoder import TensorCodec, read, write
 from fedq.encoding.message import MessageError
-from fedq.encoding.numerics import CHUNK, exact_divide, is_finite, saturate
+from fedq.encoding.numerics import CHUNK, exact_divide, finite, is_finite, saturate
 from fedq.encoding.rate_control import RateController
 from fedq.encoding.schema import Schema, Tensors, TensorSpec, canonical_text, schema_of
 from fedq.errors import FedqError
@@ -227,7 +227,8 @@ class Codec:
                     tensor = _multiplied_(tensor, scale)
                 tensors[name] = tensor
             what = "the end of the body"
-            reader.close()
+            if reader.left:
+                raise ValueError(f"{len(reader.left)} bytes are left over")
             if not stop_at_sum:
                 tensors = self._split(tensors) if self._joined else tensors
                 for name, other in references.items():
@@ -250,7 +251,9 @@ class Codec:
         tensors: dict[str, Tensor] = {}
         for name, chain in self.chains.items():
             try:
-                tensors[name] = chain.decode_sum(total[name], key.fold(name), params)
+                specs = chain.summable_prefix  # a stage that commutes with the sum has no side values
+                sides: list[Tensors] = [{}] * len(specs)
+                tensors[name] = chain.decode_stages(finite(total[name]), specs, sides, key.fold(name), params)
             except ValueError as error:
                 raise MessageError(f"tensor {name!r} cannot be decoded: {error}") from error
         return self._split(tensors) if self._joined else tensors

@@ -125,7 +125,7 @@ class TensorCodec:
                 if not is_finite(tensor):
                     raise ValueError(f"{name} makes {value} NaN or infinite")
             for value, its_spec in side_spec.items():
-                parts += write(side[value], its_spec, stage.side_coder(value))
+                parts += write(side[value], its_spec, stage.side_coders.get(value, _EXACT))
         return [*parts, *write(x, spec, self._coder)], reports
 
     def decode(self, reader: Reader, key: Key, params: Tensors, device: torch.device, stop_at_sum: bool) -> Tensor:
@@ -138,24 +138,24 @@ class TensorCodec:
         specs, sides = [self.spec], []
         for step in self._steps:
             side_spec = step.stage.side_spec(specs[-1])
-            side = {name: read(reader, spec, step.stage.side_coder(name)) for name, spec in side_spec.items()}
+            coders = step.stage.side_coders
+            side = {name: read(reader, spec, coders.get(name, _EXACT)) for name, spec in side_spec.items()}
             specs.append(step.stage.encoded_spec(specs[-1], side))
             sides.append(side)
         x = read(reader, specs[-1], self._coder).to(device)
-        return self._decode_stages(x, specs, sides, key, params, len(self.summable_prefix) if stop_at_sum else 0)
+        return self.decode_stages(x, specs, sides, key, params, len(self.summable_prefix) if stop_at_sum else 0)
 
-    def decode_sum(self, x: Tensor, key: Key, params: Tensors) -> Tensor:
-        """Decodes `x`, a sum over clients of results of `decode` with `stop_at_sum`.
-
-        Without a summable prefix the method returns `x` itself. Raises ValueError for NaN and infinity.
-        """
-        specs = self.summable_prefix
-        return self._decode_stages(finite(x), specs, [{}] * len(specs), key, params, 0)
-
-    def _decode_stages(
-        self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: Tensors, stop: int
+    def decode_stages(
+        self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: Tensors, stop: int = 0
     ) -> Tensor:
-        """Decodes a finite `x`: the stage of the last of `sides` comes first, and the stage at place `stop` last."""
+        """Returns what a finite `x` decodes to: the stage of the last of `sides` comes first.
+
+        specs: The specs of the stages' inputs.
+        sides: The side values of the stages.
+        stop: The place of the stage that comes last.
+
+        Raises ValueError for NaN and infinity.
+        """
         own_params = by_part(params) if self.adaptive else {}
         for i in reversed(range(stop, len(sides))):
             step = self._steps[i]

@@ -19,6 +19,7 @@ The checksum finds accidents, not forgeries. So decoders check every part of the
 
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from fedq.errors import FedqError
@@ -114,17 +115,20 @@ def repacked(message: bytes, key: Key, ending: bytes = b"") -> bytes:
     return pack([body], peek(message)[0], key)
 
 
+@dataclass
 class Reader:
-    """Reads the bytes of a body in order, never past its end."""
+    """Reads the bytes of a body in order, never past its end.
 
-    def __init__(self, body: memoryview) -> None:
-        self._body = body
+    left: The bytes that are not read yet.
+    """
+
+    left: memoryview
 
     def read(self, size: int) -> memoryview:
         """Returns the next `size` bytes. Raises ValueError if fewer are left."""
-        if size > len(self._body):
-            raise ValueError(f"{size} bytes expected, {len(self._body)} left")
-        head, self._body = self._body[:size], self._body[size:]
+        if size > len(self.left):
+            raise ValueError(f"{size} bytes expected, {len(self.left)} left")
+        head, self.left = self.left[:size], self.left[size:]
         return head
 
     def read_varint(self) -> int:
@@ -141,8 +145,3 @@ class Reader:
         if not byte and place > 7:
             raise ValueError("a length has zeros at its end")
         return value
-
-    def close(self) -> None:
-        """Raises ValueError if bytes are left."""
-        if len(self._body):
-            raise ValueError(f"{len(self._body)} bytes are left over")

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from fedq.encoding.adaptive import Adaptive, StateUpdate
 from fedq.encoding.schema import Tensors, TensorSpec
+from fedq.errors import check_range
 
 _NUMBER = TensorSpec((), torch.float32)
 
@@ -68,8 +69,7 @@ class BitBudget(RateController):
     reports = "bits"
 
     def __post_init__(self) -> None:
-        if not 0 < self.bits < math.inf:
-            raise ValueError(f"bits must be above 0, not {self.bits}")
+        check_range("bits", self.bits, above=0)
 
     @override
     def initial_state(self, spec: TensorSpec) -> Tensors:
@@ -110,12 +110,9 @@ class FollowLoss(RateController):
     reports = "loss"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.start <= 2**20:
-            raise ValueError(f"start must be from 1 to 2^20, not {self.start}")
-        if not 0 <= self.memory < 1:
-            raise ValueError(f"memory must be from 0 to below 1, not {self.memory}")
-        if not 1 <= self.patience <= 10_000:
-            raise ValueError(f"patience must be from 1 to 10,000, not {self.patience}")
+        check_range("start", self.start, 1, 2**20)
+        check_range("memory", self.memory, 0, below=1)
+        check_range("patience", self.patience, 1, 10_000, integer=True)
 
     @override
     def initial_state(self, spec: TensorSpec) -> Tensors:

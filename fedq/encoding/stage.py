@@ -1,11 +1,14 @@
 """The two interfaces that an author of a compression scheme implements."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
 
 from torch import Tensor
 
 from fedq.encoding.adaptive import Adaptive
-from fedq.encoding.coders import Coder, Raw
+from fedq.encoding.coders import Coder
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.keys import Key
 
@@ -17,7 +20,11 @@ class Stage:
 
     A stage may claim to be `lossless` or `unbiased`, or that it `commutes_with_sum`. Write `unbiased = True` in the
     class, or a property if the claim depends on the arguments. `fedq.encoding.testing.check_stage` tests each claim.
+
+    side_coders: The coders of side values of symbols, such as a mask, by name. All other side values travel exact.
     """
+
+    side_coders: ClassVar[Mapping[str, Coder]] = MappingProxyType({})
 
     @property
     def lossless(self) -> bool:
@@ -38,15 +45,11 @@ class Stage:
         return False
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """Returns the specs of the side values for an input of `spec`. They travel exact, in this order.
+        """Returns the specs of the side values for an input of `spec`. They travel in this order.
 
         Raises ValueError if the stage cannot encode tensors of `spec`.
         """
         return {}
-
-    def side_coder(self, name: str) -> Coder:
-        """Returns the coder of a side value. Override the method for side values of symbols, such as a mask."""
-        return Raw()
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """Returns the spec of the encoded tensor for an input of `spec`. Its shape may depend on `side`.

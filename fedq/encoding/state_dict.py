@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Literal
 
 from fedq.encoding.codec import JOINT, Codec, EncodeError
 from fedq.encoding.encoder import Encoder
 from fedq.encoding.rate_control import RateController
 from fedq.encoding.schema import Schema, TensorSpec
+from fedq.errors import check_choice, check_range
 
 Reference = Literal["none", "initial", "last"]
 """The tensors to subtract before encoding: none, the initial weights, or the weights that a client received last."""
@@ -45,10 +46,8 @@ class StateDictEncoder:
     rate_control: RateController | None = None
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise ValueError(f"threshold must be 0 or more elements, not {self.threshold}")
-        if self.reference not in get_args(Reference):
-            raise ValueError(f"reference must be one of {get_args(Reference)}, not {self.reference!r}")
+        check_range("threshold", self.threshold, 0, integer=True)
+        check_choice("reference", self.reference, Reference)
         if self.rate_control is not None and not isinstance(self.rate_control, RateController):
             raise TypeError(f"{self.rate_control!r} is not a rate controller")
         if self.rate_control and not self.common_scale:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ import torch
 T = TypeVar("T")
 
 
+@dataclass
 class PairwiseTree(Generic[T]):
     """Combines values 0, 1, 2, … over a fixed binary tree; they may arrive in any order.
 
@@ -17,19 +19,22 @@ class PairwiseTree(Generic[T]):
     most log₂(n) + 1 partial results are in memory.
 
     combine: Returns the combination of a left and a right value.
+    waiting: The partial results, by level and place: each combines 2^level places, from place · 2^level on.
     """
 
-    def __init__(self, combine: Callable[[T, T], T]) -> None:
-        self._combine = combine
-        self._waiting: dict[tuple[int, int], T | None] = {}
+    combine: Callable[[T, T], T]
+    waiting: dict[tuple[int, int], T | None] = field(default_factory=dict)
 
     def add(self, place: int, value: T | None, level: int = 0) -> None:
         """Adds the value of one place, or a partial result of another tree. Each place may be added once."""
-        while (level, place ^ 1) in self._waiting:
-            sibling = self._waiting.pop((level, place ^ 1))
-            value = self._join(value, sibling) if place % 2 == 0 else self._join(sibling, value)
+        while (level, place ^ 1) in self.waiting:
+            sibling = self.waiting.pop((level, place ^ 1))
+            if value is not None and sibling is not None:
+                value = self.combine(*((value, sibling) if place % 2 == 0 else (sibling, value)))
+            else:
+                value = sibling if value is None else value
             level, place = level + 1, place // 2
-        self._waiting[level, place] = value
+        self.waiting[level, place] = value
 
     def partial_results(self) -> list[tuple[int, int, T | None]]:
         """Returns (level, place, value) of each partial result, for another tree's `add`.
@@ -37,20 +42,16 @@ class PairwiseTree(Generic[T]):
         A partial result combines 2^level places, from place · 2^level on. A row of n places has at most 2 · log₂(n)
         partial results.
         """
-        return [(level, place, value) for (level, place), value in self._waiting.items()]
+        return [(level, place, value) for (level, place), value in self.waiting.items()]
 
     def result(self) -> T | None:
         """Returns the combination of all values, or None if there are none. Call it once, after the last `add`."""
         total = None
-        for _, value in sorted(self._waiting.items(), key=lambda item: item[0]):
+        for place in sorted(self.waiting):
             # the smallest subtree is the rightmost: combine from right to left
-            total = self._join(value, total)
+            if (value := self.waiting[place]) is not None:
+                total = value if total is None else self.combine(value, total)
         return total
-
-    def _join(self, left: T | None, right: T | None) -> T | None:
-        if left is None or right is None:
-            return right if left is None else left
-        return self._combine(left, right)
 
 
 @contextmanager

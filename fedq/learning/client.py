@@ -1,11 +1,10 @@
 """The client's half of a round: bytes in, bytes out."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -64,12 +63,7 @@ class ClientHalf:
         params, training = received.upload_params, protocol.training.at(received.attempt)
         to_keep = {name: value for name, value in kept.items() if name.startswith(PREFIX)}
         with timed(seconds, "train"):
-            model, start = self._worker_model(), protocol.start(received, client, kept)
-            metrics = self._trained(model, start, received, training, examples, kept, to_keep, key)
-            if not metrics.sums["targets"]:
-                raise ClientFailure("unable", "no target of its examples counts")
-            trained = model.state_dict()
-            _check_trained(trained, start, protocol.parts.frozen)
+            trained, metrics = self._trained(received, training, examples, kept, to_keep, key)
             update = update_of({name: trained[name] for name in received.weights}, received.weights)
         with timed(seconds, "encode"):
             uploads: dict[str, dict[str, Tensor]] = {}
@@ -77,7 +71,7 @@ class ClientHalf:
                 uploads = protocol.algorithm.upload(update, metrics.steps, training, received, kept)
             if protocol.upload_feedback:
                 update = compensate(update, kept)
-            loss = protocol.task.metrics(metrics.all_sums)["loss"]
+            loss = protocol.task.metrics(metrics.sums)["loss"]
             messages: list[bytes] = []
             for name, group in protocol.groups.items():
                 tensors = uploads.get(name, update)
@@ -106,22 +100,22 @@ class ClientHalf:
 
     def _trained(
         self,
-        model: nn.Module,
-        start: Tensors,
         received: Received,
         training: LocalTraining,
         examples: Examples,
         kept: Tensors,
         optimizer: dict[str, Tensor],
         key: Key,
-    ) -> TrainingMetrics:
-        """Trains `model` in place, and replaces the tensors in `optimizer`.
+    ) -> tuple[dict[str, Tensor], TrainingMetrics]:
+        """Returns the trained model's state_dict, and replaces the tensors in `optimizer`.
 
-        Raises ClientFailure for any error of the data or the model.
+        Raises ClientFailure for any error of the data or the model. Raises FedqError if training changes a frozen
+        tensor, or the shape or dtype of any tensor.
         """
         protocol = self.protocol
         if not len(examples.y):
             raise ClientFailure("unable", "it has no examples")
+        model, start = self._worker_model(), protocol.start(received.weights, kept, key)
         project = correct = None
         if protocol.projection:
             project = partial(_project, protocol.projection, received.weights, key, received.upload_params)
@@ -150,7 +144,19 @@ class ClientHalf:
             raise unable(error) from error
         if isinstance(draws, KeyedDraws):
             self.keyed = self.keyed or draws.drawn
-        return metrics
+        if not metrics.sums["targets"]:
+            raise ClientFailure("unable", "no target of its examples counts")
+        trained = model.state_dict()
+        for name, value in start.items():
+            after = trained.get(name)
+            if not isinstance(after, Tensor) or after.shape != value.shape or after.dtype != value.dtype:
+                raise FedqError(
+                    f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged"
+                )
+        for name in protocol.parts.frozen:
+            if not same_bits(trained[name], start[name]):
+                raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
+        return trained, metrics
 
     def _worker_model(self) -> nn.Module:
         """Returns the calling thread's copy of the model, in the state before its first client.
@@ -158,20 +164,27 @@ class ClientHalf:
         Training loads the weights later. Attributes, such as a counter, and buffers outside the state_dict have their
         first values.
         """
-        local = self._local
+        local, first = self._local, self.protocol.client_model
         if not hasattr(local, "model"):
-            local.model = deepcopy(self.protocol.client_model)
-            local.attributes = [_attributes(module) for module in local.model.modules()]
+            local.model = deepcopy(first)
+            local.parts = {  # attributes of the copy refer to the copy's modules and tensors
+                id(part): copy
+                for parts in ("modules", "parameters", "buffers")
+                for part, copy in zip(getattr(first, parts)(), getattr(local.model, parts)(), strict=True)
+            }
+            local.attributes = [
+                {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+                for module in first.modules()
+            ]
             # most attributes, such as sizes, cannot change in place: a copy is the object itself
-            copies = self._copied(local.attributes)
             local.mutable = [
-                {name: copy for name, copy in copied.items() if copy is not attributes[name]}
-                for attributes, copied in zip(local.attributes, copies, strict=True)
+                {name: value for name, value in attributes.items() if copy[name] is not value}
+                for attributes, copy in zip(local.attributes, deepcopy(local.attributes, {**local.parts}), strict=True)
             ]
         model: nn.Module = local.model
-        copies = self._copied(local.mutable)
+        copies = deepcopy(local.mutable, {**local.parts})
         for module, attributes, mutable in zip(model.modules(), local.attributes, copies, strict=True):
-            for name in _attributes(module).keys() - attributes.keys():
+            for name in vars(module).keys() - attributes.keys() - _OF_TORCH:
                 delattr(module, name)
             vars(module).update(attributes, **mutable)
         for name, value in self._unsaved.items():
@@ -179,33 +192,8 @@ class ClientHalf:
             setattr(model.get_submodule(owner), own, value.clone())
         return model
 
-    def _copied(self, attributes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns copies of modules' attributes. The copies refer to the same modules and tensors of the model."""
-        if not any(attributes):
-            return attributes
-        model = self._local.model
-        return deepcopy(
-            attributes, {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
-        )
-
 
 _OF_TORCH = nn.Module().__dict__.keys() - {"training"}
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Returns the attributes of a module, without torch's own."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-
-
-def _check_trained(trained: Tensors, start: Tensors, frozen: Sequence[str]) -> None:
-    """Raises FedqError if training has changed a frozen tensor, or the shape or dtype of any tensor."""
-    for name, value in start.items():
-        after = trained.get(name)
-        if not isinstance(after, Tensor) or after.shape != value.shape or after.dtype != value.dtype:
-            raise FedqError(f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged")
-    for name in frozen:
-        if not same_bits(trained[name], start[name]):
-            raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
 
 
 def _correct(

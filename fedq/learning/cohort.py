@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-import torch
 from torch import Tensor
 
-from fedq.data import Client, Examples
+from fedq.data import Client
 from fedq.encoding import EncodeError, Key, MessageError
-from fedq.learning.aggregation import one_thread
+from fedq.learning.aggregation import PairwiseTree, one_thread
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore
 from fedq.learning.evaluation import Map
-from fedq.learning.failures import ClientFailure, OtherBase, reading
-from fedq.learning.local_training import check_nothing_drawn, generators
+from fedq.learning.failures import ClientFailure, OtherBase
+from fedq.learning.local_training import loaded
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import (
     PHASES,
@@ -30,7 +29,6 @@ from fedq.learning.round import (
     timed,
 )
 from fedq.learning.server import Downlink, Uplink
-from fedq.learning.task import TaskError, check_examples
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ class Cohort:
     @one_thread()
     def contribute(self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]]) -> CohortResult:
         """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort."""
-        result = CohortResult(self.uplink.add)
+        result = CohortResult(PairwiseTree(self.uplink.add))
         with timed(result.seconds, "decode"):
             # All clients decode the same bytes to the same weights, and do not change them: once is enough.
             at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
@@ -142,7 +140,7 @@ class LocalClients:
         """
         protocol, seconds, sent = self.half.protocol, record.seconds, False
         with timed(seconds, "train"):
-            examples = loaded(client, protocol.device)
+            examples = loaded(client.number, client.load, protocol.device)
         with timed(seconds, "encode"):
             schema = protocol.kept_schema
             kept = self.store.load(client.number, received.attempt, schema) if schema else {}
@@ -162,21 +160,6 @@ class LocalClients:
                 with timed(seconds, "encode"):
                     self.store.commit(client.number, received.attempt, answer.to_keep)
         return answer, protocol.registered(examples, Key(protocol.seed, received.attempt, client.number))
-
-
-def loaded(client: Client, device: torch.device) -> Examples:
-    """Returns a client's examples. Raises FedqError or ClientFailure if they cannot be read; see `reading`.
-
-    Raises TaskError unless they are two tensors of equal length.
-    """
-    before = generators(device)
-    with reading(client.number):
-        examples = client.load()
-    check_nothing_drawn(before, device)
-    try:
-        return check_examples(examples)
-    except TaskError as error:
-        raise TaskError(f"with the examples of client {client.number}: {error}") from error
 
 
 def _longest_first(clients: Iterable[tuple[int, Client]]) -> Iterator[tuple[int, Client]]:

@@ -15,8 +15,8 @@ from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning.aggregation import one_thread
 from fedq.learning.draws import KeyedDraws
-from fedq.learning.failures import ClientFailure, reading
-from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators
+from fedq.learning.failures import ClientFailure
+from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators, loaded
 from fedq.learning.task import (
     Sums,
     Task,
@@ -143,8 +143,7 @@ def evaluate_clients(
 
     def headline(client: Client) -> list[float]:
         try:
-            with reading(client.number):
-                examples = check_examples((client.test or client.validation or client.load)())
+            examples = loaded(client.number, client.test or client.validation or client.load)
         except ClientFailure:
             return []
         if not task.count(examples.y):

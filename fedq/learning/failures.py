@@ -1,7 +1,5 @@
 """Why a client is left out of a round."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 from fedq.errors import FedqError
@@ -31,22 +29,6 @@ def unable(error: Exception) -> ClientFailure:
     """Returns the failure of a client whose dataset or model raised `error`, with the first line of its text."""
     first = str(error).partition("\n")[0]
     return ClientFailure("unable", f"{type(error).__name__}: {first}")
-
-
-@contextmanager
-def reading(client: int) -> Iterator[None]:
-    """Turns the errors of a dataset that reads a client's examples into ClientFailure.
-
-    Raises FedqError if a file cannot be read, which is no fault of the client.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise FedqError(f"the dataset's client {client} cannot be read: {error}") from error
-    except (FedqError, ClientFailure):
-        raise
-    except Exception as error:  # whatever an author's dataset raises
-        raise unable(error) from error
 
 
 class OtherBase(ClientFailure):

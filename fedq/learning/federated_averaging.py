@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedq.data import Client, Examples
-from fedq.encoding import EncodeError, MessageError, StateDictEncoder
+from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
 from fedq.encoding.numerics import is_finite
 from fedq.errors import FedqError
 from fedq.learning.aggregation import one_thread
@@ -217,8 +217,8 @@ class FederatedAveraging:
         """
         protocol, weights = self.protocol, state.weights
         if client is not None and protocol.parts.personal:
-            personal = protocol.personal(self.store.load(client, state.attempt, protocol.kept_schema))
-            weights = protocol.parts.with_ties(weights | personal)
+            kept = self.store.load(client, state.attempt, protocol.kept_schema)
+            weights = protocol.start(weights, kept, Key(protocol.seed, state.attempt, client))
         model = deepcopy(protocol.model)
         model.load_state_dict(weights)
         return model

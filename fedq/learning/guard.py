@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedq.errors import check_choice, check_range
 from fedq.learning.failures import ClientFailure
+
+Action = Literal["clip", "drop"]
 
 
 def norm(update: Mapping[str, Tensor]) -> float:
@@ -37,21 +40,18 @@ class NormGuard:
     initial: The estimate before the first round; if None, the first round has no limit.
     """
 
-    action: Literal["clip", "drop"]
+    action: Action
     quantile: float = 0.5
     multiple: float = 3.0
     rate: float = 0.5
     initial: float | None = None
 
     def __post_init__(self) -> None:
-        if self.action not in ("clip", "drop"):
-            raise ValueError(f"action must be clip or drop, not {self.action!r}")
-        if not 0 <= self.quantile <= 1:
-            raise ValueError(f"quantile must be from 0 to 1, not {self.quantile}")
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"rate must be above 0 and at most 1, not {self.rate}")
-        if not (self.multiple > 0 and (self.initial is None or 0 < self.initial < math.inf)):
-            raise ValueError("multiple and initial must be above 0, and initial finite")
+        check_choice("action", self.action, Action)
+        check_range("quantile", self.quantile, 0, 1)
+        check_range("rate", self.rate, above=0, high=1)
+        check_range("multiple", self.multiple, above=0)
+        check_range("initial", self.initial, above=0, optional=True)
 
     def scale(self, norm: float, estimate: float) -> float:
         """Returns the factor for an update of this norm: 1, or less if the update is clipped.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fedq.data import Examples
 from fedq.data.augment import Augment
-from fedq.errors import check_choice
+from fedq.errors import FedqError, check_choice, check_range
 from fedq.keys import Key
-from fedq.learning.failures import SharedDraw
+from fedq.learning.failures import ClientFailure, SharedDraw, unable
 from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
-from fedq.learning.task import Classification, Sums, Task, check_examples, check_fit, outputs_of, summable
+from fedq.learning.task import Classification, Task, TaskError, check_examples, check_fit, outputs_of, summable
 
 CLASSIFICATION = Classification()
 
@@ -37,21 +37,15 @@ Correction = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
 class TrainingMetrics(NamedTuple):
     """The numbers that a client reports from local training.
 
-    loss: The sum of the losses of all targets seen, each before the step on its batch.
-    sums: The sums of the task's `reported`, and "targets", the number of targets seen that count.
+    sums: The sums from which the task's metrics follow: the task's `reported`; "targets", the number of targets seen
+        that count; and "loss", the sum of these targets' losses, each before the step on its batch.
     seen: The number of examples seen.
     steps: The number of optimizer steps.
     """
 
-    loss: float
     sums: Mapping[str, float]
     seen: int
     steps: int
-
-    @property
-    def all_sums(self) -> Sums:
-        """The sums from which the task's metrics follow."""
-        return {"loss": self.loss, **self.sums}
 
 
 @dataclass(frozen=True)
@@ -93,25 +87,21 @@ class LocalTraining:
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
-        for name in ("epochs", "batch_size", "max_examples", "steps"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be 1 or more, not {count}")
+        check_range("lr", self.lr, above=0)
+        for name in ("epochs", "batch_size"):
+            check_range(name, getattr(self, name), 1, integer=True)
+        for name in ("max_examples", "steps"):
+            check_range(name, getattr(self, name), 1, integer=True, optional=True)
         if self.steps and self.epochs != 1:
             raise ValueError("give epochs or steps, not both")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be from 0 to below 1, not {self.momentum}")
+        check_range("momentum", self.momentum, 0, below=1)
         if self.momentum and self.optimizer:
             raise ValueError("momentum must be 0 with another optimizer than SGD")
         if self.keep_optimizer and not self.momentum and not self.optimizer:
             raise ValueError("keep_optimizer must be false with plain SGD, which has no state")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0, not {self.max_grad_norm}")
+        check_range("max_grad_norm", self.max_grad_norm, above=0, optional=True)
         check_choice("weight", self.weight, Weight)
-        if not self.proximal >= 0:
-            raise ValueError(f"proximal must be 0 or more, not {self.proximal}")
+        check_range("proximal", self.proximal, 0)
 
     def at(self, round: int) -> "LocalTraining":
         """Returns the training of a round, with the round's learning rate, which may be 0. Rounds count from 0."""
@@ -145,10 +135,6 @@ class LocalTraining:
             return False
         epochs, rest = divmod(metrics.steps, -(-used // self.batch_size))
         return metrics.seen == epochs * used + rest * self.batch_size
-
-    def weigh(self, examples: int, targets: int) -> int:
-        """Returns the client's weight in the mean, from the numbers that the server has registered."""
-        return {"examples": examples, "targets": targets, "uniform": 1}[self.weight]
 
     def chosen(self, examples: int, key: Key) -> np.ndarray:
         """Returns the places of the examples that a client uses in a round, in the order of the first epoch.
@@ -196,8 +182,8 @@ class LocalTraining:
         if kept:
             optimizer.load(kept)
         all_x, all_y = all_x.to(device), all_y.to(device)
-        loss_sum, seen, steps = 0.0, 0, 0
-        sums: dict[str, float] = dict.fromkeys((*task.reported, "targets"), 0)
+        seen = steps = 0
+        sums: dict[str, float] = dict.fromkeys(("loss", *task.reported, "targets"), 0)
         order = self.chosen(len(examples.y), key)
         chosen, before, epoch = np.sort(order), generators(device), 0
         while steps < self._steps(len(chosen)):
@@ -231,15 +217,45 @@ class LocalTraining:
                 if correct_gradients is not None:
                     correct_gradients(gradients, {name: parameters[name].detach() for name in gradients})
                 optimizer.step(gradients)
-                loss_sum += float(loss.detach()) * targets
-                of_batch = {**task.sums(outputs.detach(), batch_y), "targets": targets}
+                of_batch = {
+                    **task.sums(outputs.detach(), batch_y),
+                    "targets": targets,
+                    "loss": float(loss.detach()) * targets,
+                }
                 sums = {name: value + summable(of_batch[name]) for name, value in sums.items()}
                 seen += len(batch_y)
                 steps += 1
         check_nothing_drawn(before, device)
         if kept is not None:
             kept.update(optimizer.state())
-        return TrainingMetrics(loss_sum, sums, seen, steps)
+        return TrainingMetrics(sums, seen, steps)
+
+
+def loaded(client: int, load: Callable[[], Examples], device: torch.device | None = None) -> Examples:
+    """Returns examples of a client.
+
+    client: The client's number, for errors.
+    load: Reads the examples.
+    device: Where a model trains on the examples; None for other uses, which may run beside a model that draws.
+
+    Raises FedqError if a file cannot be read, which is no fault of the client. Raises TaskError unless the examples are
+    two tensors of equal length. All other errors become ClientFailure. With a device, raises SharedDraw if `load` draws
+    from a generator that all threads share.
+    """
+    before = generators(device) if device else {}
+    try:
+        examples = check_examples(load())
+    except OSError as error:
+        raise FedqError(f"the dataset's client {client} cannot be read: {error}") from error
+    except TaskError as error:
+        raise TaskError(f"with the examples of client {client}: {error}") from error
+    except (FedqError, ClientFailure):
+        raise
+    except Exception as error:  # whatever an author's dataset raises
+        raise unable(error) from error
+    if device:
+        check_nothing_drawn(before, device)
+    return examples
 
 
 def check_nothing_drawn(before: Mapping[str, Any], device: torch.device) -> None:

@@ -50,7 +50,7 @@ def metrics_of(
 ) -> dict[str, float]:
     """Returns a round's metrics; the loop adds the wall time and the test set's metrics."""
     usable = [record for record in records if not record.failure]
-    sums = [record.training.all_sums for record in usable]
+    sums = [record.training.sums for record in usable]
     trained = task.metrics({name: sum(one[name] for one in sums) for name in sums[0]})
     return {
         "round": before.round,

@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, TypeVar
 
@@ -38,43 +38,44 @@ class Steps(Protocol):
         """Sets a state that `state` returned in an earlier round."""
 
 
+@dataclass
 class SGD:
     """Heavy-ball SGD: v ← momentum · v + gradient, w ← w − lr · v; the first v is the gradient.
 
     The result has the bits of torch.optim.SGD. The first use of torch.optim.SGD would load torch's compiler, which
     takes seconds.
+
+    parameters: The parameters by name.
+    lr: As of torch.optim.SGD.
+    momentum: As of torch.optim.SGD.
+    velocities: v of each parameter that had a gradient.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], lr: float, momentum: float) -> None:
-        """Starts without velocities.
-
-        parameters: The parameters by name.
-        lr: As of torch.optim.SGD.
-        momentum: As of torch.optim.SGD.
-        """
-        self._parameters, self._lr, self._momentum = parameters, lr, momentum
-        self._velocities: dict[str, Tensor] = {}
+    parameters: Mapping[str, Tensor]
+    lr: float
+    momentum: float
+    velocities: dict[str, Tensor] = field(default_factory=dict)
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
         """Takes a step. The optimizer may keep the tensors of `gradients`."""
-        velocities = self._velocities
+        velocities = self.velocities
         with torch.no_grad():
-            if self._momentum:
+            if self.momentum:
                 for name, gradient in gradients.items():
                     before = velocities.get(name)
-                    velocities[name] = gradient if before is None else before.mul_(self._momentum).add_(gradient)
-            steps = velocities if self._momentum else gradients
-            changed = [self._parameters[name] for name in gradients]
-            torch._foreach_add_(changed, [steps[name] for name in gradients], alpha=-self._lr)
+                    velocities[name] = gradient if before is None else before.mul_(self.momentum).add_(gradient)
+            steps = velocities if self.momentum else gradients
+            changed = [self.parameters[name] for name in gradients]
+            torch._foreach_add_(changed, [steps[name] for name in gradients], alpha=-self.lr)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the velocity of each parameter that had a gradient."""
-        return {f"{PREFIX}{name}/velocity": value for name, value in self._velocities.items()}
+        """Returns the velocities."""
+        return {f"{PREFIX}{name}/velocity": value for name, value in self.velocities.items()}
 
     def load(self, state: Tensors) -> None:
         """Sets the velocities."""
-        for name, parameter in self._parameters.items():
-            self._velocities[name] = state[f"{PREFIX}{name}/velocity"].to(parameter.device, copy=True)
+        for name, parameter in self.parameters.items():
+            self.velocities[name] = state[f"{PREFIX}{name}/velocity"].to(parameter.device, copy=True)
 
 
 class OfTorch:

@@ -213,16 +213,17 @@ class Protocol:
         up = {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}
         return Received(key.round, weights, tensors, attached, up, reference)
 
-    def start(self, received: Received, client: int, kept: Tensors) -> dict[str, Tensor]:
-        """Returns the state_dict from which a client trains: received, frozen and personal tensors."""
+    def start(self, weights: Tensors, kept: Tensors, key: Key) -> dict[str, Tensor]:
+        """Returns a client's state_dict: the given weights, with the frozen tensors and the client's personal tensors.
+
+        kept: The client's store; if empty, the personal tensors are the first weights.
+        key: The client's key of the round, for its sub-model.
+        """
         frozen = {name: self.initial[name] for name in self.parts.frozen}
         if frozen and self.submodels:
-            frozen = self.submodels.cut(frozen, self.submodels.drawn(Key(self.seed, received.attempt, client)))
-        return self.parts.with_ties(frozen | self.personal(kept) | received.weights)
-
-    def personal(self, kept: Tensors) -> dict[str, Tensor]:
-        """Returns a client's personal tensors, from its store; the first weights if `kept` is empty."""
-        return {name: (kept or self.initial)[name].to(self.device) for name in self.parts.personal}
+            frozen = self.submodels.cut(frozen, self.submodels.drawn(key))
+        personal = {name: (kept or self.initial)[name].to(self.device) for name in self.parts.personal}
+        return self.parts.with_ties({**frozen, **weights, **personal})
 
     def write_base(self, attempt: int) -> bytes:
         """Returns the message of the base: the frozen tensors or, with reference=initial, all first weights.
@@ -249,7 +250,7 @@ class Protocol:
 
     def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
         """Returns the bytes of a client's report."""
-        values = {**metrics.all_sums, "seen": metrics.seen, "steps": metrics.steps}
+        values = {**metrics.sums, "seen": metrics.seen, "steps": metrics.steps}
         schema = self.report.schema.items()
         tensors = {name: torch.tensor(values[name.removeprefix(_REPORT)], dtype=spec.dtype) for name, spec in schema}
         return self.report.encode(tensors, key).message
@@ -264,14 +265,14 @@ class Protocol:
         """
         loss, *sums, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
         reported = dict(zip(self.task.reported, sums, strict=True))
-        metrics = TrainingMetrics(loss, {"targets": seen} | reported, int(seen), int(steps))
+        metrics = TrainingMetrics({"loss": loss, "targets": seen} | reported, int(seen), int(steps))
         examples, targets = registered
         # a client sees each example once in each epoch, and perhaps some examples once more
         if (
             not (examples and self.training.can_give(metrics, examples))
             or not seen // examples * targets <= metrics.sums["targets"] <= -(-seen // examples) * targets
             or not abs(loss) <= _LARGEST_LOSS * metrics.sums["targets"]
-            or not self.task.can_give(metrics.all_sums)
+            or not self.task.can_give(metrics.sums)
         ):
             raise MessageError(f"no training gives the report {metrics} of {examples} examples, {targets} targets")
         return metrics

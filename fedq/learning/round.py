@@ -133,24 +133,24 @@ class ClientRecord:
     report_bits: int = 0
     weight: int = 0
     norm: float | None = None
-    training: TrainingMetrics = TrainingMetrics(0.0, {}, 0, 0)
+    training: TrainingMetrics = TrainingMetrics({}, 0, 0)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
+@dataclass
 class CohortResult:
     """The result of a cohort, or of a part of one.
 
-    received: The weights that the cohort decoded; empty if each client has its own.
     sums: The sums over the clients.
+    received: The weights that the cohort decoded; empty if each client has its own.
     records: A record for each client, by its place in the cohort.
     seconds: The seconds of each phase, over all workers.
     """
 
-    def __init__(self, combine: Callable[[Summand, Summand], Summand]) -> None:
-        self.received: dict[str, Tensor] = {}
-        self.sums: PairwiseTree[Summand] = PairwiseTree(combine)
-        self.records: dict[int, ClientRecord] = {}
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+    sums: PairwiseTree[Summand]
+    received: dict[str, Tensor] = field(default_factory=dict)
+    records: dict[int, ClientRecord] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
 Gather = Callable[[Broadcast, Sequence[Client]], CohortResult]

@@ -135,8 +135,8 @@ class Uplink:
             if self.guard:
                 record.norm = math.hypot(*map(norm, updates.values()))
             scale = self.guard.scale(record.norm, estimate) if self.guard and record.norm is not None else 1.0
-            weight = protocol.training.weigh(*registered)
             training = protocol.training.at(received.attempt)
+            weight = {"examples": registered.examples, "targets": registered.targets, "uniform": 1}[training.weight]
             weight, factor, sums = protocol.algorithm.weigh(weight, training, record.training)
             record.weight = weight
             total = weighted(updates.pop("weights"), received.weights, weight, scale)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedq.errors import FedqError
+from fedq.errors import FedqError, check_range
 from fedq.keys import Key
 from fedq.learning.local_training import channels_last
 
@@ -36,8 +36,7 @@ class FederatedDropout:
     keep: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, not {self.keep}")
+        check_range("keep", self.keep, above=0, high=1)
 
 
 class SubModels:

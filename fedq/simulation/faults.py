@@ -7,6 +7,7 @@ import numpy as np
 from fedq.data import Client, Examples
 from fedq.encoding import Key
 from fedq.encoding.message import repacked
+from fedq.errors import check_range
 from fedq.learning import ClientFailure
 
 
@@ -33,8 +34,7 @@ class Faults:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not 0 <= getattr(self, field.name) <= 1:
-                raise ValueError(f"{field.name} must be from 0 to 1, not {getattr(self, field.name)}")
+            check_range(field.name, getattr(self, field.name), 0, 1)
         if sum(getattr(self, field.name) for field in fields(self)) > 1 + 1e-9:
             raise ValueError("the probabilities of all faults must add up to no more than 1")
 

@@ -13,9 +13,8 @@ from fedq.data import Client, Examples, FederatedDataset
 from fedq.data.holdout import drawn, validation_set
 from fedq.encoding import Key
 from fedq.learning import ClientFailure, FederatedAveraging, Gather, ServerState, TaskError, TooFewClients
-from fedq.learning.cohort import loaded
 from fedq.learning.evaluation import check
-from fedq.learning.failures import reading
+from fedq.learning.local_training import loaded
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def rounds(
         sets["validation"] = validation_set(dataset, run.seed)
     model, task = process.protocol.model, process.protocol.task
     with suppress(ClientFailure):  # rounds leave out a client that cannot be read
-        check(model, "client 0", loaded(first, process.device), task)
+        check(model, "client 0", loaded(0, first.load, process.device), task)
     for name, examples in sets.items():
         check(model, f"the {name} set", examples, task)
     return _rounds(process, state, dataset, sets, run, clients, gather, stop)
@@ -137,8 +136,7 @@ def _examples_of_each(clients: Iterable[Client], name: str, examples: Examples) 
     """
     for client in clients:
         try:
-            with reading(client.number):
-                its = (getattr(client, name) or (lambda: examples))()
+            its = loaded(client.number, getattr(client, name) or (lambda: examples))
         except ClientFailure:
             continue
         yield client.number, its

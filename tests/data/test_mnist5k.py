@@ -152,12 +152,12 @@ def test_the_caller_may_change_loaded_tensors() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"clients": 0}, "clients must be from 1 to 4000, not 0."),
-        ({"clients": 4001}, "clients must be from 1 to 4000, not 4001."),
-        ({"alpha": 0.0}, "alpha must be finite and above 0, not 0.0."),
-        ({"alpha": -1.0}, "alpha must be finite and above 0, not -1.0."),
-        ({"alpha": float("inf")}, "alpha must be finite and above 0, not inf."),
-        ({"alpha": float("nan")}, "alpha must be finite and above 0, not nan."),
+        ({"clients": 0}, "clients must be from 1 to 4000, not 0"),
+        ({"clients": 4001}, "clients must be from 1 to 4000, not 4001"),
+        ({"alpha": 0.0}, "alpha must be above 0, not 0.0"),
+        ({"alpha": -1.0}, "alpha must be above 0, not -1.0"),
+        ({"alpha": float("inf")}, "alpha must be a finite number, above 0, not inf"),
+        ({"alpha": float("nan")}, "alpha must be a finite number, above 0, not nan"),
         ({"background": 0.5}, "background must be 0.0 or 1.0, not 0.5."),
         ({"background": float("nan")}, "background must be 0.0 or 1.0, not nan."),
     ],

@@ -178,7 +178,7 @@ def test_values_that_a_stage_makes_infinite() -> None:
 
 
 def test_an_aggregation_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match=r"aggregation must be one of \('sum', 'min', 'max', 'stack'\), not 'mean'"):
+    with pytest.raises(ValueError, match=r"aggregation must be sum, min, max or stack, not 'mean'"):
         StateUpdate(TensorSpec((), torch.float32), "mean")
 
 

@@ -223,7 +223,7 @@ def test_channels() -> None:
         assert torch.equal(send(Uniform(4, "nearest", axis=axis), x), send(Uniform(4, "nearest"), x))
     for axis in (2, -3):
         with pytest.raises(ValueError, match=f"no axis {axis} in a tensor of 2 axes"):
-            Uniform(8, axis=axis).encode(normal(3, 4), KEY)
+            Uniform(8, axis=axis).side_spec(TensorSpec((3, 4), torch.float32))
     assert float((send(Uniform(1, axis=0), wave(20, 2)) - wave(20, 2)).abs().max()) < 1e-6  # each row has two values
 
 
@@ -268,11 +268,12 @@ def test_refused_arguments(given: dict[str, int]) -> None:
 
 def test_refused_side_values() -> None:
     spec, two = TensorSpec((2, 3), torch.float32), torch.tensor([1.0, 2.0])
+    symbols = torch.zeros(2, 3, dtype=torch.uint8)
     for minimum in ([0.0, 2.1], [1.1, 0.0]):
         with pytest.raises(ValueError, match="finite range"):
-            Uniform(axis=0).encoded_spec(spec, {"minimum": torch.tensor(minimum), "maximum": two})
+            Uniform(axis=0).decode(symbols, {"minimum": torch.tensor(minimum), "maximum": two}, spec, KEY)
     with pytest.raises(ValueError, match="finite range"):
-        Uniform(quantile=1.0).encoded_spec(spec, {"maximum": torch.tensor(-1e-9)})
+        Uniform(quantile=1.0).decode(symbols, {"maximum": torch.tensor(-1e-9)}, spec, KEY)
     for step in (0.0, -1.0):
         with pytest.raises(ValueError, match="the step is"):
             StepQuantization(1.0).encoded_spec(spec, {"step": torch.tensor(step)})

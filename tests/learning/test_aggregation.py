@@ -42,7 +42,7 @@ def test_in_order_few_partial_sums_are_held() -> None:
     most = 0
     for place in range(1000):
         tree.add(place, place)
-        most = max(most, len(tree._waiting))
+        most = max(most, len(tree.waiting))
     assert most <= 10
     assert tree.result() == 999 * 1000 // 2
 

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedq.data import Examples
+from fedq.data import Client, Examples
 from fedq.errors import FedqError
 from fedq.keys import Key
 from fedq.learning import LocalTraining, evaluate
@@ -446,6 +446,13 @@ def test_an_evaluation_that_draws_can_be_repeated(client, noise):
 def test_an_evaluation_that_draws_past_torch_is_refused(client):
     with pytest.raises(FedqError, match="draws random numbers from numpy's global generator"):
         evaluate(Draws(lambda: np.random.standard_normal()), client(0).load())
+
+
+def test_a_dataset_that_draws_past_its_own_generator_is_refused(process, client):
+    averaging = process()
+    drawing = Client(0, lambda: client(0).load() if np.random.standard_normal() else None)
+    with pytest.raises(FedqError, match="draws random numbers from numpy's global generator"):
+        averaging.next(averaging.initialize(), [drawing])
 
 
 class Late(nn.Module):

@@ -203,7 +203,7 @@ def test_a_client_without_examples_can_give_no_report(process):
     protocol, key = process().protocol, Key(0, 0, 1)
     with pytest.raises(MessageError, match="no training gives the report"):
         protocol.read_report(
-            protocol.write_report(TrainingMetrics(0.0, {"correct": 0}, 0, 0), key), key, Registered(0, 0)
+            protocol.write_report(TrainingMetrics({"loss": 0.0, "correct": 0}, 0, 0), key), key, Registered(0, 0)
         )
 
 

@@ -163,7 +163,7 @@ def test_error_feedback_of_the_broadcast_tells_all_in_the_end(process, client, s
 def test_what_does_not_fit_is_refused(process):
     with pytest.raises(ValueError, match="error_feedback must be false with reference=last"):
         ErrorFeedback(StateDictEncoder(reference="last"))
-    with pytest.raises(ValueError, match="reference must be one of"):
+    with pytest.raises(ValueError, match="reference must be none, initial or last"):
         StateDictEncoder(reference="first")
 
 

@@ -56,7 +56,7 @@ def test_sgd_is_the_textbooks(tiny, client):
     loss, correct = by_hand(other, examples, order, 0.1)
     assert_same(model, other)
     assert metrics.seen == 50  # 20 + 20 + 10: the last batch is not dropped
-    assert abs(metrics.loss - loss) < 1e-3
+    assert abs(metrics.sums["loss"] - loss) < 1e-3
     assert metrics.sums["correct"] == correct
 
 

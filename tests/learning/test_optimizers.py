@@ -106,7 +106,7 @@ def test_a_round_has_exactly_so_many_steps_through_reshuffled_epochs(tiny, clien
 
 def test_a_server_believes_no_other_number_of_steps():
     def believed(training, examples, seen, steps):
-        return training.can_give(TrainingMetrics(1.0, {}, seen, steps), examples)
+        return training.can_give(TrainingMetrics({}, seen, steps), examples)
 
     four = LocalTraining(lr=0.1, steps=4)
     assert believed(four, 50, 70, 4)
@@ -247,7 +247,7 @@ ADAM = {"optimizer": torch.optim.Adam}
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"steps": 0}, "steps must be 1 or more"),
+        ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 3, "epochs": 2}, "epochs or steps, not both"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
         ({"momentum": 0.5, **ADAM}, "momentum must be 0 with another optimizer"),

@@ -12,7 +12,7 @@ from torch import nn
 from fedq.config import build_encoder, build_run
 from fedq.data import Client, Examples
 from fedq.data.holdout import drawn
-from fedq.encoding import Encoder, FixedWidth, StateDictEncoder, UniformQuantization
+from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQuantization
 from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedAvg, FederatedDropout, FedNova, LocalTraining, Scaffold
 from fedq.learning.guard import NormGuard
@@ -380,7 +380,7 @@ def test_one_client_with_personal_tensors_trains_as_a_bare_loop(process, changes
     for _ in range(4):
         state, metrics = averaging.next(state, OWN[:1])
     loop(bare, OWN[0].load(), 4)
-    whole = state.weights | averaging.protocol.personal(kept(averaging, state, 0))
+    whole = averaging.protocol.start(state.weights, kept(averaging, state, 0), Key(0))
     for name, value in bare.state_dict().items():
         torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
     sizes = sum(
@@ -412,7 +412,7 @@ def test_personal_tensors_against_a_reference(process, algorithm, names):
             for model in models:
                 model.state_dict()[name].copy_(mean)
     for number, model in enumerate(models):
-        whole = state.weights | averaging.protocol.personal(kept(averaging, state, number))
+        whole = averaging.protocol.start(state.weights, kept(averaging, state, number), Key(0))
         for name, value in model.state_dict().items():
             torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
     test, own_test = make(9, 20).load(), make(8, 20).load()
@@ -515,7 +515,7 @@ def test_an_optimizer_that_clients_keep_covers_their_personal_tensors(process):
         optimizer.zero_grad()
         torch.autograd.backward(F.cross_entropy(bare(examples.x), examples.y))
         optimizer.step()
-    whole = state.weights | averaging.protocol.personal(kept(averaging, state, 0))
+    whole = averaging.protocol.start(state.weights, kept(averaging, state, 0), Key(0))
     for name, value in bare.state_dict().items():
         torch.testing.assert_close(whole[name], value, rtol=1e-5, atol=1e-6)
 

@@ -180,7 +180,7 @@ def test_training_reports_the_same_sums_and_takes_steps_of_the_mean_loss(name):
     for key, value in network.state_dict().items():
         torch.testing.assert_close(value, reference.state_dict()[key], rtol=1e-6, atol=1e-7)
     expected = by_hand(name, *(np.concatenate(part) for part in zip(*outputs, strict=True)))
-    found = task.metrics(trained.all_sums)
+    found = task.metrics(trained.sums)
     assert found.keys() >= {"loss", task.headline}
     assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-5)
 
@@ -207,7 +207,7 @@ def test_reports_of_classification_have_80_bytes_and_others_name_their_counts():
         task, model, _ = CASES[name]
         protocol = built(task, model).protocol
         sums = dict.fromkeys((*task.reported, "targets"), 0)
-        assert len(protocol.write_report(TrainingMetrics(1.0, sums, 8, 1), Key(0, 0, 1))) == length
+        assert len(protocol.write_report(TrainingMetrics({"loss": 1.0} | sums, 8, 1), Key(0, 0, 1))) == length
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_sums_that_no_training_gives_are_refused(name, sums):
     right = {"targets": 40, "correct": 5, "hits": 5, "predicted": 10, "positive": 10, "absolute_error": 1.0}
     registered = Registered(8, 8 if name == "classification" else 40)
     for changes in ({}, sums):
-        report = protocol.write_report(TrainingMetrics(1.0, right | changes, 8, 1), key)
+        report = protocol.write_report(TrainingMetrics({"loss": 1.0} | right | changes, 8, 1), key)
         if changes:
             with pytest.raises(MessageError, match="no training gives the report"):
                 protocol.read_report(report, key, registered)
@@ -242,9 +242,9 @@ def test_sums_that_no_training_gives_are_refused(name, sums):
 def test_a_loss_of_eight_targets_beyond_eight_times_the_largest_float32_is_refused(loss, taken):
     task, model, _ = CASES["classification"]
     protocol, key = built(task, model).protocol, Key(0, 0, 1)
-    report = protocol.write_report(TrainingMetrics(loss, {"targets": 8, "correct": 5}, 8, 1), key)
+    report = protocol.write_report(TrainingMetrics({"loss": loss, "targets": 8, "correct": 5}, 8, 1), key)
     with nullcontext() if taken else pytest.raises(MessageError, match="no training gives the report"):
-        assert protocol.read_report(report, key, Registered(8, 8)).loss == loss
+        assert protocol.read_report(report, key, Registered(8, 8)).sums["loss"] == loss
 
 
 # padding
@@ -274,7 +274,7 @@ def test_a_batch_without_a_target_that_counts_changes_nothing():
     x, nothing = torch.ones(8, PLACES, dtype=torch.int64), torch.full((8, PLACES), PAD)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     trained = LocalTraining(lr=0.1, batch_size=4).train(model, start, Examples(x, nothing), Key(0), task=task)
-    assert (trained.loss, trained.sums) == (0.0, {"targets": 0, "correct": 0})
+    assert trained.sums == {"loss": 0.0, "targets": 0, "correct": 0}
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
     process = built(task, Letters, batch_size=4)
     some = Examples(x, nothing.index_fill(0, torch.tensor([2]), 3))

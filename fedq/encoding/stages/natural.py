@@ -49,7 +49,7 @@ class NaturalCompression(EncodingStage):
         symbols = torch.empty(x.shape, dtype=TensorSpec.symbols((), 2 << exponent).dtype, device=x.device)
         bits = key.bit_generator()
         for part, out in chunks(x, symbols):
-            random = random_integers(bits, len(part), integer, x.device).bitwise_and_((1 << mantissa) - 1)
+            random = random_integers(bits, part, integer).bitwise_and_((1 << mantissa) - 1)
             out.copy_(random.add_(part.view(integer)).bitwise_right_shift_(mantissa).bitwise_and_((2 << exponent) - 1))
         return symbols, {}
 

@@ -7,22 +7,20 @@ from torch import Tensor
 from fedq.keys import Key
 
 
-def random_integers(bits: np.random.SFC64, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns n integers of random bits."""
-    size = dtype.itemsize
+def random_integers(bits: np.random.SFC64, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns integers of random bits, in the shape and on the device of `like`.
+
+    For r of 16 bits, (r + ½) / 2¹⁶ is uniform in (−½, ½).
+    """
+    n, size = like.numel(), dtype.itemsize
     words = bits.random_raw(-(-n * size // 8)).view(f"<i{size}")[:n]
-    return torch.from_numpy(words).to(device)
+    return torch.from_numpy(words).to(like.device).view(like.shape)
 
 
 def stochastic_round_(x: Tensor, bits: np.random.SFC64) -> Tensor:
     """Rounds `x` ≥ 0 in place: up with the fraction as probability (to 2⁻²⁴), else down. 0 stays 0."""
-    random = random_integers(bits, x.numel(), torch.int32, x.device).bitwise_right_shift_(8).view(x.shape)
+    random = random_integers(bits, x, torch.int32).bitwise_right_shift_(8)
     return x.add_(random, alpha=2**-24).add_(0.5).floor_()
-
-
-def noise_(out: Tensor, bits: np.random.SFC64) -> Tensor:
-    """Fills `out` with integers r of 16 random bits: (r + ½) / 2¹⁶ is uniform in (−½, ½)."""
-    return out.copy_(random_integers(bits, out.numel(), torch.int16, out.device).view(out.shape))
 
 
 def random_signs(n: int, key: Key, device: torch.device) -> Tensor:

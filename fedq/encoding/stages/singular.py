@@ -1,7 +1,9 @@
 """Rounded singular vectors send the common part of a matrix's rows first, in few numbers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +47,8 @@ class SingularVectors(EncodingStage):
     rate_weight: see StepQuantization.
     """
 
+    side_coders: ClassVar[Mapping[str, Coder]] = dict.fromkeys(("values", *_BOTH), CABAC())
+
     step: float
     rank: int = 32
     rate_weight: float = 0.0
@@ -63,10 +67,6 @@ class SingularVectors(EncodingStage):
         rank = min(self.rank, rows, columns)
         shapes = {"values": (rank,), "left": (rank, rows), "right": (rank, columns)}
         return {name: TensorSpec(shape, torch.int32) for name, shape in shapes.items()}
-
-    @override
-    def side_coder(self, name: str) -> Coder:
-        return CABAC()
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """The same spec. Raises ValueError for side values that `encode` never makes."""

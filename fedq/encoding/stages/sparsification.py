@@ -2,7 +2,9 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -84,6 +86,8 @@ class RandomMask(EncodingStage):
 class _Masked(EncodingStage):
     """The base class of stages that send the kept elements (in order, same dtype) and a mask."""
 
+    side_coders: ClassVar[Mapping[str, Coder]] = {"mask": SparseMask()}
+
     @abstractmethod
     def _mask(self, x: Tensor) -> np.ndarray:
         """Returns the mask of a vector: True for elements to keep."""
@@ -92,10 +96,6 @@ class _Masked(EncodingStage):
         """The mask: 1 for kept elements."""
         working_dtype(self, spec)
         return {"mask": TensorSpec.symbols((spec.numel,), 2)}
-
-    def side_coder(self, name: str) -> Coder:
-        """SparseMask."""
-        return SparseMask()
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """The kept elements: one for each 1 in the mask."""

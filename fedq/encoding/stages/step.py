@@ -11,7 +11,7 @@ from typing_extensions import override
 from fedq.encoding.numerics import chunks, exact_divide, largest_magnitude, sums, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.random_numbers import noise_
+from fedq.encoding.stages.random_numbers import random_integers
 from fedq.encoding.stages.uniform import Rounding
 from fedq.errors import check_choice, check_range
 from fedq.keys import Key
@@ -120,7 +120,7 @@ class StepQuantization(EncodingStage):
                 # the cast rounds towards 0
                 out.copy_(scaled.add_(torch.full_like(scaled, 1 - self.dead_zone).copysign_(scaled)))
             else:
-                noise = noise_(torch.empty_like(scaled), random)
+                noise = random_integers(random, scaled, torch.int16)
                 out.copy_(scaled.add_(noise, alpha=2**-16).add_(0.5 + 2**-17).floor_())
         return symbols
 
@@ -139,7 +139,7 @@ class StepQuantization(EncodingStage):
             if shift:
                 value.add_(value.sign(), alpha=shift)
             elif random is not None:
-                value.sub_(noise_(torch.empty_like(value), random), alpha=2**-16).sub_(2**-17)
+                value.sub_(random_integers(random, value, torch.int16), alpha=2**-16).sub_(2**-17)
             value.mul_(step)
             if beyond:
                 value.clamp_(-largest, largest)

@@ -1,7 +1,7 @@
 """Uniform quantisation: a fixed number of bits for each element."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,7 +14,7 @@ from typing_extensions import override
 from fedq.encoding.numerics import in_rows, working_dtype
 from fedq.encoding.schema import Tensors, TensorSpec
 from fedq.encoding.stage import EncodingStage
-from fedq.encoding.stages.random_numbers import noise_
+from fedq.encoding.stages.random_numbers import random_integers
 from fedq.errors import check_choice, check_range
 from fedq.keys import Key
 
@@ -76,8 +76,10 @@ class UniformQuantization(EncodingStage):
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The maximum of each range, and the minimum unless ranges are symmetric."""
         shape: tuple[int, ...] = ()
-        if self._has_channels(spec):
-            shape = (spec.shape[self.axis or 0],)
+        if self.axis is not None and (axes := len(spec.shape)) > 1:
+            if not -axes <= self.axis < axes:
+                raise ValueError(f"there is no axis {self.axis} in a tensor of {axes} axes")
+            shape = (spec.shape[self.axis],)
         elif self.block is not None:
             shape = (-(-spec.numel // self.block),)
         bound = TensorSpec(shape, working_dtype(self, spec))
@@ -87,11 +89,6 @@ class UniformQuantization(EncodingStage):
 
     def encoded_spec(self, spec: TensorSpec, side: Tensors) -> TensorSpec:
         """Symbols of the same shape."""
-        if self.limit is None:
-            low, high = self._ends(side)
-            with np.errstate(over="ignore"):
-                if not (np.isfinite(high - low) & (low <= high)).all():
-                    raise ValueError("minimum and maximum are not a finite range")
         return TensorSpec.symbols(spec.shape, self._top + 1)
 
     @override
@@ -107,7 +104,8 @@ class UniformQuantization(EncodingStage):
             if self.rounding == "nearest":
                 scaled.add_(0.5 + self._origin)
             else:
-                scaled.add_(noise_(spare, random), alpha=2**-16).add_(0.5 + 2**-17 + self._origin)
+                spare.copy_(random_integers(random, spare, torch.int16))
+                scaled.add_(spare, alpha=2**-16).add_(0.5 + 2**-17 + self._origin)
             # a cast through int32 is several times faster
             out.copy_(spare.view(integer).copy_(scaled.clamp_(0, self._top)))
         return self._tensor(symbols, spec), side
@@ -123,7 +121,8 @@ class UniformQuantization(EncodingStage):
             # in place if the working dtype is the tensor's
             value = (out if out.dtype == step.dtype else scratch).copy_(part)
             if random is not None:
-                value.sub_(noise_(spare, random), alpha=2**-16).sub_(2**-17)
+                spare.copy_(random_integers(random, spare, torch.int16))
+                value.sub_(spare, alpha=2**-16).sub_(2**-17)
             if self._symmetric:
                 value.sub_(self._origin).mul_(width)
             else:
@@ -150,74 +149,58 @@ class UniformQuantization(EncodingStage):
         """The symbol of the value 0 in a symmetric range, else the symbol of the minimum."""
         return self._top // 2 if self._symmetric else 0
 
-    def _has_channels(self, spec: TensorSpec) -> bool:
-        axes = len(spec.shape)
-        if self.axis is None or axes < 2:
-            return False
-        if not -axes <= self.axis < axes:
-            raise ValueError(f"there is no axis {self.axis} in a tensor of {axes} axes")
-        return True
-
     def _rows(self, x: Tensor) -> Tensor:
         """Returns the elements as rows, one for each range. Zeros fill up the last block."""
-        if self._has_channels(TensorSpec.of(x)):
-            return x.movedim(self.axis or 0, 0).flatten(1)
+        if self.axis is not None and x.dim() > 1:
+            return x.movedim(self.axis, 0).flatten(1)
         flat = x.reshape(-1)
         block = min(self.block or len(flat), len(flat))
         return in_rows(flat, block) if block else flat.view(1, 0)
 
     def _tensor(self, rows: Tensor, spec: TensorSpec) -> Tensor:
         """Inverts `_rows`."""
-        if not self._has_channels(spec):
+        if self.axis is None or len(spec.shape) < 2:
             return rows.view(-1)[: spec.numel].view(spec.shape)
         shape = list(spec.shape)
-        shape.insert(0, shape.pop(self.axis or 0))
-        return rows.view(shape).movedim(0, self.axis or 0).contiguous()
+        shape.insert(0, shape.pop(self.axis))
+        return rows.view(shape).movedim(0, self.axis).contiguous()
 
     def _range(self, rows: Tensor, spec: TensorSpec) -> Tensors:
         """Returns the side values."""
         side_spec = self.side_spec(spec)
         if not side_spec or not rows.numel():
             return {name: torch.zeros(own.shape, dtype=own.dtype) for name, own in side_spec.items()}
-        # the last block without the zeros
-        padding = rows.numel() - spec.numel
-        ends = self._range_of(rows[:-1] if padding else rows)
-        if padding:
-            ends = list(map(torch.cat, zip(ends, self._range_of(rows[-1:, :-padding]), strict=True)))
-        side = dict(zip(("minimum", "maximum"), ends, strict=True))
-        return {name: side[name].to("cpu", own.dtype).reshape(own.shape) for name, own in side_spec.items()}
-
-    def _range_of(self, rows: Tensor) -> Sequence[Tensor]:
-        """Returns the lower and the upper end of each row's range (shape (rows,))."""
-        low, high = rows.amin(1), rows.amax(1)
-        if self.quantile is None:
-            return low, high
-        high = torch.maximum(high, -low)
-        if self.quantile < 1:
-            magnitudes = rows.abs().to("cpu", torch.promote_types(rows.dtype, torch.float32)).numpy()
-            place = math.ceil(self.quantile * rows.shape[1]) - 1
-            magnitudes.partition(place, axis=1)
-            clipped = torch.from_numpy(magnitudes[:, place]).to(high)
-            high = torch.where(clipped > 0, clipped, high)
-        return -high, high
-
-    def _ends(self, side: Tensors) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the value of the symbol `_origin` and the upper end of the range for each row, float64 (rows, 1)."""
-        # for few numbers numpy's calls take a fifth of torch's time
-        high = np.float64(self.limit) if self.limit is not None else side["maximum"].numpy().astype(np.float64)
-        low = np.zeros_like(high) if self._symmetric else side["minimum"].numpy().astype(np.float64)
-        return low.reshape(-1, 1), high.reshape(-1, 1)
+        padding = rows.numel() - spec.numel  # the last block has a range without the zeros
+        ends: dict[str, list[Tensor]] = {"minimum": [], "maximum": []}
+        for part in (rows[:-1], rows[-1:, :-padding]) if padding else (rows,):
+            low, high = part.amin(1), part.amax(1)
+            if self.quantile is not None:
+                high = torch.maximum(high, -low)
+            if self.quantile is not None and self.quantile < 1:
+                magnitudes = part.abs().to("cpu", torch.promote_types(part.dtype, torch.float32)).numpy()
+                place = math.ceil(self.quantile * part.shape[1]) - 1
+                magnitudes.partition(place, axis=1)
+                clipped = torch.from_numpy(magnitudes[:, place]).to(high)
+                high = torch.where(clipped > 0, clipped, high)
+            ends["minimum"].append(low)
+            ends["maximum"].append(high)
+        return {name: torch.cat(ends[name]).to("cpu", own.dtype).reshape(own.shape) for name, own in side_spec.items()}
 
     def _grid(self, side: Tensors, spec: TensorSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns for each row (rows × 1) the value of the symbol `_origin`, the step, and the maximum.
 
         The dtype is float32 if its range and precision suffice, else float64. The maximum is None unless rounding may
-        move the last symbol's value beyond the maximum.
+        move the last symbol's value beyond the maximum. Raises ValueError for side values that are no range.
         """
-        low, high = self._ends(side)
+        # for few numbers numpy's calls take a fifth of torch's time
+        high = np.float64(self.limit) if self.limit is not None else side["maximum"].numpy().astype(np.float64)
+        low = np.zeros_like(high) if self._symmetric else side["minimum"].numpy().astype(np.float64)
+        low, high = low.reshape(-1, 1), high.reshape(-1, 1)
         steps, fits = self._top - self._origin, self.bits <= 12 and spec.dtype != torch.float64
-        with np.errstate(over="ignore"):  # the range overflows float32
+        with np.errstate(over="ignore"):  # a range may overflow its dtype
             extent = high - low
+            if not (np.isfinite(extent) & (extent >= 0)).all():
+                raise ValueError("minimum and maximum are not a finite range")
             fits = fits and bool(((extent == 0) | (extent > 1e-30) & (extent < 1e30)).all())
             work: type[np.floating] = np.float32 if fits else np.float64
             low, high, step = low.astype(work), high.astype(work), (extent / steps).astype(work)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedq.encoding.codec import EncodeError
-from fedq.encoding.coders import FixedWidth
+from fedq.encoding.coders import FixedWidth, Raw
 from fedq.encoding.encoder import Encoder
 from fedq.encoding.message import OVERHEAD, MessageError
 from fedq.encoding.schema import TensorSpec, schema_of
@@ -173,7 +173,7 @@ def check_length(encoder: Encoder, bound: Bound | None) -> None:
         spec, single, total, fixed = TensorSpec.of(x), 0, 0, True
         for stage, (_, side, _) in zip(encoder.stages, chain.steps(encoder, x), strict=True):
             for value, side_spec in stage.side_spec(spec).items():
-                size = stage.side_coder(value).size(side_spec)
+                size = stage.side_coders.get(value, Raw()).size(side_spec)
                 single += (size or 0) if not side_spec.shape else 0
                 total, fixed = total + (size or 0), fixed and size is not None
             spec = stage.encoded_spec(spec, side)
