@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from fedq.errors import FedqError
-from fedq.runs import Group, Run, group_by_seed, read_runs
+from fedq.runs import HOURS, Group, Run, group_by_seed, read_runs
 from fedq.tracking.console import stdout_console
 from fedq.tracking.units import human_bytes
 
@@ -29,6 +29,12 @@ if TYPE_CHECKING:  # matplotlib takes a second to load, and only pictures need i
     from matplotlib.figure import Figure
 
 NEVER = "–"
+ASSUMED = (
+    "Rates are in Mbit/s, latency in ms, compute in GFLOP/s, codec in million parameters a second.\n"
+    "Assumed: each client keeps its link, and clients share no link. The server needs no time. Only messages travel: "
+    "no headers, losses or slow start. Training is matrix products and convolutions."
+)
+"""Units of the network's keys, and what the simulated time leaves out."""
 LINES, MARKERS = ("-", "--", ":", "-."), "osD^vPX"
 
 
@@ -77,12 +83,24 @@ def table(groups: Sequence[Group], columns: Sequence[str], target: float) -> lis
             row[name] = f"{human_bytes(bits)} {ratio:.2f}×"
         reached = [point for run in group if (point := run.reaches(target))]
         rounds, bits = (fmean(numbers) for numbers in zip(*reached, strict=True)) if reached else (0.0, 0.0)
+        timed = [run for run in group if run.network]
         of = f" ({len(reached)} of {len(group)})" if len(group) > 1 else ""
         row[f"bytes to {headline.target_text(target)}"] = human_bytes(bits) if reached else NEVER
         row[f"rounds to {headline.target_text(target)}"] = f"{rounds:.1f}{of}" if reached else NEVER
+        if any(run.network for other in groups for run in other):
+            hours = [run.metrics[point[0] - 1][HOURS] for run in timed if (point := run.reaches(target))]
+            each = [3600 * run.metrics[-1][HOURS] / len(run.metrics) for run in timed]
+            row[f"simulated hours to {headline.target_text(target)}"] = f"{fmean(hours):.3g}" if hours else NEVER
+            row["simulated s/round"] = f"{fmean(each):.3g}" if each else NEVER
         row["s/round"] = f"{fmean(run.summary['seconds'] / run.summary['rounds'] for run in group):.2f}"
         rows.append(row)
     return rows
+
+
+def caption(groups: Sequence[Group]) -> str:
+    """Returns the networks and the assumptions of the simulated time; "" without simulated time."""
+    networks = dict.fromkeys(network for group in groups for run in group if (network := run.network))
+    return "\n".join(["simulated time:", *networks, ASSUMED]) if networks else ""
 
 
 def spread(numbers: Sequence[float]) -> tuple[float, float]:
@@ -159,14 +177,18 @@ def save(figure: "Figure", axes: "Axes", path: Path) -> None:
 
 
 def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: Path) -> None:
-    """Writes a PNG with two panels: the test's headline metric over rounds, and over bytes sent."""
+    """Writes a PNG: the test's headline metric over rounds and over bytes sent.
+
+    If all runs have simulated time, a third panel has the metric over simulated hours.
+    """
     from matplotlib.figure import Figure  # not pyplot, which may open a window
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     headline = groups[0][0].headline
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, x in ((left, "rounds"), (right, "cumulative_bits")):
+    timed = all(run.network for group in groups for run in group)
+    left, right, *others = figure.subplots(1, 3 if timed else 2, sharey=True)
+    for axes, x in ((left, "rounds"), (right, "cumulative_bits"), *((axes, HOURS) for axes in others)):
         plot(axes, groups, columns, f"test/{headline.name}", x)
         if any(run.reaches(target) for group in groups for run in group):
             axes.axhline(target, color="black", lw=0.8, ls=(0, (1, 4)), label=f"target {headline.target_text(target)}")
@@ -174,6 +196,11 @@ def draw(groups: Sequence[Group], columns: Sequence[str], target: float, path: P
     right.set_xscale("log", base=2)
     right.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
     bytes_ticks(right.xaxis)
+    for axes in others:
+        axes.set(xlabel="simulated hours", ylabel="", xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
+        axes.xaxis.set_major_formatter("{x:.3g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     save(figure, left, path)
 
 
@@ -210,6 +237,7 @@ def main() -> None:
         groups = group_by_seed(runs)
         columns = distinguishing_columns([group[0] for group in groups])
         show(table(groups, columns, target), columns)
+        print(caption(groups), end="\n" if caption(groups) else "")
         draw(groups, columns, target, args.output)
         print(f"picture in {args.output}")
     except FedqError as error:

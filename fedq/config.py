@@ -53,6 +53,7 @@ _REQUIRED = {
     "run.faults": ("client", "uplink"),
     "run.guard": ("scale", "update"),
     "run.submodel": ("keep",),
+    "run.network": ("link", "deadline", "over_selection"),
 }
 """Attributes that the object of each part must have."""
 
@@ -85,7 +86,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
         check_targets(cfg, group)
     if floor is not None and not 0 <= floor <= 1 and build(cfg, "task").more_is_better:
         raise ConfigError(f"run: accuracy_floor must be from 0 to 1, not {floor}")
-    for name in ("faults", "guard", "submodel"):
+    for name in ("faults", "guard", "submodel", "network"):
         if to_container(cfg, f"run.{name}") is not None:
             check_is_built(cfg, f"run.{name}")
     check_arguments(cfg, "encoder", EncoderConfig, _knobs(cfg, "encoder", given))

@@ -18,7 +18,7 @@ from fedq.errors import FedqError
 
 DIRECTIONS = ("broadcast", "upload")
 
-NESTED_GROUPS = ("client.augment", "dataset.partition", "run.faults", "run.guard", "run.submodel")
+NESTED_GROUPS = ("client.augment", "dataset.partition", "run.faults", "run.guard", "run.network", "run.submodel")
 """Keys whose values are the files of a group: client/augment=crop_and_flip sets client.augment."""
 
 RENAMED_KEYS = {

@@ -24,6 +24,7 @@ class RunConfig:
     faults: The faults of clients, if any.
     guard: The guard against updates with an unusual norm, if any.
     submodel: The part of the model that each client trains; None for all.
+    network: The clients' links and processors, from which a simulated time follows; None for none.
     accuracy_floor: Final accuracy, or other headline metric, that hydra/sweeper=fewest_bits requires. The value is
         measured on validation examples, or on the test set without `validation`.
     validation: The share of examples or clients that is held out, above 0 and below 1; "own" takes the validation
@@ -56,6 +57,7 @@ class RunConfig:
     patience: int | None = None
     evaluate_clients: int | Literal["all"] | None = None
     residual_memory: int = 1024
+    network: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         counts = ("rounds", "clients_per_round", "evaluate_every", "test_batch_size", "checkpoint_every", "keep")
@@ -71,6 +73,12 @@ class RunConfig:
             raise ValueError(f"validation must be above 0 and below 1, or own, not {self.validation}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that are asked in a round: with over-selection, more than `clients_per_round`."""
+        extra: int = (self.network or {}).get("over_selection", 0)
+        return self.clients_per_round + extra
 
 
 @dataclass(frozen=True)

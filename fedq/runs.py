@@ -19,6 +19,7 @@ from fedq.tracking.headline import Headline
 
 IGNORED = ("run.seed", "dataset.path", *CHANGES_NOTHING)
 """Keys in which runs of one experiment may differ: the seed, a dataset's folder, and keys without effect."""
+HOURS = "simulated_hours"
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -31,7 +32,8 @@ class Run:
     config: key → value, such as "encoder.bits" → 8. Keys of IGNORED, and keys that refer to them, are None.
     written: key → value before interpolation, such as "encoder.broadcast.bits" → "${encoder.bits}".
     given: the keys that the command line set.
-    metrics: for each round the metrics of metrics.jsonl, and `cumulative_bits`, the bits sent both ways so far.
+    metrics: for each round the metrics of metrics.jsonl, and `cumulative_bits`, the bits sent both ways so far. With
+        `run.network` also the simulated hours so far.
     summary: summary.json.
     """
 
@@ -63,6 +65,15 @@ class Run:
         done = next((done for done, value in tests.items() if reached(value, target)), None)
         return None if done is None else (done, self.metrics[done - 1]["cumulative_bits"])
 
+    @property
+    def network(self) -> str | None:
+        """The network of the simulated time, with its keys; None without simulated time."""
+        if HOURS not in self.metrics[-1]:
+            return None
+        parts = [(key.rpartition("."), value) for key, value in self.config.items() if value is not None]
+        keys = [f"{key}={value}" for (node, _, key), value in parts if node == "run.network" and key != "_target_"]
+        return f"{self.choices['run/network']}: {', '.join(keys)}"
+
 
 Group = Sequence[Run]
 """Runs that differ only in IGNORED."""
@@ -84,6 +95,8 @@ def read_run(folder: Path) -> Run:
         _check(metrics, summary, config)
         for line in metrics:
             line["cumulative_bits"] = line["cumulative_broadcasted_bits"] + line["cumulative_aggregated_bits"]
+            if "cumulative_simulated_seconds" in line:
+                line[HOURS] = line["cumulative_simulated_seconds"] / 3600
     except (AttributeError, KeyError, TypeError) as error:
         raise FedqError(f"damaged: its files lack a value ({type(error).__name__}: {error})") from error
     return Run(folder, choices, config, written, frozenset(given - set(choices)), metrics, summary)

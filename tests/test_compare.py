@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from fedq import compare
-from fedq.compare import distinguishing_columns, show, table, value
+from fedq.compare import caption, distinguishing_columns, show, table, value
 from fedq.errors import FedqError
 from fedq.runs import find_runs, group_by_seed, read_run, read_runs
 
@@ -42,7 +42,7 @@ def write_run(
     **summary: Any,
 ) -> Path:
     """Writes a run's folder as fedq.train does, with `down` and `up` bits a round. Each round takes a second more."""
-    choices = {"run": "default", "encoder": "uint8", "dataset": "mnist5k", "hydra/help": "fedq"}
+    choices = {"run": "default", "encoder": "uint8", "dataset": "mnist5k", "hydra/help": "fedq", "run/network": "none"}
     choices |= dict(o.split("=") for o in overrides if o.split("=")[0] in choices)
     tree = {
         "dataset": {"name": choices["dataset"], "path": None, "seed": 0},
@@ -115,6 +115,27 @@ def test_the_numbers_over_seeds_are_those_computed_by_hand(tmp_path: Path) -> No
             "s/round": "2.00",
         }
     ]
+
+
+def test_simulated_hours_are_shown_with_their_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = ["run.network._target_=x.Network", "run.network.down=20", "run.network.trace=null"]
+    folder = write_run(tmp_path / "a", [*network, "run/network=mobile"], (0.5, 0.9, 0.8))
+    write_run(tmp_path / "b", ["run.seed=1"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"cumulative_simulated_seconds": 1800.0 * number} for number, line in enumerate(lines, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = table([[read_run(folder)], [read_run(tmp_path / "b")]], ["encoder"], target=0.85)
+    assert [row["simulated hours to 85 %"] for row in rows] == ["1", "–"]
+    assert [row["simulated s/round"] for row in rows] == ["1.8e+03", "–"]
+    said = caption([[read_run(folder)]])
+    assert said.startswith("simulated time:\nmobile: down=20\nRates are in Mbit/s") and "Assumed: " in said
+    assert caption([[read_run(tmp_path / "b")]]) == ""
+    panels = []
+    monkeypatch.setattr(compare, "save", lambda figure, *_: panels.append([a.get_xlabel() for a in figure.axes]))
+    for runs in ([read_run(folder)], [read_run(folder), read_run(tmp_path / "b")]):
+        compare.draw([[run] for run in runs], ["encoder"], 0.85, tmp_path / "c.png")
+    both = ["rounds done", "bytes sent, both ways, all clients"]
+    assert panels == [[*both, "simulated hours"], both]
 
 
 def test_one_run_has_no_deviation_and_a_target_never_reached_has_a_dash(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def options(group):
     return sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
 
 
-GROUPS = ("algorithm", "client/augment", "run/faults", "run/guard", "run/submodel")
+GROUPS = ("algorithm", "client/augment", "run/faults", "run/guard", "run/network", "run/submodel")
 ELSEWHERE = {  # groups whose options all train in another test
     "test_datasets.py": ("dataset/partition",),
     "test_presets.py": ("experiment",),

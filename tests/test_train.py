@@ -393,6 +393,7 @@ def a_round(number: int, loss: float, **more: float) -> dict[str, float]:
 
 def test_tensorboards_first_screen_shows_accuracy_and_bytes(tmp_path):
     tested = {"test/accuracy": 0.5, "test/loss": 1.5, "clients": 3, "a_new_metric": 7}
+    tested |= {"seconds/simulated": 90.5, "cumulative_simulated_seconds": 90.5}
     with TensorBoard(tmp_path, "run", {}) as board:
         board.write(a_round(0, 3.0, **tested))
     curves = EventAccumulator(str(tmp_path / "run")).Reload()
@@ -403,11 +404,12 @@ def test_tensorboards_first_screen_shows_accuracy_and_bytes(tmp_path):
     assert {tag: (point.step, point.value) for tag, point in points.items()} == {
         "sent_MiB": (1, 2),
         "test_accuracy_by_KiB": (2048, 0.5),
+        "test_accuracy_by_simulated_second": (90, 0.5),
         "test_accuracy": (1, 0.5),
         "test_loss": (1, 1.5),
     }
     groups = {tag.split("/")[0] for tag in tags}
-    tutorial = {"loss", "cumulative_broadcasted_bits", "cumulative_aggregated_bits"}
+    tutorial = {"loss", "cumulative_broadcasted_bits", "cumulative_aggregated_bits", "cumulative_simulated_seconds"}
     assert groups == tutorial | {"at_a_glance", "round", "seconds", "test", "train"}
 
 

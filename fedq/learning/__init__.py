@@ -1,7 +1,7 @@
 """The algorithm as pure steps: initialize() → state, next(state, clients) → state, metrics."""
 
 from fedq.learning.algorithm import FedAvg
-from fedq.learning.algorithms import FedNova, Scaffold
+from fedq.learning.algorithms import FedBuff, FedNova, Scaffold
 from fedq.learning.error_feedback import ErrorFeedback
 from fedq.learning.evaluation import evaluate
 from fedq.learning.failures import ClientFailure, Diverged, TooFewClients
@@ -22,6 +22,7 @@ __all__ = [
     "Diverged",
     "ErrorFeedback",
     "FedAvg",
+    "FedBuff",
     "FedNova",
     "FederatedAveraging",
     "FederatedDropout",

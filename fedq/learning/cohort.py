@@ -1,10 +1,13 @@
 """A cohort: the server's half around each client, and clients on this machine."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from fedq.encoding import EncodeError, Key, MessageError
 from fedq.learning.aggregation import PairwiseTree, one_thread
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore
+from fedq.learning.clock import Clock
 from fedq.learning.evaluation import Map
 from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import loaded
@@ -47,6 +51,29 @@ number of bits that the client sends, and the client's seconds. Raises ClientFai
 """
 
 
+Agree = Callable[[Mapping[int, float]], Mapping[int, float]]
+"""Returns the arrivals of a whole cohort, by place, from the arrivals of the part of this process."""
+
+
+class Asked(NamedTuple):
+    """A client that was asked.
+
+    place: The client's place in the cohort.
+    record: What the server records about the client.
+    received: The client's decoded broadcast.
+    reports: With federated dropout, the reports of the encoding of the client's own message.
+    answer: The bytes that the server received; None if no answer came.
+    registered: The registered numbers of the client.
+    """
+
+    place: int
+    record: ClientRecord
+    received: Received
+    reports: dict[str, Tensor]
+    answer: Answer | None
+    registered: Registered
+
+
 @dataclass(frozen=True)
 class Cohort:
     """Sends a broadcast to clients and adds up their answers. Each client sees bytes only.
@@ -56,6 +83,7 @@ class Cohort:
     uplink: The half of the server that receives.
     ask: Reaches a client, on this machine or elsewhere.
     map: Applies a function to many clients.
+    clock: The simulated time; None for none.
     """
 
     protocol: Protocol
@@ -63,18 +91,35 @@ class Cohort:
     uplink: Uplink
     ask: Ask
     map: Map
+    clock: Clock | None = None
 
     @one_thread()
-    def contribute(self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]]) -> CohortResult:
-        """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort."""
+    def contribute(
+        self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]], agree: Agree = dict
+    ) -> CohortResult:
+        """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort.
+
+        agree: Returns the arrivals of the whole cohort from the arrivals of the part.
+        """
         result = CohortResult(PairwiseTree(self.uplink.add))
         with timed(result.seconds, "decode"):
-            # All clients decode the same bytes to the same weights, and do not change them: once is enough.
-            at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
-            received = self.protocol.receive([*at_once, *broadcast.messages])
+            received = self.received(broadcast)
             result.received = received.weights
-        one_client = partial(self._one_client, broadcast, received)
-        for place, summand, record in self.map(one_client, _longest_first(clients)):
+        ask, opened = partial(self.ask_one, broadcast, received), partial(self.open_one, broadcast.norm)
+        if self.clock and self.clock.enough:
+            # answers wait as bytes until the arrivals of all are known
+            asked = list(self.map(ask, _longest_first(clients)))
+            in_time = self.clock.in_time(agree({one.place: one.record.arrival for one in asked}))
+            results = self.map(lambda one: opened(one, one.place not in in_time), asked)
+        else:
+            deadline = self.clock.deadline if self.clock else math.inf
+
+            def one_client(placed: tuple[int, Client]) -> tuple[int, Summand | None, ClientRecord]:
+                asked = ask(placed)
+                return opened(asked, asked.record.arrival > deadline)
+
+            results = self.map(one_client, _longest_first(clients))
+        for place, summand, record in results:
             with timed(result.seconds, "aggregate"):
                 result.sums.add(place, summand)
             result.records[place] = record
@@ -82,15 +127,21 @@ class Cohort:
                 result.seconds[phase] += record.seconds[phase]
         return result
 
-    def _one_client(
-        self, broadcast: Broadcast, received: Received, placed: tuple[int, Client]
-    ) -> tuple[int, Summand | None, ClientRecord]:
-        """Sends the messages to a client and reads its answer. If either fails, the record holds the reason."""
+    def received(self, broadcast: Broadcast) -> Received:
+        """Returns what a client decodes that has received all earlier broadcasts.
+
+        All clients decode the same bytes to the same weights, and do not change them: once is enough.
+        """
+        at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
+        return self.protocol.receive([*at_once, *broadcast.messages])
+
+    def ask_one(self, broadcast: Broadcast, received: Received, placed: tuple[int, Client]) -> Asked:
+        """Sends the messages to a client and takes its answer. If no answer comes, the record holds the reason."""
         place, client = placed
-        record = ClientRecord(client.number)
-        try:
+        record, answer, registered = ClientRecord(client.number), None, Registered(0, 0)
+        reports: dict[str, Tensor] = {}
+        with _recorded(record):
             messages = self.downlink.messages(broadcast, client.number)
-            reports: dict[str, Tensor] = {}
             if self.protocol.submodels:
                 with timed(record.seconds, "encode"):
                     message, reports = self.downlink.part(received, client.number)
@@ -103,18 +154,41 @@ class Cohort:
                 messages = self.downlink.with_base(broadcast, messages)
                 record.broadcast_bits += 8 * sum(map(len, messages))
                 answer, registered = self.ask(client, messages, received, record)
-            summand = self.uplink.open(answer, received, registered, broadcast.norm, record)
-            return place, summand._replace(broadcast_reports=reports), record
-        except ClientFailure as failure:
-            record.failure, record.reason = failure.kind, str(failure)
-            if failure.__cause__:
-                log.debug("client %d:", client.number, exc_info=failure.__cause__)
-        except (EncodeError, MessageError) as error:
-            record.failure = "unable" if isinstance(error, EncodeError) else "refused"
-            record.reason = str(error)
-        if record.failure in ("silent", "unable"):
-            record.bits = record.report_bits = 0  # nothing was sent
+        if self.clock and record.failure not in ("silent", "late"):
+            record.arrival = self.clock.seconds(record, registered.examples)
+        return Asked(place, record, received, reports, answer, registered)
+
+    def open_one(self, norm: float, asked: Asked, late: bool) -> tuple[int, Summand | None, ClientRecord]:
+        """Reads a client's answer. If the answer cannot be used, the record holds the reason.
+
+        norm: The norm guard's estimate.
+        asked: The client with its answer.
+        late: Whether the answer comes too late.
+        """
+        place, record, received, reports, answer, registered = asked
+        with _recorded(record):
+            if answer and late:
+                raise ClientFailure("late", f"its answer took {record.arrival:.3g} simulated seconds")
+            if answer:
+                summand = self.uplink.open(answer, received, registered, norm, record)
+                return place, summand._replace(broadcast_reports=reports), record
         return place, None, record
+
+
+@contextmanager
+def _recorded(record: ClientRecord) -> Iterator[None]:
+    """Writes the failure of a client to its record."""
+    try:
+        yield
+    except ClientFailure as failure:
+        record.failure, record.reason = failure.kind, str(failure)
+        if failure.__cause__:
+            log.debug("client %d:", record.client, exc_info=failure.__cause__)
+    except (EncodeError, MessageError) as error:
+        record.failure = "unable" if isinstance(error, EncodeError) else "refused"
+        record.reason = str(error)
+    if record.failure in ("silent", "unable"):
+        record.bits = record.report_bits = 0  # nothing was sent
 
 
 @dataclass(frozen=True)

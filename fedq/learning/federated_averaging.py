@@ -1,13 +1,15 @@
 """Federated averaging with encoded messages: the algorithm, as two pure steps."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from time import perf_counter
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedq.data import Client, Examples
 from fedq.encoding import EncodeError, Key, MessageError, StateDictEncoder
@@ -17,7 +19,8 @@ from fedq.learning.aggregation import one_thread
 from fedq.learning.algorithm import FedAvg
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
-from fedq.learning.cohort import Cohort, LocalClients, Network
+from fedq.learning.clock import Clock
+from fedq.learning.cohort import Agree, Asked, Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
 from fedq.learning.evaluation import Map, evaluate, evaluate_clients
 from fedq.learning.failures import Diverged, SharedDraw, TooFewClients
@@ -25,11 +28,13 @@ from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counted, counts_of, metrics_of
 from fedq.learning.protocol import Protocol
-from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, timed
+from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Received, Summand, divide, timed
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
 from fedq.learning.task import Task, check_examples
+
+T = TypeVar("T")
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -62,6 +67,7 @@ class FederatedAveraging:
         store: ClientStore | None = None,
         submodel: FederatedDropout | None = None,
         population: int | None = None,
+        clock: Callable[[Protocol], Clock] | None = None,
     ) -> None:
         """Binds both halves to the model. Raises FedqError for parts that do not fit together.
 
@@ -82,6 +88,7 @@ class FederatedAveraging:
         store: Where clients keep state between their rounds; in memory by default.
         submodel: Federated dropout: each client trains a part of the model.
         population: The number of all clients, which some algorithms need; by default the size of a cohort.
+        clock: Builds the clock, which gives rounds a simulated time and leaves out late answers; None for no clock.
         """
         self.device, self.min_clients, self.population = torch.device(device), min_clients, population
         self.protocol = protocol = Protocol(
@@ -96,11 +103,12 @@ class FederatedAveraging:
             device=self.device,
         )
         self.server, self.map, self.precision = server, map, precision
+        self.clock = clock(protocol) if clock else None
         self.store = InMemory() if store is None else store
         self.downlink, self.uplink = Downlink(protocol), Uplink(protocol, guard)
         self._half = ClientHalf(protocol, precision)
         clients = LocalClients(self._half, self.store, network)
-        self._cohort = Cohort(protocol, self.downlink, self.uplink, clients.ask, map)
+        self.cohort = Cohort(protocol, self.downlink, self.uplink, clients.ask, map, self.clock)
 
     def initialize(self) -> ServerState:
         """Returns the state before the first round."""
@@ -133,52 +141,99 @@ class FederatedAveraging:
         clients, state, seconds = list(clients), state.to(self.device), dict.fromkeys(PHASES, 0.0)
         if len({client.number for client in clients}) < len(clients):
             raise FedqError("two clients of a cohort have the same number: they would draw the same random numbers")
+        broadcast, reports = self.dispatch(state, [client.number for client in clients], seconds)
+        result, total, records = self._answers(broadcast, clients, gather, seconds)
+        usable = [record for record in records if not record.failure]
+        if self.clock:
+            seconds["simulated"] = self.clock.end(records)
+        sent = counted(state, records, self.uplink.guard, seconds.get("simulated", 0.0))
+        if total is None or len(usable) < self.min_clients:
+            raise self._too_few(state, sent, records, seconds)
+        caught_up = {record.client: state.round + 1 for record in usable}
+        after = self.step(sent, self.uplink, total, usable, broadcast, reports, result.received, caught_up, seconds)
+        return after, metrics_of(self.protocol.task, state, after, records, seconds)
+
+    def dispatch(
+        self, state: ServerState, clients: Sequence[int], seconds: dict[str, float]
+    ) -> tuple[Broadcast, dict[str, Tensor]]:
+        """Returns the broadcast of a state to clients, and its reports to the broadcast's adaptive parts.
+
+        seconds: The seconds of each phase; the method adds its own.
+
+        Raises Diverged if the weights cannot be sent.
+        """
         if self.protocol.kept_schema:
             self.store.begin(state.attempt)
         with timed(seconds, "encode"):
             try:
-                broadcast, broadcast_reports = self.downlink.open(state, [client.number for client in clients])
+                return self.downlink.open(state, clients)
             except EncodeError as error:
                 if all(map(is_finite, [*state.weights.values(), *state.groups.values()])):
                     # the encoder does not take such tensors
                     raise
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
-        result, total, records = self._answers(broadcast, clients, gather, seconds)
-        usable = [record for record in records if not record.failure]
-        sent = counted(state, records, self.uplink.guard)
-        if total is None or len(usable) < self.min_clients:
-            raise self._too_few(state, sent, records, seconds)
+
+    def step(
+        self,
+        state: ServerState,
+        uplink: Uplink,
+        total: Summand,
+        usable: Sequence[ClientRecord],
+        broadcast: Broadcast,
+        reports: Mapping[str, Tensor],
+        received: dict[str, Tensor],
+        caught_up: Mapping[int, int],
+        seconds: dict[str, float],
+    ) -> ServerState:
+        """Returns the state after a step of the server.
+
+        state: The state before the step, with the bits of the answers counted.
+        uplink: The half of the server that added up the answers.
+        total: The sum of the answers.
+        usable: The records of the clients whose answers were added up.
+        broadcast: The last broadcast.
+        reports: The reports of the broadcast's encoding.
+        received: The weights that the broadcast decodes to.
+        caught_up: Client → the number of rounds whose broadcasts the client has received.
+        seconds: The seconds of each phase; the method adds its own.
+
+        Raises Diverged if the sum overflows.
+        """
         with timed(seconds, "decode"):
             try:
-                sums = self.uplink.close(total, state)
+                sums = uplink.close(total, state)
             except MessageError as error:  # a sum may overflow
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         with timed(seconds, "aggregate"):
-            before = replace(sent, round=state.round + 1)
+            before = replace(state, round=state.round + 1)
             after = stepped(self.protocol, self.server, before, sums, total.weight, usable, self.population)
             if any(group.adaptive for group in self.protocol.groups.values()):
-                after = adapted(self.protocol, after, broadcast_reports | total.broadcast_reports, total.reports)
+                after = adapted(self.protocol, after, {**reports, **total.broadcast_reports}, total.reports)
             if self.protocol.broadcast_feedback:
                 compensated = compensate(state.weights, state.residual)
-                after = replace(after, residual=residual_of(self.protocol.to_all, compensated, result.received))
+                after = replace(after, residual=residual_of(self.protocol.to_all, compensated, received))
             if self.protocol.follows:
-                limit, received = len(broadcast.all_at_once), [record.client for record in usable]
-                after = after.after_broadcast(result.received, broadcast.messages[0], limit, received)
-        return after, metrics_of(self.protocol.task, state, after, records, seconds)
+                limit = len(broadcast.all_at_once)
+                after = after.after_broadcast(received, broadcast.messages[0], limit, caught_up)
+        return after
 
-    def contribute(self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]]) -> CohortResult:
+    def contribute(
+        self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]], agree: Agree = dict
+    ) -> CohortResult:
         """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort.
+
+        agree: Returns the arrivals of the whole cohort from the arrivals of the part.
 
         If a client's model is the first to draw, all these clients train again, with keyed draws.
         """
         clients = list(clients)
-        try:
-            return self._cohort.contribute(broadcast, clients)
-        except SharedDraw:
-            if self._half.keyed:
-                raise
-            self._half.keyed = True
-        return self._cohort.contribute(broadcast, clients)
+        return self._with_keyed_draws(lambda: self.cohort.contribute(broadcast, clients, agree))
+
+    @one_thread()
+    def ask(self, broadcast: Broadcast, received: Received, clients: Sequence[Client]) -> list[Asked]:
+        """Returns the answers of clients to a broadcast, as bytes. `received` is what the broadcast decodes to."""
+        ask = partial(self.cohort.ask_one, broadcast, received)
+        return self._with_keyed_draws(lambda: list(self.map(ask, enumerate(clients))))
 
     @one_thread()
     def evaluate(
@@ -223,6 +278,16 @@ class FederatedAveraging:
         model.load_state_dict(weights)
         return model
 
+    def _with_keyed_draws(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`. If a client's model is the first to draw, `work` is done again."""
+        try:
+            return work()
+        except SharedDraw:
+            if self._half.keyed:
+                raise
+            self._half.keyed = True
+        return work()
+
     def _answers(
         self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
     ) -> tuple[CohortResult, Summand | None, list[ClientRecord]]:
@@ -230,9 +295,7 @@ class FederatedAveraging:
         started = perf_counter()
         result = gather(broadcast, clients) if gather else self.contribute(broadcast, enumerate(clients))
         total, records = result.sums.result(), [result.records[place] for place in range(len(clients))]
-        wall, work = perf_counter() - started, sum(result.seconds.values())
-        for phase in PHASES:
-            seconds[phase] += wall * result.seconds[phase] / max(work, 1e-9)
+        divide(perf_counter() - started, result.seconds, seconds)
         return result, total, records
 
     def _too_few(

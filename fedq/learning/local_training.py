@@ -131,10 +131,12 @@ class LocalTraining:
         A server refuses other reports. A subclass that takes another number of steps overrides the method.
         """
         used = min(examples, self.max_examples or examples)
-        if not used or metrics.steps != self._steps(used):
-            return False
-        epochs, rest = divmod(metrics.steps, -(-used // self.batch_size))
-        return metrics.seen == epochs * used + rest * self.batch_size
+        return bool(used) and metrics.steps == self._steps(used) and metrics.seen == self.seen(used)
+
+    def seen(self, examples: int) -> int:
+        """Returns the number of examples that the steps of a round take, of a client that uses `examples`."""
+        epochs, rest = divmod(self._steps(examples), -(-examples // self.batch_size)) if examples else (0, 0)
+        return epochs * examples + rest * self.batch_size
 
     def chosen(self, examples: int, key: Key) -> np.ndarray:
         """Returns the places of the examples that a client uses in a round, in the order of the first epoch.

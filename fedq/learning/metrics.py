@@ -13,8 +13,10 @@ from fedq.learning.task import Task
 log = logging.getLogger(__name__)
 
 
-def counted(state: ServerState, records: Sequence[ClientRecord], guard: NormGuard | None) -> ServerState:
-    """Returns the state with the cohort's bits added, and logs the cohort's failures."""
+def counted(
+    state: ServerState, records: Sequence[ClientRecord], guard: NormGuard | None, simulated: float = 0.0
+) -> ServerState:
+    """Returns the state with the cohort's bits and simulated seconds added, and logs the cohort's failures."""
     failed: dict[str, list[int]] = {}
     for record in records:
         if record.failure:
@@ -30,6 +32,7 @@ def counted(state: ServerState, records: Sequence[ClientRecord], guard: NormGuar
         aggregated_bits=state.aggregated_bits + sum(record.bits for record in records),
         reported_bits=state.reported_bits + sum(record.report_bits for record in records),
         norm=guard.update(state.norm, norms) if guard else state.norm,
+        simulated_seconds=state.simulated_seconds + simulated,
         last_received={c: rounds for c, rounds in state.last_received.items() if c not in lost},
     )
 
@@ -52,6 +55,7 @@ def metrics_of(
     usable = [record for record in records if not record.failure]
     sums = [record.training.sums for record in usable]
     trained = task.metrics({name: sum(one[name] for one in sums) for name in sums[0]})
+    simulated = {"cumulative_simulated_seconds": after.simulated_seconds} if "simulated" in seconds else {}
     return {
         "round": before.round,
         **{f"train/{name}": trained[name] for name in ("loss", task.headline)},
@@ -63,4 +67,5 @@ def metrics_of(
         "cumulative_reported_bits": after.reported_bits,
         "clients": len(usable),
         **counts_of(records, seconds),
+        **simulated,
     }

@@ -1,5 +1,6 @@
 """The values of a round: broadcast, answers, and the sums over a cohort."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] += perf_counter() - started
+
+
+def divide(wall: float, work: Mapping[str, float], seconds: dict[str, float]) -> None:
+    """Adds a wall time to the `seconds` of the phases, in proportion to the work of all workers."""
+    for phase in PHASES:
+        seconds[phase] += wall * work[phase] / max(sum(work.values()), 1e-9)
 
 
 class Broadcast(NamedTuple):
@@ -122,6 +129,7 @@ class ClientRecord:
     weight: The client's weight in the mean.
     norm: The Euclidean norm of the update that the server adds up; None without a guard or a decoded update.
     training: What the client reports of its training.
+    arrival: The simulated seconds until the server has the answer; infinity if no answer comes.
     seconds: The seconds of each phase.
     """
 
@@ -134,6 +142,7 @@ class ClientRecord:
     weight: int = 0
     norm: float | None = None
     training: TrainingMetrics = TrainingMetrics({}, 0, 0)
+    arrival: float = math.inf
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 

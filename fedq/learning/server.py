@@ -99,10 +99,15 @@ class Downlink:
 class Uplink:
     """Reads clients' answers, one by one, and adds them up."""
 
-    def __init__(self, protocol: Protocol, guard: NormGuard | None) -> None:
-        """guard: Clips or drops updates whose norm is out of line; None for no limit."""
+    def __init__(self, protocol: Protocol, guard: NormGuard | None, alone: bool = False) -> None:
+        """Binds the half.
+
+        guard: Clips or drops updates whose norm is out of line; None for no limit.
+        alone: Whether each update is decoded alone, because the answers of a sum belong to several broadcasts. With
+            federated dropout, each update is always decoded alone.
+        """
         self._protocol, self.guard = protocol, guard
-        self._stop_at_sum = not protocol.submodels
+        self._stop_at_sum = not (alone or protocol.submodels)
 
     def open(
         self, answer: Answer, received: Received, registered: Registered, estimate: float, record: ClientRecord
@@ -141,7 +146,7 @@ class Uplink:
             record.weight = weight
             total = weighted(updates.pop("weights"), received.weights, weight, scale)
             if factor != 1.0:
-                _scale_parameters(protocol, total, factor)
+                scale_parameters(protocol, total, factor)
             for name, value in total.items():
                 if not is_finite(value):
                     raise MessageError(f"tensor {name!r} times {weight} overflows {value.dtype}")
@@ -173,18 +178,18 @@ class Uplink:
         """Returns the decoded sums of all groups; may reuse `total`. Raises MessageError if a sum overflows."""
         protocol, key = self._protocol, Key(self._protocol.seed, state.attempt)
         sums: dict[str, Tensor] = {}
-        if protocol.submodels:  # each update was decoded alone
+        if not self._stop_at_sum:  # each update was decoded alone
             sums = protocol.exact.decode_sum(total.update, key, {})
         else:
             for group in protocol.groups.values():
                 params = group.upload.adaptation.params(state.upload) if group.adaptive else {}
                 sums |= group.upload.decode_sum(total.update, key, params)
         if total.sums:
-            _scale_parameters(protocol, sums, protocol.algorithm.rescale(total.sums, total.weight))
+            scale_parameters(protocol, sums, protocol.algorithm.rescale(total.sums, total.weight))
         return sums
 
 
-def _scale_parameters(protocol: Protocol, tensors: Mapping[str, Tensor], factor: float) -> None:
+def scale_parameters(protocol: Protocol, tensors: Mapping[str, Tensor], factor: float) -> None:
     """Multiplies the updates of the model's parameters by `factor`, in place."""
     others = protocol.initial.keys() - set(protocol.parameters) | protocol.initial_groups.keys()
     for name in tensors.keys() - others:

@@ -1,6 +1,6 @@
 """What the server holds between rounds."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ class ServerState:
     aggregated_bits: The bits of updates that clients sent, over all rounds.
     reported_bits: The bits of reports beside the updates, over all rounds.
     repeats: The number of cohorts that were too small and were repeated.
+    simulated_seconds: The simulated time of all rounds; 0 without a clock.
+    in_flight: In asynchronous rounds, the clients whose answers are on their way; see `simulation.asynchronous`.
     norm: The norm guard's estimate; 0 before the first round.
     residual: The broadcast's residual, for error feedback.
     groups: The server's tensors of the algorithm's groups.
@@ -46,6 +48,8 @@ class ServerState:
     received: dict[str, Tensor] = field(default_factory=dict)
     kept: tuple[Tensor, ...] = ()
     last_received: dict[int, int] = field(default_factory=dict)
+    simulated_seconds: float = 0.0
+    in_flight: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> "ServerState":
@@ -90,18 +94,18 @@ class ServerState:
         return behind if behind <= len(self.kept) else -1
 
     def after_broadcast(
-        self, received: dict[str, Tensor], message: bytes, limit: int, clients: Iterable[int]
+        self, received: dict[str, Tensor], message: bytes, limit: int, caught_up: Mapping[int, int]
     ) -> "ServerState":
         """Returns the state with the round's broadcast kept; `round` counts the round already.
 
         received: The weights that the broadcast decodes to.
         message: The bytes of the broadcast.
         limit: The bytes of an exact message. The oldest broadcasts are dropped until all together are shorter.
-        clients: The clients that received the broadcast.
+        caught_up: Client → the number of rounds whose broadcasts the client has received.
         """
         kept = [*self.kept, torch.frombuffer(bytearray(message), dtype=torch.uint8)]
         while sum(map(len, kept)) >= limit:
             kept.pop(0)
-        last = self.last_received | dict.fromkeys(clients, self.round)
+        last = {**self.last_received, **caught_up}
         last = {client: rounds for client, rounds in last.items() if self.round - rounds <= len(kept)}
         return replace(self, received=received, kept=tuple(kept), last_received=last)

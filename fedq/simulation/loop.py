@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 Clients = Callable[[int, Iterable[int]], list[Client]]
 """Returns the clients with the given numbers, as they behave in the round with the given serial number."""
 
+Step = Callable[[ServerState], tuple[ServerState, dict[str, float]]]
+"""Returns the state after one more round, and the round's metrics."""
+
 
 def cohort(seed: int, serial: int, population: int, size: int) -> np.ndarray:
     """Draws the clients of a round without replacement.
@@ -43,6 +46,7 @@ def rounds(
     clients: Clients | None = None,
     gather: Gather | None = None,
     stop: Callable[[], bool] = lambda: False,
+    step: Step | None = None,
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
     """Returns an iterator over the state and the metrics after each round, until `run.rounds` are done.
 
@@ -58,6 +62,7 @@ def rounds(
     clients: returns the clients of a round; None for the dataset's clients.
     gather: as for `FederatedAveraging.next`.
     stop: asked before each round whether the run stops early.
+    step: does a round; None draws a cohort and calls `FederatedAveraging.next`.
 
     Raises TaskError at once unless a client, the test and the validation set fit the model and the task. The iterator
     raises TooFewClients when the repeats are used up.
@@ -75,7 +80,13 @@ def rounds(
         check(model, "client 0", loaded(0, first.load, process.device), task)
     for name, examples in sets.items():
         check(model, f"the {name} set", examples, task)
-    return _rounds(process, state, dataset, sets, run, clients, gather, stop)
+
+    def synchronous(state: ServerState) -> tuple[ServerState, dict[str, float]]:
+        numbers = cohort(run.seed, state.attempt, dataset.num_clients, run.cohort_size).tolist()
+        chosen = clients(state.attempt, numbers) if clients else [dataset.client(number) for number in numbers]
+        return process.next(state, chosen, gather)
+
+    return _rounds(process, state, dataset, sets, run, step or synchronous, stop)
 
 
 def _rounds(
@@ -84,18 +95,15 @@ def _rounds(
     dataset: FederatedDataset,
     sets: dict[str, Examples],
     run: RunConfig,
-    clients: Clients | None,
-    gather: Gather | None,
+    step: Step,
     stop: Callable[[], bool],
 ) -> Iterator[tuple[ServerState, dict[str, float]]]:
     sets = {name: Examples(*(part.to(process.device) for part in examples)) for name, examples in sets.items()}
     while state.round < run.rounds and not stop():
         started, before, repeated = perf_counter(), state, Counter[str]()
         while state.round == before.round:
-            numbers = cohort(run.seed, state.attempt, dataset.num_clients, run.clients_per_round).tolist()
-            chosen = clients(state.attempt, numbers) if clients else [dataset.client(number) for number in numbers]
             try:
-                state, metrics = process.next(state, chosen, gather)
+                state, metrics = step(state)
             except TooFewClients as error:
                 if error.state.repeats - before.repeats > run.repeats:
                     raise

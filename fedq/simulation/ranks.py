@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, TCPStore
 from fedq.data import Client
 from fedq.errors import FedqError
 from fedq.learning import Broadcast, ClientRecord, CohortResult, Summand, TrainingMetrics
+from fedq.learning.cohort import Agree
 from fedq.simulation.stopping import Stopping
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ PATIENCE = 15.0
 """Seconds without a sign of life after which a rank counts as lost."""
 _FOREVER = timedelta(days=365)  # no limit: signs of life distinguish slow ranks from lost ranks
 
-Contribute = Callable[[Broadcast, Iterable[tuple[int, Client]]], CohortResult]
+Contribute = Callable[[Broadcast, Iterable[tuple[int, Client]], Agree], CohortResult]
 
 
 class RankLost(FedqError):
@@ -113,7 +114,8 @@ class Ranks:
         sent = _with_each_message(broadcast, _as_tensor)
         self.apart = self.size > 1
         self.tell({"broadcast": sent, "numbers": [client.number for client in clients], "bounds": bounds})
-        result = self._reduce(contribute(broadcast, list(enumerate(clients))[: bounds[1]]))
+        agree = partial(self._agree, len(clients))
+        result = self._reduce(contribute(broadcast, list(enumerate(clients))[: bounds[1]], agree))
         self.apart = False
         return result
 
@@ -130,7 +132,17 @@ class Ranks:
         first, last = order["bounds"][self.rank : self.rank + 2]
         broadcast = _with_each_message(order["broadcast"], lambda message: message.numpy().tobytes())
         mine = clients(broadcast.attempt, order["numbers"][first:last])
-        self._reduce(contribute(broadcast, enumerate(mine, first)))
+        self._reduce(contribute(broadcast, enumerate(mine, first), partial(self._agree, len(order["numbers"]))))
+
+    def _agree(self, clients: int, arrivals: Mapping[int, float]) -> dict[int, float]:
+        """Returns the arrivals of all `clients` of a cohort, of which each rank knows a part."""
+        times = torch.zeros(clients, dtype=torch.float64)
+        for place, time in arrivals.items():
+            times[place] = time
+        if self.size > 1:
+            with self._connection():
+                dist.all_reduce(times)
+        return dict(enumerate(times.tolist()))
 
     def _reduce(self, result: CohortResult) -> CohortResult:
         """Adds up the results of neighbouring ranks, then of neighbouring pairs, and so on. Rank 0 gets the sum."""

@@ -36,6 +36,7 @@ from fedq.learning import FederatedAveraging, ServerState
 from fedq.learning.parts import same_bits
 from fedq.learning.server import server_step
 from fedq.simulation import checkpoint
+from fedq.simulation.asynchronous import asynchronous_step
 from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.loop import Clients, rounds
 from fedq.simulation.ranks import Ranks, launched_at
@@ -101,7 +102,8 @@ def train(
             log.info("resumed after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
         gather = partial(ranks.gather, process.contribute) if ranks else None
-        to_do = rounds(process, state, dataset, run, clients, gather, selection.stops)
+        step = asynchronous_step(process, run, dataset.num_clients, clients, ranks.size if ranks else 1)
+        to_do = rounds(process, state, dataset, run, clients, gather, selection.stops, step)
         # no check refuses the run from here on
         summary.start(config, 8 * len(exact_message), headline)
         keep_configuration(cfg, folder)
@@ -266,9 +268,10 @@ def assemble(
     if isinstance(run.validation, float):
         dataset = HeldOut(dataset, run.validation, run.validation_by, run.seed)
         population = dataset.num_clients
-    if run.clients_per_round > population:
+    if run.cohort_size > population:
+        with_extra = " with run.network.over_selection" if run.cohort_size > run.clients_per_round else ""
         raise ConfigError(
-            f"run.clients_per_round: {run.clients_per_round} is more than the {population} clients; "
+            f"run.clients_per_round: {run.cohort_size}{with_extra} is more than the {population} clients; "
             "take fewer, or more with dataset.clients where the dataset allows"
         )
     if isinstance(run.evaluate_clients, int) and run.evaluate_clients > population:
@@ -276,7 +279,14 @@ def assemble(
             f"run.evaluate_clients: {run.evaluate_clients} is more than the {population} clients; take fewer, or all"
         )
     workers = stack.enter_context(Workers(None if run.workers == "auto" else run.workers))
-    faults, guard = (build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard"))
+    faults, guard, network = (
+        build(cfg, f"run.{name}") if getattr(run, name) else None for name in ("faults", "guard", "network")
+    )
+    if faults and network and network.deadline is None:
+        raise ConfigError(
+            "run.network.deadline must be given with run.faults: without a deadline the server waits forever for "
+            "clients that never answer"
+        )
     process = FederatedAveraging(
         **build_protocol(cfg, dataset, device),
         server=build_server(cfg),
@@ -287,8 +297,8 @@ def assemble(
         precision=run.precision,
         store=store,
         population=population,
+        clock=partial(network.clock, examples=dataset.test(), enough=run.clients_per_round) if network else None,
     )
-
     if faults and getattr(faults, "nan", 0):
         name, last = list(process.protocol.weights.upload.chains.items())[-1]
         fixed = isinstance(last.encoder.coder, FixedWidth | Raw)

@@ -70,7 +70,9 @@ class Summary:
         if "cumulative_reported_bits" in metrics:
             values["reported_bits"] = int(metrics["cumulative_reported_bits"])
         # bits that the same clients would have received and sent without an encoder
-        self._messages["broadcasted_bits"] += int(1 + metrics["repeats"]) * values["config"]["run"]["clients_per_round"]
+        run = values["config"]["run"]
+        asked = run["clients_per_round"] + (run.get("network") or {}).get("over_selection", 0)
+        self._messages["broadcasted_bits"] += int(1 + metrics["repeats"]) * asked
         self._messages["aggregated_bits"] += int(metrics["uploads"])
         for total, ratio in (("broadcasted_bits", "broadcast_ratio"), ("aggregated_bits", "upload_ratio")):
             values[f"uncompressed_{total}"] = self._uncompressed_bits * self._messages[total]

@@ -15,7 +15,7 @@ from fedq.tracking.metrics import Metrics
 
 TUTORIAL = {"train/loss": "loss", "train/accuracy": "sparse_categorical_accuracy"}
 """Metrics that are also written under their names in TensorFlow Federated's tutorial."""
-_TOTALS = ("cumulative_broadcasted_bits", "cumulative_aggregated_bits")
+_TOTALS = ("cumulative_broadcasted_bits", "cumulative_aggregated_bits", "cumulative_simulated_seconds")
 _OWN_NAME = ("train", "test", "validation", "per_client", "seconds", *_TOTALS)
 """Metrics whose tag equals their name. All other tags begin with "round/", so that TensorBoard groups them."""
 
@@ -88,8 +88,12 @@ class TensorBoard:
         self._add_scalars(done - 1, training, ended)
         self._add_scalars(done, others, ended)
         if self._headline in metrics:
-            tag = f"at_a_glance/{self._headline.replace('/', '_')}_by_KiB"
-            self._add_scalars(int(sent / 8 / 2**10), {tag: metrics[self._headline]}, ended)
+            tag, value = f"at_a_glance/{self._headline.replace('/', '_')}_by_", metrics[self._headline]
+            self._add_scalars(int(sent / 8 / 2**10), {f"{tag}KiB": value}, ended)
+            if "cumulative_simulated_seconds" in metrics:
+                self._add_scalars(
+                    int(metrics["cumulative_simulated_seconds"]), {f"{tag}simulated_second": value}, ended
+                )
 
     def __enter__(self) -> "TensorBoard":
         return self

@@ -48,8 +48,8 @@ def seen(monkeypatch):
     rounds = []
     contribute = Cohort.contribute
 
-    def recording(self, broadcast, clients):
-        result = contribute(self, broadcast, clients)
+    def recording(self, broadcast, clients, agree):
+        result = contribute(self, broadcast, clients, agree)
         rounds.append((broadcast, result.received))
         return result
 

@@ -57,6 +57,7 @@ def test_no_field_of_a_state_is_left_out(tmp_path):
         "received": {"w": torch.zeros(3)},
         "kept": (torch.tensor([5, 6], dtype=torch.uint8), torch.tensor([7], dtype=torch.uint8)),
         "last_received": {7: 8},
+        "in_flight": {9: {"arrival": torch.tensor(10.5)}},
     }
     names = [field.name for field in dataclasses.fields(ServerState)]
     numbers = {name: 10 + i for i, name in enumerate(names) if name not in values}

@@ -27,6 +27,7 @@ from fedq.encoding import (
 )
 from fedq.learning import ErrorFeedback, FedAvg, FederatedAveraging, FederatedDropout, LocalTraining
 from fedq.learning.aggregation import PairwiseTree
+from fedq.learning.clock import Clock
 from fedq.learning.error_feedback import Direction
 from fedq.learning.guard import NormGuard
 from fedq.models import MLP
@@ -93,6 +94,7 @@ def make_process(
         submodel=dropout,
         algorithm=FedAvg(personal=personal),
         guard=NormGuard("clip", multiple=1.0),  # clips about half of the updates from the second round on
+        clock=lambda protocol: Clock(lambda record, examples: examples + record.bits / 1e9, enough=9),
     )
 
 
@@ -187,7 +189,8 @@ def test_any_number_of_ranks_and_workers_gives_the_same_bits(upload, dropout, mo
         return result
 
     alone = outcome(1, 1)
-    assert alone[1]["clients_failed"] == alone[1]["clients_failed/unable"] == 1
+    assert [alone[1][f"clients_failed/{kind}"] for kind in ("unable", "late")] == [1, 2]
+    assert 21 < alone[1]["cumulative_simulated_seconds"] / 3 < 22  # client 4 says at once that it cannot
     for size, workers in numbers:
         assert outcome(size, workers) == alone, (size, workers)
 
@@ -235,7 +238,7 @@ def fail(rank: int, port: int, folder: Path, queue) -> None:
     """Only rank 0 fails in a round, and rank 1 waits for rank 0. The queue receives how long each rank lives."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
-    def contribute(broadcast, clients):
+    def contribute(broadcast, clients, agree):
         raise OSError("a file is damaged")
 
     try:

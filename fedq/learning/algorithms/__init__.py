@@ -1,7 +1,8 @@
 """Federated algorithms, one in each file."""
 
 from fedq.learning.algorithm import FedAvg
+from fedq.learning.algorithms.fedbuff import FedBuff
 from fedq.learning.algorithms.fednova import FedNova
 from fedq.learning.algorithms.scaffold import Scaffold
 
-__all__ = ["FedAvg", "FedNova", "Scaffold"]
+__all__ = ["FedAvg", "FedBuff", "FedNova", "Scaffold"]
