@@ -5,8 +5,9 @@ allowed keys, and the annotations give the types. A new dataset, model, stage or
 groups `run` and `encoder` have no `_target_`: the dataclasses of config_nodes.py describe them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.utils import instantiate
@@ -151,13 +152,16 @@ def build(cfg: DictConfig, path: str, **arguments: Any) -> Any:
     part = call_or_config_error(path, lambda: instantiate(node, **given, _convert_="all"))
     if lacking := [name for name in _REQUIRED.get(path, ()) if not hasattr(part, name)]:
         raise ConfigError(f"{path}: a {type(part).__name__} has no {', '.join(lacking)}")
-    if path == "model":
-        import torch
+    return partial(_module, part) if path == "model" else part
 
-        with torch.random.fork_rng(devices=[]):
-            if not isinstance(module := call_or_config_error(path, part), torch.nn.Module):
-                raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
-    return part
+
+def _module(build_model: Callable[[], Any]) -> Any:
+    """Returns the model. Raises ConfigError if its constructor refuses an argument, or if it is not an nn.Module."""
+    import torch
+
+    if not isinstance(module := call_or_config_error("model", build_model), torch.nn.Module):
+        raise ConfigError(f"model: a {type(module).__name__} is not a torch.nn.Module")
+    return module
 
 
 def build_protocol(cfg: DictConfig, dataset: Any, device: Any) -> dict[str, Any]:

@@ -298,7 +298,7 @@ def told(*overrides):
         for direction in ("broadcast", "upload"):
             build_encoder(cfg, direction)
         build(cfg, "dataset")
-        build(cfg, "model", num_classes=10)
+        build(cfg, "model", num_classes=10)()
         build(cfg, "client")
         build_server(cfg)
         for part in ("faults", "guard", "submodel"):

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from test_datasets import SMALL, metrics_of
 from test_train import emnist_files
 from tff_files import cifar100_files, stackoverflow_files
+from tiny_transformers import write_bert, write_llama
 
 from fedq.config import check
 from fedq.data import Examples
@@ -31,12 +32,16 @@ FILES = {  # preset → writes the files that its dataset would download
     "cifar100_resnet": cifar100_files,
     "emnist_cnn": lambda folder: emnist_files(folder, "fed_emnist", 62),
     "stackoverflow_lstm": stackoverflow_files,
+    "lora_shakespeare": write_llama,
+    "lora_minilm": write_bert,
 }
 SMALLER = {  # preset → overrides that keep the kind of model, task and optimizer
     "cifar10_resnet": ("dataset._target_=small.torchvision_dataset", "dataset.clients=4", "model.blocks=1"),
     "cifar100_resnet": ("model.blocks=1", "model.widths=[8,16]"),
     "shakespeare_lstm": ("dataset.test_examples=4",),
     "shakespeare_transformer": ("dataset.test_examples=4", "model.width=16", "model.layers=1"),
+    "lora_shakespeare": ("dataset.test_examples=4", "model.base=files"),
+    "lora_minilm": ("dataset.test_examples=4", "model.base=files"),
 }
 
 
@@ -57,7 +62,7 @@ def test_the_command_line_overrides_a_preset(name, eden):
     check(changed, changes)
     assert preset.client.lr != 0.05 == changed.client.lr
     assert changed.run.rounds == 7
-    assert changed.encoder == eden.encoder != preset.encoder
+    assert changed.encoder == dict(eden.encoder) | {"threshold": preset.encoder.threshold} != preset.encoder
     assert changed.server._target_ == "torch.optim.Adam"
     for part in ("dataset", "model", "task"):
         assert changed[part] == preset[part]
@@ -86,7 +91,7 @@ def test_every_preset_trains(tmp_path, name):
         (tmp_path / "small.py").write_text(SMALL)
         (tmp_path / "files").mkdir()
         FILES[name](tmp_path / "files")
-        small += ("dataset.path=files",)
+        small += () if name.startswith("lora") else ("dataset.path=files",)
     fedq(tmp_path, f"experiment={name}", *small, *SMALLER.get(name, ()), "hydra.run.dir=run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
     first, last = metrics_of(tmp_path / "run")

@@ -8,7 +8,7 @@ import pytest
 import fedq
 
 ROOT = Path(fedq.__file__).parent
-EVERYWHERE = {"errors", "files", "keys"}
+EVERYWHERE = {"errors", "files", "keys", "pretrained"}
 KNOWS = {
     "encoding": set(),
     "data": set(),

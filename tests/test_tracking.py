@@ -48,9 +48,13 @@ def test_the_table_has_bytes_a_client_a_round_and_takes_the_width_it_needs(tmp_p
     assert "20.00 MiB, 20.00 x less than uncompressed" in down
     assert "5.00 MiB, 80.00 x less than uncompressed" in up
     assert "2.00 MiB down, 512.00 KiB up" in each
-    assert max(map(len, lines[:-2])) <= 80
+    assert max(map(len, lines[:-3])) <= 80
     assert not any("reports" in line for line in lines)
-    assert lines[-2:] == [f"output: {folder}", f"curves: tensorboard --logdir '{folder}'"]
+    assert lines[-3:] == [
+        f"output: {folder}",
+        f"curves: tensorboard --logdir '{folder}'",
+        f"model: python -m fedq.export '{folder}' --to model",
+    ]
 
 
 def test_reports_are_counted_apart_and_unknown_metrics_ignored(tmp_path, capsys):

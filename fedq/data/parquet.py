@@ -13,6 +13,7 @@ from fedq.data.dataset import Client, Examples, pooled
 from fedq.data.download import DatasetError
 from fedq.data.images import check_shape, decoded
 from fedq.data.partitioned import normalised, stacked
+from fedq.data.tokens import Tokenizer
 from fedq.errors import MissingPackage, check_range
 
 try:
@@ -32,8 +33,8 @@ class Parquet:
 
     The column x has image files (bytes, or a struct with `bytes`, as Hugging Face stores images), texts or numbers. The
     numbers of a row are one number or a list. uint8 becomes float32 in [0, 1]. Lists of other integers become int64,
-    and other numbers become float32. Text becomes tokens as in `fedq.data.shakespeare`. With y, x is the first 80
-    tokens, padded with 0. Without y, x is cut into sequences of 80, and y is the next tokens.
+    and other numbers become float32. Text becomes tokens. With y, x is the first `length` tokens, padded. Without y, x
+    is cut into sequences of `length`, and y is the next tokens.
 
     path: folder of the .parquet files. A file belongs to a part if its name, or its folder's name, begins with the
         part's name.
@@ -46,6 +47,9 @@ class Parquet:
     std: standard deviation of each channel, to divide by.
     train: name of the training part.
     test: name of the test part.
+    tokenizer: tokenizer of a pretrained model, as of `fedq.data.tokens`, where targets of padding are −100; null for
+        the tokens of `fedq.data.shakespeare`, where padding is 0.
+    length: tokens of a sequence.
 
     Raises ValueError if a column is missing. Raises DatasetError, here or in a load, if files are missing or damaged.
     """
@@ -62,6 +66,8 @@ class Parquet:
         std: list[float] | None = None,
         train: str = "train",
         test: str = "test",
+        tokenizer: str | None = None,
+        length: int = LENGTH,
     ) -> None:
         check_range("classes", classes, 1, integer=True, optional=True)
         self._client, self._x, self._y = client, [x] if isinstance(x, str) else x, y
@@ -82,7 +88,9 @@ class Parquet:
             raise ValueError(f"mean and std must be null: {self._x[0]!r} holds no images.")
         if y is None and self._kind != "text":
             raise ValueError(f"y must be a column: {self._x[0]!r} is not text, whose next tokens could be predicted.")
-        self.num_classes = VOCABULARY if y is None else self._classes(y, classes)
+        self._length, self._tokenizer = length, Tokenizer(tokenizer, length) if tokenizer else None
+        vocabulary = self._tokenizer.vocabulary if self._tokenizer else VOCABULARY
+        self.num_classes = vocabulary if y is None else self._classes(y, classes)
         self._ids, self._counts = _clients(self._train, client)
         test_ids = _clients(self._test, client)[0] if client in self._test.schema.names else self._ids[:0]
         try:
@@ -116,16 +124,22 @@ class Parquet:
         where = f"{Path(part.files[0]).parent}: column"
         columns = [table[name].combine_chunks() for name in self._x]
         if self._y is None:
-            return pooled(sequences(tokens((text or "").encode())) for text in columns[0].to_pylist())
+            texts = [text or "" for text in columns[0].to_pylist()]
+            if self._tokenizer:
+                return pooled(map(self._tokenizer.sequences, self._tokenizer.ids(texts)))
+            return pooled(sequences(tokens(text.encode()), self._length) for text in texts)
         y = _numbers(table[self._y].combine_chunks(), f"{where} {self._y!r}")
         y = y.reshape(len(y), -1) if y.is_floating_point() else y.long()  # a regression has outputs (N, numbers)
         return Examples(self._inputs(columns, f"{where} {self._x[0]!r}"), y)
 
     def _inputs(self, columns: list[Any], where: str) -> Tensor:
         if self._kind == "text":
-            x = torch.zeros(len(columns[0]), LENGTH, dtype=torch.int64)
-            for row, text in zip(x, columns[0].to_pylist(), strict=True):
-                ids = torch.from_numpy(tokens((text or "").encode()[:LENGTH]).copy())
+            texts = [text or "" for text in columns[0].to_pylist()]
+            if self._tokenizer:
+                return self._tokenizer.rows(texts)
+            x = torch.zeros(len(texts), self._length, dtype=torch.int64)
+            for row, text in zip(x, texts, strict=True):
+                ids = torch.from_numpy(tokens(text.encode()[: self._length]).copy())
                 row[: len(ids)] = ids
             return x
         if self._kind == "image":

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedq.data.dataset import FederatedDataset
 from fedq.data.download import DatasetError
+from fedq.data.tokens import IGNORED
 from fedq.keys import Key
 
 if TYPE_CHECKING:  # matplotlib takes a second to load
@@ -40,7 +41,7 @@ class Population(NamedTuple):
 def read_population(dataset: FederatedDataset, most: int = 1000) -> Population:
     """Reads the examples of all clients, or of `most` random clients, the same in each call.
 
-    Targets of shape (N, T) count as N × T labels, without the padding 0.
+    Targets of shape (N, T) count as N × T labels, without padding (0, or −100 with a pretrained tokenizer).
     Raises DatasetError if a label is out of range.
     """
     n, classes = dataset.num_clients, dataset.num_classes
@@ -52,7 +53,7 @@ def read_population(dataset: FederatedDataset, most: int = 1000) -> Population:
         sizes.append(len(y))
         shape = f"{' × '.join(map(str, x.shape[1:])) or '1'}, {str(x.dtype).removeprefix('torch.')}"
         if not y.is_floating_point():
-            known = y if y.dim() == 1 else y[y != 0]
+            known = y if y.dim() == 1 else y[(y != 0) & (y != IGNORED)]
             if len(known) and not 0 <= int(known.min()) <= int(known.max()) < classes:
                 raise DatasetError(f"client {number} has labels outside 0 to {classes - 1}.")
             labels.append(np.bincount(known.flatten().numpy(), minlength=classes))

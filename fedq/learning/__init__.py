@@ -1,7 +1,7 @@
 """The algorithm as pure steps: initialize() → state, next(state, clients) → state, metrics."""
 
 from fedq.learning.algorithm import FedAvg
-from fedq.learning.algorithms import FedBuff, FedNova, Scaffold
+from fedq.learning.algorithms import FedBuff, FedNova, FlexLoRA, RoLoRA, Scaffold
 from fedq.learning.error_feedback import ErrorFeedback
 from fedq.learning.evaluation import evaluate
 from fedq.learning.failures import ClientFailure, Diverged, TooFewClients
@@ -26,12 +26,14 @@ __all__ = [
     "FedNova",
     "FederatedAveraging",
     "FederatedDropout",
+    "FlexLoRA",
     "Gather",
     "LocalTraining",
     "Multilabel",
     "NextToken",
     "Registered",
     "Regression",
+    "RoLoRA",
     "Scaffold",
     "ServerState",
     "Summand",

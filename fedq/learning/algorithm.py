@@ -1,6 +1,6 @@
 """The interface of an algorithm. The defaults are Federated Averaging's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -50,6 +50,13 @@ class FedAvg:
         """Returns the schema of what each client keeps between its rounds."""
         return {}
 
+    def phases(self, parameters: Collection[str]) -> list[set[str]]:
+        """Returns the parameters that rest in each round of a cycle. Clients neither train nor send these.
+
+        By default a cycle is one round, in which no parameter rests.
+        """
+        return [set()]
+
     def check(self, training: LocalTraining) -> None:
         """Raises FedqError for local training that the algorithm does not allow."""
 
@@ -75,6 +82,27 @@ class FedAvg:
     def weigh(self, weight: int, training: LocalTraining, metrics: TrainingMetrics) -> Weighing:
         """Returns the weight of an update, from the client's registered weight and its report."""
         return Weighing(weight)
+
+    def to_sum(self, update: Tensors, received: Tensors) -> dict[str, Tensor]:
+        """Returns what the server adds up in place of a client's decoded update. By default, the update.
+
+        received: The weights that the client received.
+        """
+        return dict(update)
+
+    def from_sum(self, sums: Tensors, weight: int, weights: Tensors) -> dict[str, Tensor]:
+        """Returns the weighted sum of updates from the weighted sum of what `to_sum` gives.
+
+        sums: The sum; floating tensors are multiplied by their clients' weights.
+        weight: The sum of the weights.
+        weights: The server's weights before the round.
+        """
+        return dict(sums)
+
+    @property
+    def sums_updates(self) -> bool:
+        """Whether the server adds up updates. They need no decoding before the sum if an encoder allows."""
+        return type(self).to_sum is FedAvg.to_sum
 
     def rescale(self, sums: Mapping[str, float], weight: int) -> float:
         """Returns the factor of the mean update. `sums` and `weight` are totals over the cohort."""

@@ -32,7 +32,8 @@ def check_together(
     algorithm.check(training)
     check_optimizer(training)
     down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
-    with_groups = type(algorithm).groups is not FedAvg.groups
+    changed = (type(algorithm).groups, type(algorithm).to_sum, type(algorithm).phases)
+    with_groups = changed != (FedAvg.groups, FedAvg.to_sum, FedAvg.phases)
     refused = {
         "run.submodel: reference=last needs clients that receive the whole model": submodel
         and "last" in (down.reference, up.reference),
@@ -135,6 +136,20 @@ def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | Non
                     )
                     raise FedqError(f"model: {other_name!r} and {name!r} {reason}")
             places.append((storage, start, end, name))
+
+
+def check_phases(algorithm: FedAvg, training: LocalTraining, upload: Direction, codec: Codec) -> None:
+    """Raises FedqError if an algorithm in which parameters rest meets an option that needs all of them."""
+    refused = {
+        "client.keep_optimizer must be false": training.keep_optimizer,
+        "client.structured must be false": training.structured,
+        "encoder.upload.error_feedback must be false": isinstance(upload, ErrorFeedback),
+        "the upload must have no adaptive part": codec.adaptation.parts,
+    }
+    for sentence, applies in refused.items():
+        if applies:
+            name = type(algorithm).__name__.lower()
+            raise FedqError(f"algorithm={name}: {sentence}, because clients send only some parameters in a round")
 
 
 def check_scaled(algorithm: FedAvg, upload: Codec, model: nn.Module) -> None:

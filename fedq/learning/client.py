@@ -19,7 +19,7 @@ from fedq.learning.error_feedback import compensate, residual_of
 from fedq.learning.failures import ClientFailure, unable
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
-from fedq.learning.parts import same_bits
+from fedq.learning.parts import checksum, copied, same_bits
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
 from fedq.learning.task import TaskError
@@ -74,8 +74,9 @@ class ClientHalf:
             loss = protocol.task.metrics(metrics.sums)["loss"]
             messages: list[bytes] = []
             for name, group in protocol.groups.items():
-                tensors = uploads.get(name, update)
-                messages.append(group.upload.encode(tensors, key, params, loss=loss).message)
+                codec, tensors = protocol.upload_of(group, received.attempt), uploads.get(name, update)
+                tensors = {own: tensors[own] for own in codec.schema}
+                messages.append(codec.encode(tensors, key, params, loss=loss).message)
             report = protocol.write_report(metrics, key)
         for name in protocol.parts.personal:
             if not is_finite(trained[name]):
@@ -116,6 +117,10 @@ class ClientHalf:
         if not len(examples.y):
             raise ClientFailure("unable", "it has no examples")
         model, start = self._worker_model(), protocol.start(received.weights, kept, key)
+        if len(protocol.phases) > 1:
+            resting = protocol.resting(received.attempt)
+            for name in protocol.parameters:
+                model.get_parameter(name).requires_grad_(name not in resting)
         project = correct = None
         if protocol.projection:
             project = partial(_project, protocol.projection, received.weights, key, received.upload_params)
@@ -154,7 +159,8 @@ class ClientHalf:
                     f"model: training changes the shape or dtype of {name!r}, so that it cannot be averaged"
                 )
         for name in protocol.parts.frozen:
-            if not same_bits(trained[name], start[name]):
+            shared = protocol.shared.get(name)
+            if not same_bits(trained[name], start[name]) if shared is None else shared != checksum(trained[name]):
                 raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
         return trained, metrics
 
@@ -166,7 +172,7 @@ class ClientHalf:
         """
         local, first = self._local, self.protocol.client_model
         if not hasattr(local, "model"):
-            local.model = deepcopy(first)
+            local.model = (deepcopy if self.protocol.submodels else copied)(first)
             local.parts = {  # attributes of the copy refer to the copy's modules and tensors
                 id(part): copy
                 for parts in ("modules", "parameters", "buffers")

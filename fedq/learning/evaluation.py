@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -17,6 +16,7 @@ from fedq.learning.aggregation import one_thread
 from fedq.learning.draws import KeyedDraws
 from fedq.learning.failures import ClientFailure
 from fedq.learning.local_training import CLASSIFICATION, Precision, check_nothing_drawn, generators, loaded
+from fedq.learning.parts import copied
 from fedq.learning.task import (
     Sums,
     Task,
@@ -105,7 +105,7 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
         x = examples.x[:2].to(device, copy=True)
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             try:
-                returned = deepcopy(model).eval()(x)
+                returned = copied(model).eval()(x)
             except Exception as error:  # an author's model may raise any error
                 reason = str(error).splitlines()[0] if str(error) else ""
                 raise TaskError(

@@ -1,7 +1,6 @@
 """Federated averaging with encoded messages: the algorithm, as two pure steps."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -27,6 +26,7 @@ from fedq.learning.failures import Diverged, SharedDraw, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
 from fedq.learning.metrics import counted, counts_of, metrics_of
+from fedq.learning.parts import copied, load
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Received, Summand, divide, timed
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
@@ -268,14 +268,15 @@ class FederatedAveraging:
     def _model(self, state: ServerState, client: int | None = None) -> nn.Module:
         """Returns a model with the server's weights, and with a client's personal tensors, if any.
 
-        The model is a copy, because evaluation may write to buffers outside the state_dict.
+        The model is a copy, because evaluation may write to buffers outside the state_dict. Frozen parameters are not
+        copied.
         """
         protocol, weights = self.protocol, state.weights
         if client is not None and protocol.parts.personal:
             kept = self.store.load(client, state.attempt, protocol.kept_schema)
             weights = protocol.start(weights, kept, Key(protocol.seed, state.attempt, client))
-        model = deepcopy(protocol.model)
-        model.load_state_dict(weights)
+        model = copied(protocol.model)
+        load(model, protocol.without_shared(weights))
         return model
 
     def _with_keyed_draws(self, work: Callable[[], T]) -> T:

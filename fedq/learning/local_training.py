@@ -17,6 +17,7 @@ from fedq.errors import FedqError, check_choice, check_range
 from fedq.keys import Key
 from fedq.learning.failures import ClientFailure, SharedDraw, unable
 from fedq.learning.optimizers import SGD, ClientOptimizer, OfTorch, Rates, Schedule, Steps
+from fedq.learning.parts import load
 from fedq.learning.task import Classification, Task, TaskError, check_examples, check_fit, outputs_of, summable
 
 CLASSIFICATION = Classification()
@@ -161,7 +162,7 @@ class LocalTraining:
         """Loads `weights` into `model`, trains it in place on the model's device, and returns the metrics.
 
         model: The network.
-        weights: The state_dict to start from.
+        weights: The state_dict to start from. It may lack frozen parameters.
         examples: The client's examples, at least one.
         key: The key of the examples' order.
         project: Projects each step's gradients on a linear subspace; None for no projection.
@@ -176,7 +177,7 @@ class LocalTraining:
         draws from a generator that all threads share. In `KeyedDraws`, torch's functions use the client's generator.
         """
         all_x, all_y = (part.detach() for part in check_examples(examples))
-        model.load_state_dict(weights)
+        load(model, weights)
         model.train()
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         device = next(iter(parameters.values())).device

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -93,6 +94,19 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return {name: tied[name] for name in model.state_dict() if name in tied}
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model. Both share the frozen parameters, which training does not change."""
+    return deepcopy(model, {id(value): value for value in model.parameters() if not value.requires_grad})
+
+
+def load(model: nn.Module, tensors: Tensors) -> None:
+    """Loads a state_dict, which may lack frozen parameters. Raises RuntimeError for other names than the model's."""
+    frozen = {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if wrong := {*missing, *unexpected} - frozen:
+        raise RuntimeError(f"the state_dict and the model differ in {min(wrong)!r}")
+
+
 def as_bytes(tensor: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Returns a tensor's bytes, in the order of the elements, as one axis of a dtype that is not wider."""
     return tensor.detach().contiguous().reshape(-1).view(dtype)
@@ -102,6 +116,13 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Returns whether two tensors of one shape and dtype hold the same bits, also of NaN."""
     dtype = _INTEGERS.get(left.itemsize, torch.uint8)  # single bytes take four times as long
     return torch.equal(as_bytes(left, dtype), as_bytes(right, dtype))
+
+
+def checksum(tensor: Tensor) -> int:
+    """Returns the sum of a tensor's bytes, eight bytes a number: fast, and enough to notice an accidental change."""
+    data = as_bytes(tensor)
+    end = len(data) // 8 * 8
+    return int(data[:end].view(torch.int64).sum()) + int(data[end:].sum())
 
 
 def digest(tensors: Tensors) -> bytes:

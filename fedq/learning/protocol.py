@@ -12,16 +12,18 @@ from fedq.data import Examples
 from fedq.encoding import Codec, Key, MessageError, StateDictEncoder, TensorSpec, schema_of
 from fedq.encoding.message import SchemaMismatch, peek
 from fedq.encoding.schema import Schema, Tensors
+from fedq.errors import FedqError
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
-from fedq.learning.checks import check_feedback, check_model, check_scaled, check_together, fitted
+from fedq.learning.checks import check_feedback, check_model, check_phases, check_scaled, check_together, fitted
 from fedq.learning.draws import seeded
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure, OtherBase
 from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
 from fedq.learning.optimizers import stepped, tried
-from fedq.learning.parts import as_bytes, digest, parts_of
+from fedq.learning.parts import as_bytes, checksum, digest, parts_of
 from fedq.learning.round import Received, Registered
+from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout, SubModels
 from fedq.learning.task import Task
 
@@ -65,7 +67,10 @@ class Protocol:
     parameters: The names of the trainable parameters that travel.
     submodels: The sub-models of federated dropout; None if clients train the whole model.
     client_model: What clients train: `model`, or a sub-model.
+    shared: The frozen parameters that all copies of `model` share → their checksums. Sub-models share none.
+    base: The SHA-256 of the frozen tensors, in hexadecimal; "" without frozen tensors.
     weights: The group of the model's weights, or of a sub-model's.
+    phases: The parameters that rest in each round of the algorithm's cycle.
     groups: All groups by name; `weights` is the first.
     projection: The codec that projects steps of structured updates, so that an upload can send the update exactly; or
         None.
@@ -100,7 +105,11 @@ class Protocol:
         check_model(built, parts, submodel)
         self.model = channels_last(built.to(device))
         state = self.model.state_dict()
-        self.initial = parts.with_ties({name: value.detach().clone() for name, value in state.items()})
+        frozen = {} if submodel else {name for name, _ in self.model.named_parameters()} & set(parts.frozen)
+        self.shared = {name: checksum(state[name]) for name in parts.frozen if name in frozen}
+        self.initial = parts.with_ties(
+            {name: value if name in self.shared else value.clone() for name, value in state.items()}
+        )
         self.parameters = [
             name
             for name, parameter in self.model.named_parameters()
@@ -117,6 +126,12 @@ class Protocol:
         self.weights = _group(schema, down, up, "")
         check_scaled(algorithm, self.weights.upload, self.client_model)
         self.groups = {"weights": self.weights}
+        self.phases = algorithm.phases(self.parameters)
+        self._uploads = [self.weights.upload]
+        if len(self.phases) > 1:
+            check_phases(algorithm, client, upload, self.weights.upload)
+            sent = [{name: schema[name] for name in schema if name not in rest} for rest in self.phases]
+            self._uploads = [up.bind(part, reports=True) for part in sent]
         self.initial_groups: dict[str, Tensor] = {}
         for name, tensors in algorithm.groups({name: self.initial[name] for name in self.parameters}).items():
             prefix = f"*{name}/"
@@ -218,12 +233,37 @@ class Protocol:
 
         kept: The client's store; if empty, the personal tensors are the first weights.
         key: The client's key of the round, for its sub-model.
+
+        The `shared` tensors are left out: the client's model has them.
         """
         frozen = {name: self.initial[name] for name in self.parts.frozen}
         if frozen and self.submodels:
             frozen = self.submodels.cut(frozen, self.submodels.drawn(key))
         personal = {name: (kept or self.initial)[name].to(self.device) for name in self.parts.personal}
-        return self.parts.with_ties({**frozen, **weights, **personal})
+        return self.without_shared(self.parts.with_ties({**frozen, **weights, **personal}))
+
+    def without_shared(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Returns a state_dict without the tensors that all copies of the model share."""
+        tied = self.parts.tied
+        return {name: value for name, value in tensors.items() if tied.get(name, name) not in self.shared}
+
+    def without_base(self, state: ServerState) -> ServerState:
+        """Returns a state for a checkpoint. The frozen tensors are left out: they follow from the configuration."""
+        weights = {name: value for name, value in state.weights.items() if not self._is_frozen(name)}
+        return replace(state, weights=weights, base=self.base)
+
+    def with_base(self, state: ServerState) -> ServerState:
+        """Returns the state of a checkpoint with the frozen tensors. Raises FedqError if the run had others."""
+        # earlier versions saved the frozen tensors, without their digest
+        saved = {name: state.weights[name] for name in self.parts.frozen if name in state.weights}
+        if (digest(saved).hex() if saved else state.base) != self.base:
+            raise FedqError("its checkpoint is of another model: the frozen tensors differ")
+        weights = state.weights | {name: value for name, value in self.initial.items() if self._is_frozen(name)}
+        in_order = {name: weights[name] for name in self.initial if name in weights}
+        return replace(state, weights=in_order | weights, base="")
+
+    def _is_frozen(self, name: str) -> bool:
+        return self.parts.tied.get(name, name) in self.parts.frozen
 
     def write_base(self, attempt: int) -> bytes:
         """Returns the message of the base: the frozen tensors or, with reference=initial, all first weights.
@@ -240,13 +280,26 @@ class Protocol:
         for name, data in self._base.decode(message, key, device=self.device).tensors.items():
             value = self.initial[name]
             self.initial[name] = data.clone().view(value.dtype).reshape(value.shape)
+            if name in self.shared:
+                self.model.get_parameter(name).data = self.initial[name]
+                self.shared[name] = checksum(self.initial[name])
         self.initial = self.parts.with_ties(self.initial)
         self._agree_on_base()
 
     def _agree_on_base(self) -> None:
+        self.base = ""
         if frozen := {name: self.initial[name] for name in self.parts.frozen}:
-            for codec in (self.weights.broadcast, self.weights.upload, self.to_all, self.exact):
-                codec.agree_on(digest(frozen))
+            self.base = (agreed := digest(frozen)).hex()
+            for codec in (self.weights.broadcast, self.weights.upload, *self._uploads, self.to_all, self.exact):
+                codec.agree_on(agreed)
+
+    def resting(self, attempt: int) -> set[str]:
+        """Returns the parameters that clients neither train nor send in a round."""
+        return self.phases[attempt % len(self.phases)]
+
+    def upload_of(self, group: Group, attempt: int) -> Codec:
+        """Returns the codec of a group's uploads in a round."""
+        return self._uploads[attempt % len(self._uploads)] if group is self.weights else group.upload
 
     def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
         """Returns the bytes of a client's report."""

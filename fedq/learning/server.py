@@ -107,7 +107,7 @@ class Uplink:
             federated dropout, each update is always decoded alone.
         """
         self._protocol, self.guard = protocol, guard
-        self._stop_at_sum = not (alone or protocol.submodels)
+        self._stop_at_sum = protocol.algorithm.sums_updates and not (alone or protocol.submodels)
 
     def open(
         self, answer: Answer, received: Received, registered: Registered, estimate: float, record: ClientRecord
@@ -130,7 +130,7 @@ class Uplink:
             if len(answer.messages) != len(protocol.groups):
                 raise MessageError(f"an answer has {len(protocol.groups)} messages, this one {len(answer.messages)}")
             for (name, group), message in zip(protocol.groups.items(), answer.messages, strict=True):
-                updates[name], attached = group.upload.decode(
+                updates[name], attached = protocol.upload_of(group, received.attempt).decode(
                     message, key, received.upload_params, device=protocol.device, stop_at_sum=self._stop_at_sum
                 )
                 if attached:
@@ -144,7 +144,13 @@ class Uplink:
             weight = {"examples": registered.examples, "targets": registered.targets, "uniform": 1}[training.weight]
             weight, factor, sums = protocol.algorithm.weigh(weight, training, record.training)
             record.weight = weight
-            total = weighted(updates.pop("weights"), received.weights, weight, scale)
+            update, its_scale = updates.pop("weights"), scale
+            if not protocol.algorithm.sums_updates:
+                scaled = {
+                    name: value.mul_(scale) if value.is_floating_point() else value for name, value in update.items()
+                }
+                update, its_scale = protocol.algorithm.to_sum(scaled, received.weights), 1.0
+            total = weighted(update, received.weights, weight, its_scale)
             if factor != 1.0:
                 scale_parameters(protocol, total, factor)
             for name, value in total.items():
@@ -179,11 +185,12 @@ class Uplink:
         protocol, key = self._protocol, Key(self._protocol.seed, state.attempt)
         sums: dict[str, Tensor] = {}
         if not self._stop_at_sum:  # each update was decoded alone
-            sums = protocol.exact.decode_sum(total.update, key, {})
+            update = protocol.algorithm.from_sum(total.update, total.weight, state.weights)
+            sums = protocol.exact.decode_sum(update, key, {})
         else:
             for group in protocol.groups.values():
                 params = group.upload.adaptation.params(state.upload) if group.adaptive else {}
-                sums |= group.upload.decode_sum(total.update, key, params)
+                sums |= protocol.upload_of(group, state.attempt).decode_sum(total.update, key, params)
         if total.sums:
             scale_parameters(protocol, sums, protocol.algorithm.rescale(total.sums, total.weight))
         return sums
@@ -236,7 +243,7 @@ def server_step(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the next weights and optimizer state.
 
-    total: The weighted sum of updates; its memory is reused.
+    total: The weighted sum of updates; its memory is reused. Parameters that are absent keep their values.
     weight: The sum of the weights, or a tensor of sums for each name if coordinates have different clients.
     round: The number of the round, from 0, for the learning rate.
 
@@ -253,6 +260,8 @@ def server_step(
         for group in optimizer.param_groups:
             group["lr"] = build.rate(round)
     for name, leaf in leaves.items():
+        if name not in total:  # the parameter rests in this round
+            continue
         leaf.grad = total[name].div_(-share[name]).to(leaf.dtype)
     optimizer.step()
     after = {}

@@ -31,6 +31,7 @@ class ServerState:
     received: With reference=last, the weights of a client that received every broadcast; empty before the first.
     kept: With reference=last, the last broadcasts, oldest first, as uint8 tensors.
     last_received: With reference=last, the rounds after which each client was up to date.
+    base: In a checkpoint, the SHA-256 of the frozen tensors, which `weights` then lacks; see `Protocol.without_base`.
     """
 
     round: int
@@ -50,6 +51,7 @@ class ServerState:
     last_received: dict[int, int] = field(default_factory=dict)
     simulated_seconds: float = 0.0
     in_flight: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    base: str = ""
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> "ServerState":

@@ -33,7 +33,7 @@ from fedq.encoding import FixedWidth, Key, Raw, TensorSpec, schema_of
 from fedq.errors import FedqError
 from fedq.files import written_whole
 from fedq.learning import FederatedAveraging, ServerState
-from fedq.learning.parts import same_bits
+from fedq.learning.protocol import Protocol
 from fedq.learning.server import server_step
 from fedq.simulation import checkpoint
 from fedq.simulation.asynchronous import asynchronous_step
@@ -97,8 +97,7 @@ def train(
                     config["encoder"]["threshold"],
                 )
         if earlier:
-            check_form(process, *earlier)
-            state, its_folder = earlier
+            state, its_folder = continued(process, *earlier), earlier[1]
             log.info("resumed after %d rounds of %s", state.round, its_folder)
             done = metrics_file.restore(its_folder / "metrics.jsonl", state.round)
         gather = partial(ranks.gather, process.contribute) if ranks else None
@@ -118,7 +117,7 @@ def train(
         name = next((path.name for path in folder.glob("encoder=*")), _run_name())
         tensorboard = stack.enter_context(TensorBoard(folder, name, _hparams(cfg), done, headline))
         progress = stack.enter_context(closing(ConsoleProgress(run.rounds, state.round, headline)))
-        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store, selection)
+        saver = Saver(config, folder / "checkpoints", run.keep, metrics_file, store, selection, protocol)
         try:
             saver.save(state)
             for after, metrics in to_do:
@@ -149,6 +148,7 @@ class Saver:
     metrics_file: MetricsFile
     store: ClientStateFiles | None
     selection: Selection
+    protocol: Protocol
     saved: int | None = None
 
     def save(self, state: ServerState) -> None:
@@ -158,7 +158,8 @@ class Saver:
         self.metrics_file.sync()
         if self.store:
             self.store.flush()
-        checkpoint.save(state, self.config, self.folder, self.keep, self.selection.values["round"])
+        saved = self.protocol.without_base(state)
+        checkpoint.save(saved, self.config, self.folder, self.keep, self.selection.values["round"])
         self.saved = state.round
         if self.store:
             self.store.prune([state.attempt, *checkpoint.attempts(self.folder)])
@@ -182,17 +183,18 @@ def resumed(
     return earlier
 
 
-def check_form(process: FederatedAveraging, state: ServerState, folder: Path) -> None:
-    """Raises ConfigError if `process` cannot continue from the state of the run in `folder`."""
+def continued(process: FederatedAveraging, state: ServerState, folder: Path) -> ServerState:
+    """Returns a checkpoint's state with the frozen tensors. Raises ConfigError if `process` cannot continue the run."""
     fresh = process.initialize()
+    try:
+        state = process.protocol.with_base(state)
+    except FedqError as error:
+        raise ConfigError(f"{folder}: {error}") from error
     if schema_of(state.weights) != schema_of(fresh.weights):
         raise ConfigError(f"{folder}: its checkpoint is of another model: the tensors differ")
     for way in ("broadcast", "upload"):
         if schema_of(getattr(state, way)) != schema_of(getattr(fresh, way)):
             raise ConfigError(f"{folder}: its checkpoint holds another state of encoder.{way}")
-    for name in process.protocol.parts.frozen:
-        if not same_bits(state.weights[name], fresh.weights[name].cpu()):
-            raise ConfigError(f"{folder}: its checkpoint is of another model: the frozen {name!r} differs")
     weights = {name: state.weights[name] for name in process.protocol.parameters}
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
     try:
@@ -200,6 +202,7 @@ def check_form(process: FederatedAveraging, state: ServerState, folder: Path) ->
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder}: its checkpoint holds another state of the server optimizer: {reason}") from error
+    return state
 
 
 def clients_keep_state(cfg: DictConfig) -> bool:

@@ -108,7 +108,7 @@ class Summary:
             file.write(f"{json.dumps(self.values, indent=2)}\n".encode())
 
     def print(self) -> None:
-        """Prints how the run ended, and the command that shows its curves."""
+        """Prints how the run ended, and the commands that show its curves and export its model."""
         values = self.values
         table = Table("", "", title="done", show_header=False, title_justify="left")
         headline = Headline.of(values)
@@ -133,6 +133,7 @@ class Summary:
         logdir = next((parent for parent in self._folder.parents if parent.name == "outputs"), self._folder)
         # outside the table, so that a terminal that folds these lines still copies them completely
         print(f"output: {self._folder}\ncurves: tensorboard --logdir {shlex.quote(str(logdir))}")
+        print(f"model: python -m fedq.export {shlex.quote(str(self._folder))} --to model")
 
 
 def _is_of_a_run(path: Path) -> bool:

