@@ -15,6 +15,7 @@ NAMES = ["drive: 8 bits down, a rotation and 1 bit up", "float32", "float32 in b
 HEADERS = ["", "seconds", "of the peak", "to bare", "to float32", "train", "encode", "decode", "aggregate"]
 # these files run in other environments
 ELSEWHERE = {*(f"peers/{name}.py" for name in ("blazefl", "flower", "pfl", "own", "contestant")), "nncodec/hostile.py"}
+ELSEWHERE |= {f"flower/{name}.py" for name in ("nodes", "fuzz", "link", "deployment", "secure", "plain")}
 COMMANDS = [path for path in sorted(FOLDER.glob("*/*.py")) if str(path.relative_to(FOLDER)) not in ELSEWHERE]
 
 

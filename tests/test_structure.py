@@ -1,4 +1,4 @@
-"""Imports go one way: train → simulation → learning → encoding. data, models and tracking import no other part."""
+"""Imports go one way: train, integrations → simulation → learning → encoding. data, models and tracking know none."""
 
 import ast
 from pathlib import Path
@@ -25,6 +25,7 @@ KNOWS = {
         "config_check",
         "config_differences",
     },
+    "integrations": {"simulation", "learning", "encoding", "data", "tracking", "config"},
 }
 
 

@@ -62,5 +62,5 @@ def main() -> None:
 
     server = ServerApp()
     server.main()(serve)
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    resources: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, make_client(), num_supernodes=CLIENTS, backend_config=resources)

@@ -31,6 +31,7 @@ def check_together(
     """Raises FedqError for options that cannot be combined, or that a direction does not have."""
     algorithm.check(training)
     check_optimizer(training)
+    check_directions(broadcast, upload)
     down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
     changed = (type(algorithm).groups, type(algorithm).to_sum, type(algorithm).phases)
     with_groups = changed != (FedAvg.groups, FedAvg.to_sum, FedAvg.phases)
@@ -51,9 +52,6 @@ def check_together(
         f"client.structured must be false with algorithm={type(algorithm).__name__.lower()}: its corrections of a step "
         "are not within what the upload can send": training.structured
         and type(algorithm).correct is not FedAvg.correct,
-        f"upload.reference must be none, not {up.reference}: an update is a difference already": up.reference != "none",
-        "broadcast.rate_control: only clients know a training loss; use upload.rate_control": down.rate_control
-        and down.rate_control.reports == "loss",
         "client.structured cannot go with encoder.upload.error_feedback: a structured update is sent without loss, and "
         "the residual of another round is not in the subspace of this one": training.structured
         and isinstance(upload, ErrorFeedback),
@@ -61,6 +59,15 @@ def check_together(
     for sentence, applies in refused.items():
         if applies:
             raise FedqError(sentence)
+
+
+def check_directions(broadcast: Direction, upload: Direction) -> None:
+    """Raises FedqError for an option that a direction does not have."""
+    down, up = (way.encoder if isinstance(way, ErrorFeedback) else way for way in (broadcast, upload))
+    if up.reference != "none":
+        raise FedqError(f"upload.reference must be none, not {up.reference}: an update is a difference already")
+    if down.rate_control and down.rate_control.reports == "loss":
+        raise FedqError("broadcast.rate_control: only clients know a training loss; use upload.rate_control")
 
 
 def check_optimizer(training: LocalTraining) -> None:

@@ -47,6 +47,14 @@ class Group:
     broadcast: Codec
     upload: Codec
 
+    @classmethod
+    def of(cls, schema: Schema, down: StateDictEncoder, up: StateDictEncoder, prefix: str = "") -> "Group":
+        """Returns the group of tensors of `schema`, with the encoders of both directions."""
+        upload = up.bind(schema, reports=True, prefix=prefix)
+        params = down.bind(schema, prefix=prefix).adaptation.params_schema
+        both = {**params, **{_UPLOAD + path: spec for path, spec in upload.adaptation.params_schema.items()}}
+        return cls(schema, down.bind(schema, attached=both, prefix=prefix), upload)
+
     @cached_property
     def adaptive(self) -> bool:
         """Whether the group has adaptive parts in either direction."""
@@ -123,7 +131,7 @@ class Protocol:
             if isinstance(direction, ErrorFeedback):
                 check_feedback(way, encoder.bind(schema), Key(seed).fold("check"))
         self.projection = up.bind(schema) if client.structured else None
-        self.weights = _group(schema, down, up, "")
+        self.weights = Group.of(schema, down, up)
         check_scaled(algorithm, self.weights.upload, self.client_model)
         self.groups = {"weights": self.weights}
         self.phases = algorithm.phases(self.parameters)
@@ -139,7 +147,7 @@ class Protocol:
                 replace(way, reference="none", rules={escape(prefix) + p: rule for p, rule in way.rules.items()})
                 for way in (down, up)
             )
-            self.groups[name] = _group(schema_of(tensors), its_down, its_up, prefix)
+            self.groups[name] = Group.of(schema_of(tensors), its_down, its_up, prefix)
             self.initial_groups |= tensors
         travelling = schema_of(parts.travelling(state))
         self.exact = EXACT.bind(travelling)
@@ -185,7 +193,7 @@ class Protocol:
         client does not hold the weights that a message builds on. Raises OtherBase if the server's base may help; see
         `write_base`.
         """
-        if self._base.schema and messages and self._base.expects(messages[0], {}):
+        if self.begins_with_base(messages):
             self._take_base(messages[0])
             messages = messages[1:]
         try:
@@ -225,8 +233,7 @@ class Protocol:
         for group, message in zip(list(self.groups.values())[1:], messages[start + 1 :], strict=True):
             decoded, more = group.broadcast.decode(message, key, device=self.device)
             tensors, attached = tensors | decoded, attached | more
-        up = {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}
-        return Received(key.round, weights, tensors, attached, up, reference)
+        return Received(key.round, weights, tensors, attached, upload_params(attached), reference)
 
     def start(self, weights: Tensors, kept: Tensors, key: Key) -> dict[str, Tensor]:
         """Returns a client's state_dict: the given weights, with the frozen tensors and the client's personal tensors.
@@ -273,6 +280,10 @@ class Protocol:
         """
         tensors = {name: as_bytes(self.initial[name]) for name in self._base.schema}
         return self._base.encode(tensors, Key(self.seed, attempt)).message
+
+    def begins_with_base(self, messages: Sequence[bytes]) -> bool:
+        """Returns whether the first of a client's messages is a base; see `write_base`."""
+        return bool(self._base.schema and messages and self._base.expects(messages[0], {}))
 
     def _take_base(self, message: bytes) -> None:
         """Replaces this side's base by the one in a message. During the call, no other thread may train."""
@@ -343,8 +354,6 @@ def attach(down: Tensors, up: Tensors) -> dict[str, Tensor]:
     return {**down, **{_UPLOAD + path: value for path, value in up.items()}}
 
 
-def _group(schema: Schema, down: StateDictEncoder, up: StateDictEncoder, prefix: str) -> Group:
-    upload = up.bind(schema, reports=True, prefix=prefix)
-    params = down.bind(schema, prefix=prefix).adaptation.params_schema
-    both = {**params, **{_UPLOAD + path: spec for path, spec in upload.adaptation.params_schema.items()}}
-    return Group(schema, down.bind(schema, attached=both, prefix=prefix), upload)
+def upload_params(attached: Tensors) -> dict[str, Tensor]:
+    """Returns the upload's params from what a broadcast attaches."""
+    return {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}

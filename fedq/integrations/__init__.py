@@ -1,0 +1,1 @@
+"""fedq on other people's systems. Each package here needs an extra of the same name."""
