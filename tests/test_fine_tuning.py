@@ -91,7 +91,7 @@ def test_only_adapters_travel_and_the_base_is_shared(llama):
     # in each layer, q has 32 × 32 weights and v 16 × 32
     adapter = 2 * 4 * ((32 + 32) + (32 + 16))
     assert metrics["aggregated_bits"] == 3 * 8 * (4 * adapter + 48)
-    models = [protocol.model, process._model(state), process._half._worker_model()]
+    models = [protocol.model, process._model(state), process.half._worker_model()]
     for name in protocol.shared:
         assert len({model.get_parameter(name).data_ptr() for model in models} | {state.weights[name].data_ptr()}) == 1
     assert len(protocol.shared) == 20 and "base_model.model.lm_head.weight" in protocol.parts.tied

@@ -1,10 +1,11 @@
 """The client's half of a round: bytes in, bytes out."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -16,13 +17,15 @@ from fedq.errors import FedqError
 from fedq.keys import BROADCAST
 from fedq.learning.draws import KeyedDraws
 from fedq.learning.error_feedback import compensate, residual_of
-from fedq.learning.failures import ClientFailure, unable
+from fedq.learning.failures import ClientFailure, SharedDraw, unable
 from fedq.learning.local_training import LocalTraining, Precision, TrainingMetrics, update_of
 from fedq.learning.optimizers import PREFIX
 from fedq.learning.parts import checksum, copied, same_bits
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Received, timed
 from fedq.learning.task import TaskError
+
+T = TypeVar("T")
 
 
 class ClientHalf:
@@ -77,7 +80,7 @@ class ClientHalf:
                 codec, tensors = protocol.upload_of(group, received.attempt), uploads.get(name, update)
                 tensors = {own: tensors[own] for own in codec.schema}
                 messages.append(codec.encode(tensors, key, params, loss=loss).message)
-            report = protocol.write_report(metrics, key)
+            report = protocol.reports.write(metrics, key)
         for name in protocol.parts.personal:
             if not is_finite(trained[name]):
                 raise EncodeError(f"tensor {name!r} holds NaN or infinity and is not kept")
@@ -163,6 +166,16 @@ class ClientHalf:
             if not same_bits(trained[name], start[name]) if shared is None else shared != checksum(trained[name]):
                 raise FedqError(f"model: training changes {name!r}, which is frozen and is not sent")
         return trained, metrics
+
+    def with_keyed_draws(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`. If a client's model is the first to draw, `work` is done again."""
+        try:
+            return work()
+        except SharedDraw:
+            if self.keyed:
+                raise
+            self.keyed = True
+        return work()
 
     def _worker_model(self) -> nn.Module:
         """Returns the calling thread's copy of the model, in the state before its first client.

@@ -121,8 +121,32 @@ def check(model: nn.Module, whose: str, examples: Examples, task: Task) -> None:
         raise TaskError(f"with the examples of {whose}: {error}") from error
 
 
+def evaluate_personal(
+    model_of: Callable[[int], nn.Module],
+    clients: Iterable[tuple[int, Examples]],
+    batch_size: int,
+    map: Map,
+    precision: Precision,
+    task: Task,
+) -> dict[str, float]:
+    """Returns each metric's mean over the clients that have the metric; empty if no client has a target that counts.
+
+    model_of: Returns a new model for a client's number.
+    clients: The numbers and examples of clients.
+
+    The other arguments are those of `evaluate`.
+    """
+    metrics = [
+        evaluate(model_of(number), examples, batch_size, map, precision, task)
+        for number, examples in clients
+        if task.count(check_examples(examples).y)
+    ]
+    names = {name: None for one in metrics for name in one}
+    return {name: fmean(one[name] for one in metrics if name in one) for name in names}
+
+
 def evaluate_clients(
-    model_of: Callable[[Client], nn.Module],
+    model_of: Callable[[int], nn.Module],
     clients: Iterable[Client],
     batch_size: int,
     map: Map,
@@ -135,7 +159,7 @@ def evaluate_clients(
     these its training examples. Clients without a target that counts, and clients that cannot be read, are left
     out. The worst tenth is rounded up to whole clients.
 
-    model_of: Returns a new model for a client.
+    model_of: Returns a new model for a client's number.
     map: Evaluates the clients; a pool's `map` evaluates them side by side, with the same result.
 
     The other arguments are those of `evaluate`. Raises FedqError if no client is left.
@@ -148,7 +172,7 @@ def evaluate_clients(
             return []
         if not task.count(examples.y):
             return []
-        metrics = evaluate(model_of(client), examples, batch_size, precision=precision, task=task)
+        metrics = evaluate(model_of(client.number), examples, batch_size, precision=precision, task=task)
         return [metrics[task.headline]]
 
     values = [value for found in map(headline, clients) for value in found]

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import fmean
 from time import perf_counter
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +17,20 @@ from fedq.learning.algorithm import FedAvg
 from fedq.learning.client import ClientHalf
 from fedq.learning.client_state import ClientStore, InMemory
 from fedq.learning.clock import Clock
-from fedq.learning.cohort import Agree, Asked, Cohort, LocalClients, Network
+from fedq.learning.cohort import Agree, Cohort, LocalClients, Network
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.evaluation import Map, evaluate, evaluate_clients
-from fedq.learning.failures import Diverged, SharedDraw, TooFewClients
+from fedq.learning.evaluation import Map, evaluate, evaluate_clients, evaluate_personal
+from fedq.learning.failures import Diverged
 from fedq.learning.guard import NormGuard
 from fedq.learning.local_training import CLASSIFICATION, LocalTraining, Precision
-from fedq.learning.metrics import counted, counts_of, metrics_of
+from fedq.learning.metrics import counted, metrics_of, too_few
 from fedq.learning.parts import copied, load
 from fedq.learning.protocol import Protocol
-from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Received, Summand, divide, timed
+from fedq.learning.round import PHASES, Broadcast, ClientRecord, CohortResult, Gather, Summand, divide, timed
 from fedq.learning.server import Downlink, ServerOptimizer, Uplink, adapted, stepped
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout
-from fedq.learning.task import Task, check_examples
-
-T = TypeVar("T")
+from fedq.learning.task import Task
 
 _EXACT, _FEDAVG = StateDictEncoder(), FedAvg()
 
@@ -90,24 +86,17 @@ class FederatedAveraging:
         population: The number of all clients, which some algorithms need; by default the size of a cohort.
         clock: Builds the clock, which gives rounds a simulated time and leaves out late answers; None for no clock.
         """
-        self.device, self.min_clients, self.population = torch.device(device), min_clients, population
+        self.min_clients, self.population = min_clients, population
+        self.device = torch.device(device)
         self.protocol = protocol = Protocol(
-            model,
-            client,
-            broadcast,
-            upload,
-            algorithm=algorithm,
-            task=task,
-            submodel=submodel,
-            seed=seed,
-            device=self.device,
+            model, client, broadcast, upload, algorithm, task, submodel, seed, self.device
         )
         self.server, self.map, self.precision = server, map, precision
         self.clock = clock(protocol) if clock else None
         self.store = InMemory() if store is None else store
         self.downlink, self.uplink = Downlink(protocol), Uplink(protocol, guard)
-        self._half = ClientHalf(protocol, precision)
-        clients = LocalClients(self._half, self.store, network)
+        self.half = ClientHalf(protocol, precision)
+        clients = LocalClients(self.half, self.store, network)
         self.cohort = Cohort(protocol, self.downlink, self.uplink, clients.ask, map, self.clock)
 
     def initialize(self) -> ServerState:
@@ -142,15 +131,18 @@ class FederatedAveraging:
         if len({client.number for client in clients}) < len(clients):
             raise FedqError("two clients of a cohort have the same number: they would draw the same random numbers")
         broadcast, reports = self.dispatch(state, [client.number for client in clients], seconds)
-        result, total, records = self._answers(broadcast, clients, gather, seconds)
+        started = perf_counter()
+        result = gather(broadcast, clients) if gather else self.contribute(broadcast, enumerate(clients))
+        total, records = result.sums.result(), [result.records[place] for place in range(len(clients))]
+        divide(perf_counter() - started, result.seconds, seconds)
         usable = [record for record in records if not record.failure]
         if self.clock:
             seconds["simulated"] = self.clock.end(records)
         sent = counted(state, records, self.uplink.guard, seconds.get("simulated", 0.0))
         if total is None or len(usable) < self.min_clients:
-            raise self._too_few(state, sent, records, seconds)
+            raise too_few(sent, records, seconds, self.min_clients, self.protocol.follows)
         caught_up = {record.client: state.round + 1 for record in usable}
-        after = self.step(sent, self.uplink, total, usable, broadcast, reports, result.received, caught_up, seconds)
+        after = self.step(sent, total, usable, broadcast, reports, result.received, caught_up, seconds)
         return after, metrics_of(self.protocol.task, state, after, records, seconds)
 
     def dispatch(
@@ -169,14 +161,12 @@ class FederatedAveraging:
                 return self.downlink.open(state, clients)
             except EncodeError as error:
                 if all(map(is_finite, [*state.weights.values(), *state.groups.values()])):
-                    # the encoder does not take such tensors
-                    raise
+                    raise  # the encoder does not take such tensors
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
 
     def step(
         self,
         state: ServerState,
-        uplink: Uplink,
         total: Summand,
         usable: Sequence[ClientRecord],
         broadcast: Broadcast,
@@ -188,7 +178,6 @@ class FederatedAveraging:
         """Returns the state after a step of the server.
 
         state: The state before the step, with the bits of the answers counted.
-        uplink: The half of the server that added up the answers.
         total: The sum of the answers.
         usable: The records of the clients whose answers were added up.
         broadcast: The last broadcast.
@@ -201,7 +190,7 @@ class FederatedAveraging:
         """
         with timed(seconds, "decode"):
             try:
-                sums = uplink.close(total, state)
+                sums = self.uplink.close(total, state)
             except MessageError as error:  # a sum may overflow
                 raise Diverged(f"round {state.round + 1}: {error}: training diverged, try lower rates") from error
         with timed(seconds, "aggregate"):
@@ -213,63 +202,43 @@ class FederatedAveraging:
                 compensated = compensate(state.weights, state.residual)
                 after = replace(after, residual=residual_of(self.protocol.to_all, compensated, received))
             if self.protocol.follows:
-                limit = len(broadcast.all_at_once)
-                after = after.after_broadcast(received, broadcast.messages[0], limit, caught_up)
+                after = after.after_broadcast(received, broadcast.messages[0], len(broadcast.all_at_once), caught_up)
         return after
 
     def contribute(
         self, broadcast: Broadcast, clients: Iterable[tuple[int, Client]], agree: Agree = dict
     ) -> CohortResult:
-        """Returns the result of a part of the cohort; `clients` holds each client with its place in the cohort.
-
-        agree: Returns the arrivals of the whole cohort from the arrivals of the part.
+        """Returns the result of a part of the cohort; see `Cohort.contribute`.
 
         If a client's model is the first to draw, all these clients train again, with keyed draws.
         """
         clients = list(clients)
-        return self._with_keyed_draws(lambda: self.cohort.contribute(broadcast, clients, agree))
-
-    @one_thread()
-    def ask(self, broadcast: Broadcast, received: Received, clients: Sequence[Client]) -> list[Asked]:
-        """Returns the answers of clients to a broadcast, as bytes. `received` is what the broadcast decodes to."""
-        ask = partial(self.cohort.ask_one, broadcast, received)
-        return self._with_keyed_draws(lambda: list(self.map(ask, enumerate(clients))))
+        return self.half.with_keyed_draws(lambda: self.cohort.contribute(broadcast, clients, agree))
 
     @one_thread()
     def evaluate(
-        self,
-        state: ServerState,
-        examples: Examples,
-        batch_size: int = 50,
-        clients: Iterable[tuple[int, Examples]] = (),
+        self, state: ServerState, examples: Examples, batch_size: int = 50, clients: Iterable[tuple[int, Examples]] = ()
     ) -> dict[str, float]:
         """Returns the task's metrics of the server's weights on `examples`; see `evaluation.evaluate`.
 
         clients: With personal tensors, numbers and examples of clients. A metric is the mean over those clients that
             have the metric, each with its own tensors. Clients without a target that counts are left out.
         """
-        task, metrics = self.protocol.task, []
-        for number, its in clients if self.protocol.parts.personal else ():
-            if task.count(check_examples(its).y):
-                metrics.append(evaluate(self._model(state, number), its, batch_size, self.map, self.precision, task))
-        metrics = metrics or [evaluate(self._model(state), examples, batch_size, self.map, self.precision, task)]
-        names = {name: None for one in metrics for name in one}
-        return {name: fmean(one[name] for one in metrics if name in one) for name in names}
+        how = (batch_size, self.map, self.precision, self.protocol.task)
+        models = partial(self._model, state)
+        personal = evaluate_personal(models, clients, *how) if self.protocol.parts.personal else {}
+        return personal or evaluate(models(), examples, *how)
 
     @one_thread()
     def evaluate_clients(self, state: ServerState, clients: Iterable[Client], batch_size: int = 50) -> dict[str, float]:
         """Returns mean, median and worst tenth over clients; see `evaluation.evaluate_clients`."""
-
-        def model_of(client: Client) -> nn.Module:
-            return self._model(state, client.number)
-
-        return evaluate_clients(model_of, clients, batch_size, self.map, self.precision, self.protocol.task)
+        how = (batch_size, self.map, self.precision, self.protocol.task)
+        return evaluate_clients(partial(self._model, state), clients, *how)
 
     def _model(self, state: ServerState, client: int | None = None) -> nn.Module:
         """Returns a model with the server's weights, and with a client's personal tensors, if any.
 
-        The model is a copy, because evaluation may write to buffers outside the state_dict. Frozen parameters are not
-        copied.
+        The model is a copy, because evaluation may write to buffers. Frozen parameters are not copied.
         """
         protocol, weights = self.protocol, state.weights
         if client is not None and protocol.parts.personal:
@@ -278,37 +247,3 @@ class FederatedAveraging:
         model = copied(protocol.model)
         load(model, protocol.without_shared(weights))
         return model
-
-    def _with_keyed_draws(self, work: Callable[[], T]) -> T:
-        """Returns the result of `work`. If a client's model is the first to draw, `work` is done again."""
-        try:
-            return work()
-        except SharedDraw:
-            if self._half.keyed:
-                raise
-            self._half.keyed = True
-        return work()
-
-    def _answers(
-        self, broadcast: Broadcast, clients: Sequence[Client], gather: Gather | None, seconds: dict[str, float]
-    ) -> tuple[CohortResult, Summand | None, list[ClientRecord]]:
-        """Runs the cohort; returns its result, the sum of its answers, and the records in the cohort's order."""
-        started = perf_counter()
-        result = gather(broadcast, clients) if gather else self.contribute(broadcast, enumerate(clients))
-        total, records = result.sums.result(), [result.records[place] for place in range(len(clients))]
-        divide(perf_counter() - started, result.seconds, seconds)
-        return result, total, records
-
-    def _too_few(
-        self, state: ServerState, sent: ServerState, records: Sequence[ClientRecord], seconds: dict[str, float]
-    ) -> TooFewClients:
-        usable = [record.client for record in records if not record.failure]
-        reasons = [f"; client {record.client}: {record.reason}" for record in records if record.failure]
-        # clients that answered are up to date with the rounds before this one
-        caught_up = dict.fromkeys(usable, state.round) if self.protocol.follows else {}
-        return TooFewClients(
-            f"round {state.round + 1}: {len(usable)} of {len(records)} clients sent a usable update, "
-            f"at least {max(self.min_clients, 1)} must{''.join(reasons[:1])}",
-            replace(sent, repeats=state.repeats + 1, last_received=sent.last_received | caught_up),
-            counts_of(records, seconds),
-        )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedq.learning.failures import FAILURES
+from fedq.learning.failures import FAILURES, TooFewClients
 from fedq.learning.guard import NormGuard
 from fedq.learning.round import ClientRecord
 from fedq.learning.state import ServerState
@@ -69,3 +69,26 @@ def metrics_of(
         **counts_of(records, seconds),
         **simulated,
     }
+
+
+def too_few(
+    sent: ServerState, records: Sequence[ClientRecord], seconds: dict[str, float], least: int, follows: bool
+) -> TooFewClients:
+    """Returns the error of a round with fewer than `least` usable answers.
+
+    sent: The state before the round, with the bits of the answers counted.
+    records: The records of the cohort.
+    seconds: The seconds of each phase.
+    least: The number of answers that a round needs.
+    follows: Whether the server counts which broadcasts each client has; see `Protocol.follows`.
+    """
+    usable = [record.client for record in records if not record.failure]
+    reasons = [f"; client {record.client}: {record.reason}" for record in records if record.failure]
+    # clients that answered are up to date with the rounds before this one
+    caught_up = dict.fromkeys(usable, sent.round) if follows else {}
+    return TooFewClients(
+        f"round {sent.round + 1}: {len(usable)} of {len(records)} clients sent a usable update, "
+        f"at least {max(least, 1)} must{''.join(reasons[:1])}",
+        replace(sent, repeats=sent.repeats + 1, last_received=sent.last_received | caught_up),
+        counts_of(records, seconds),
+    )

@@ -1,8 +1,7 @@
 """What both halves of a round agree on before the first round, and how a client reads a broadcast."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from glob import escape
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from fedq.data import Examples
 from fedq.encoding import Codec, Key, MessageError, StateDictEncoder, TensorSpec, schema_of
 from fedq.encoding.message import SchemaMismatch, peek
-from fedq.encoding.schema import Schema, Tensors
+from fedq.encoding.schema import Tensors
 from fedq.errors import FedqError
 from fedq.keys import BROADCAST
 from fedq.learning.algorithm import FedAvg
@@ -19,46 +18,17 @@ from fedq.learning.checks import check_feedback, check_model, check_phases, chec
 from fedq.learning.draws import seeded
 from fedq.learning.error_feedback import Direction, ErrorFeedback
 from fedq.learning.failures import ClientFailure, OtherBase
-from fedq.learning.local_training import LocalTraining, TrainingMetrics, channels_last
+from fedq.learning.group import Group, upload_params
+from fedq.learning.local_training import LocalTraining, channels_last
 from fedq.learning.optimizers import stepped, tried
 from fedq.learning.parts import as_bytes, checksum, digest, parts_of
+from fedq.learning.report import Reports
 from fedq.learning.round import Received, Registered
 from fedq.learning.state import ServerState
 from fedq.learning.submodel import FederatedDropout, SubModels
 from fedq.learning.task import Task
 
 EXACT = StateDictEncoder()
-
-_UPLOAD = "upload/"  # in front of the names of the upload's params in a broadcast
-_LARGEST_LOSS = torch.finfo(torch.float32).max  # of a target: the sum over any cohort is finite
-_REPORT = "report/"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors that travel together, in a message of their own, both ways.
-
-    schema: The tensors' names and specs.
-    broadcast: The codec of the server's messages; the params of both directions are attached.
-    upload: The codec of the clients' messages; the reports to adaptive parts are attached.
-    """
-
-    schema: Schema
-    broadcast: Codec
-    upload: Codec
-
-    @classmethod
-    def of(cls, schema: Schema, down: StateDictEncoder, up: StateDictEncoder, prefix: str = "") -> "Group":
-        """Returns the group of tensors of `schema`, with the encoders of both directions."""
-        upload = up.bind(schema, reports=True, prefix=prefix)
-        params = down.bind(schema, prefix=prefix).adaptation.params_schema
-        both = {**params, **{_UPLOAD + path: spec for path, spec in upload.adaptation.params_schema.items()}}
-        return cls(schema, down.bind(schema, attached=both, prefix=prefix), upload)
-
-    @cached_property
-    def adaptive(self) -> bool:
-        """Whether the group has adaptive parts in either direction."""
-        return bool(self.broadcast.adaptation.parts or self.upload.adaptation.parts)
 
 
 class Protocol:
@@ -85,7 +55,7 @@ class Protocol:
     to_all: The codec of the broadcast of weights. With federated dropout, this broadcast is the complete model, exact;
         each client's message is a part.
     exact: The codec of an exact message of all weights.
-    report: The codec of a client's report.
+    reports: Writes and reads clients' reports.
     """
 
     def __init__(
@@ -94,7 +64,6 @@ class Protocol:
         client: LocalTraining,
         broadcast: Direction,
         upload: Direction,
-        *,
         algorithm: FedAvg,
         task: Task,
         submodel: FederatedDropout | None,
@@ -158,12 +127,7 @@ class Protocol:
         self._agree_on_base()
         # if all tensors travel exact, no message has a reference
         self.follows = down.reference == "last" and self.weights.broadcast.sends_differences
-        self.report = EXACT.bind(
-            {
-                _REPORT + name: TensorSpec((), torch.float64 if kind is float else torch.int64)
-                for name, kind in {"loss": float, **task.reported, "seen": int, "steps": int}.items()
-            }
-        )
+        self.reports = Reports(task, client)
         self.kept_schema = dict(algorithm.kept_schema(schema_of({n: self.initial[n] for n in self.parameters})))
         if client.optimizer or client.keep_optimizer:
             trained = {name: self.initial[name] for name, p in self.model.named_parameters() if p.requires_grad}
@@ -312,48 +276,9 @@ class Protocol:
         """Returns the codec of a group's uploads in a round."""
         return self._uploads[attempt % len(self._uploads)] if group is self.weights else group.upload
 
-    def write_report(self, metrics: TrainingMetrics, key: Key) -> bytes:
-        """Returns the bytes of a client's report."""
-        values = {**metrics.sums, "seen": metrics.seen, "steps": metrics.steps}
-        schema = self.report.schema.items()
-        tensors = {name: torch.tensor(values[name.removeprefix(_REPORT)], dtype=spec.dtype) for name, spec in schema}
-        return self.report.encode(tensors, key).message
-
-    def read_report(self, report: bytes, key: Key, registered: Registered) -> TrainingMetrics:
-        """Returns what a client reports.
-
-        The server cannot check the loss and the task's sums against the examples: inside the bounds below, a client can
-        forge them. They reach metrics only, never the weights.
-
-        Raises MessageError for damaged bytes, and for numbers that the client's training cannot give.
-        """
-        loss, *sums, seen, steps = (value.item() for value in self.report.decode(report, key).tensors.values())
-        reported = dict(zip(self.task.reported, sums, strict=True))
-        metrics = TrainingMetrics({"loss": loss, "targets": seen} | reported, int(seen), int(steps))
-        examples, targets = registered
-        # a client sees each example once in each epoch, and perhaps some examples once more
-        if (
-            not (examples and self.training.can_give(metrics, examples))
-            or not seen // examples * targets <= metrics.sums["targets"] <= -(-seen // examples) * targets
-            or not abs(loss) <= _LARGEST_LOSS * metrics.sums["targets"]
-            or not self.task.can_give(metrics.sums)
-        ):
-            raise MessageError(f"no training gives the report {metrics} of {examples} examples, {targets} targets")
-        return metrics
-
     def registered(self, examples: Examples, key: Key) -> Registered:
         """Returns the numbers that the server registers for a client in a round; `key` is the client's key."""
         used, limit = examples.y, self.training.max_examples
         if limit and limit < len(used):
             used = used[torch.from_numpy(self.training.chosen(len(used), key.fold("train"))).to(used.device)]
         return Registered(len(used), self.task.count(used))
-
-
-def attach(down: Tensors, up: Tensors) -> dict[str, Tensor]:
-    """Returns the params of both directions as a broadcast attaches them."""
-    return {**down, **{_UPLOAD + path: value for path, value in up.items()}}
-
-
-def upload_params(attached: Tensors) -> dict[str, Tensor]:
-    """Returns the upload's params from what a broadcast attaches."""
-    return {path.removeprefix(_UPLOAD): value for path, value in attached.items() if path.startswith(_UPLOAD)}

@@ -12,9 +12,10 @@ from torch import Tensor
 from fedq.encoding import Key, MessageError
 from fedq.encoding.numerics import is_finite
 from fedq.learning.error_feedback import compensate
+from fedq.learning.group import attach
 from fedq.learning.guard import NormGuard, norm
 from fedq.learning.optimizers import Scheduled
-from fedq.learning.protocol import Protocol, attach
+from fedq.learning.protocol import Protocol
 from fedq.learning.round import Answer, Broadcast, ClientRecord, Received, Registered, Summand, timed
 from fedq.learning.state import ServerState
 
@@ -99,15 +100,10 @@ class Downlink:
 class Uplink:
     """Reads clients' answers, one by one, and adds them up."""
 
-    def __init__(self, protocol: Protocol, guard: NormGuard | None, alone: bool = False) -> None:
-        """Binds the half.
-
-        guard: Clips or drops updates whose norm is out of line; None for no limit.
-        alone: Whether each update is decoded alone, because the answers of a sum belong to several broadcasts. With
-            federated dropout, each update is always decoded alone.
-        """
+    def __init__(self, protocol: Protocol, guard: NormGuard | None) -> None:
+        """guard: Clips or drops updates whose norm is out of line; None for no limit."""
         self._protocol, self.guard = protocol, guard
-        self._stop_at_sum = protocol.algorithm.sums_updates and not (alone or protocol.submodels)
+        self._stop_at_sum = protocol.algorithm.sums_updates and not protocol.submodels
 
     def open(
         self, answer: Answer, received: Received, registered: Registered, estimate: float, record: ClientRecord
@@ -135,7 +131,7 @@ class Uplink:
                 )
                 if attached:
                     reports |= group.upload.adaptation.as_cohort(attached)
-            record.training = protocol.read_report(answer.report, key, registered)
+            record.training = protocol.reports.read(answer.report, key, registered)
         with timed(record.seconds, "aggregate"):
             if self.guard:
                 record.norm = math.hypot(*map(norm, updates.values()))

@@ -22,7 +22,7 @@ from fedq.learning.cohort import Asked
 from fedq.learning.failures import FAILURES
 from fedq.learning.metrics import counted, metrics_of
 from fedq.learning.round import PHASES, Answer, Received, Registered, divide
-from fedq.learning.server import Uplink, scale_parameters
+from fedq.learning.server import scale_parameters
 from fedq.simulation.loop import Clients, Step, cohort
 
 _SPARE = 4
@@ -88,9 +88,6 @@ class Asynchronous:
             )
         self._process, self._algorithm, self._run, self._clock = process, algorithm, run, process.clock
         self._population, self._clients = population, clients
-        # answers of one sum are to several broadcasts, and their encoded forms do not add up
-        self._uplink = Uplink(process.protocol, process.uplink.guard, alone=True)
-        self._open = replace(process.cohort, uplink=self._uplink).open_one
 
     @one_thread()
     def step(self, state: ServerState) -> tuple[ServerState, dict[str, float]]:
@@ -111,7 +108,7 @@ class Asynchronous:
             partial(self._earliest, broadcast),
             partial(self._asked, broadcast, received, work),
         )
-        sums: PairwiseTree[Summand] = PairwiseTree(self._uplink.add)
+        sums: PairwiseTree[Summand] = PairwiseTree(process.uplink.add)
         records: list[ClientRecord] = []
         answers: list[tuple[int, int]] = []  # clients, with the round whose broadcast each answers
         while len(answers) < needed:
@@ -122,7 +119,7 @@ class Asynchronous:
                     f"round {state.round + 1}: {len(answers)} of {len(records)} clients sent a usable update, "
                     f"{needed} must, and no client is left to ask"
                 )
-            _, summand, record = self._open(state.norm, flight.asked, late=False)
+            _, summand, record = process.cohort.open_one(state.norm, flight.asked, late=False)
             records.append(record)
             _add(work, record)
             if summand:
@@ -133,13 +130,11 @@ class Asynchronous:
         in_flight = {client: _packed(flight) for client, flight in flights.all().items()}
         divide(perf_counter() - started, work, seconds)
         seconds["simulated"] = flights.now - state.simulated_seconds
-        sent = counted(state, records, self._uplink.guard, seconds["simulated"])
+        sent = counted(state, records, process.uplink.guard, seconds["simulated"])
         total, usable = sums.result(), [record for record in records if not record.failure]
         assert total is not None  # for the type checker: there are answers
         caught_up = {client: attempt + 1 for client, attempt in answers}
-        after = process.step(
-            sent, self._uplink, total, usable, broadcast, reports, received.weights, caught_up, seconds
-        )
+        after = process.step(sent, total, usable, broadcast, reports, received.weights, caught_up, seconds)
         after = replace(after, in_flight=in_flight)
         staleness = sum(state.attempt - attempt for _, attempt in answers) / needed
         return after, metrics_of(process.protocol.task, state, after, records, seconds) | {"staleness": staleness}
@@ -154,7 +149,9 @@ class Asynchronous:
     ) -> dict[int, Flight]:
         """Returns the flights of clients, given with the times at which they are asked. Adds the seconds to `work`."""
         flights = {}
-        for asked in self._process.ask(broadcast, received, self._clients(broadcast.attempt, list(starts))):
+        ask = partial(self._process.cohort.ask_one, broadcast, received)
+        placed = list(enumerate(self._clients(broadcast.attempt, list(starts))))
+        for asked in self._process.half.with_keyed_draws(lambda: list(self._process.map(ask, placed))):
             record, deadline = asked.record, self._clock.deadline
             _add(work, record)
             if asked.answer and record.arrival > deadline:

@@ -202,8 +202,8 @@ def test_a_report_that_no_client_sends_is_refused_with_its_update(process, clien
 def test_a_client_without_examples_can_give_no_report(process):
     protocol, key = process().protocol, Key(0, 0, 1)
     with pytest.raises(MessageError, match="no training gives the report"):
-        protocol.read_report(
-            protocol.write_report(TrainingMetrics({"loss": 0.0, "correct": 0}, 0, 0), key), key, Registered(0, 0)
+        protocol.reports.read(
+            protocol.reports.write(TrainingMetrics({"loss": 0.0, "correct": 0}, 0, 0), key), key, Registered(0, 0)
         )
 
 

@@ -19,7 +19,7 @@ from fedq.learning.guard import NormGuard
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.loop import rounds
-from fedq.simulation.run import continued
+from fedq.simulation.saving import continued
 from fedq.simulation.workers import Workers
 from fedq.train import CONF
 

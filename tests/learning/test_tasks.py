@@ -207,7 +207,7 @@ def test_reports_of_classification_have_80_bytes_and_others_name_their_counts():
         task, model, _ = CASES[name]
         protocol = built(task, model).protocol
         sums = dict.fromkeys((*task.reported, "targets"), 0)
-        assert len(protocol.write_report(TrainingMetrics({"loss": 1.0} | sums, 8, 1), Key(0, 0, 1))) == length
+        assert len(protocol.reports.write(TrainingMetrics({"loss": 1.0} | sums, 8, 1), Key(0, 0, 1))) == length
 
 
 @pytest.mark.parametrize(
@@ -230,21 +230,21 @@ def test_sums_that_no_training_gives_are_refused(name, sums):
     right = {"targets": 40, "correct": 5, "hits": 5, "predicted": 10, "positive": 10, "absolute_error": 1.0}
     registered = Registered(8, 8 if name == "classification" else 40)
     for changes in ({}, sums):
-        report = protocol.write_report(TrainingMetrics({"loss": 1.0} | right | changes, 8, 1), key)
+        report = protocol.reports.write(TrainingMetrics({"loss": 1.0} | right | changes, 8, 1), key)
         if changes:
             with pytest.raises(MessageError, match="no training gives the report"):
-                protocol.read_report(report, key, registered)
+                protocol.reports.read(report, key, registered)
         else:
-            assert protocol.read_report(report, key, registered).seen == 8
+            assert protocol.reports.read(report, key, registered).seen == 8
 
 
 @pytest.mark.parametrize(("loss", "taken"), [(2.7e39, True), (2.8e39, False), (1e308, False)])
 def test_a_loss_of_eight_targets_beyond_eight_times_the_largest_float32_is_refused(loss, taken):
     task, model, _ = CASES["classification"]
     protocol, key = built(task, model).protocol, Key(0, 0, 1)
-    report = protocol.write_report(TrainingMetrics({"loss": loss, "targets": 8, "correct": 5}, 8, 1), key)
+    report = protocol.reports.write(TrainingMetrics({"loss": loss, "targets": 8, "correct": 5}, 8, 1), key)
     with nullcontext() if taken else pytest.raises(MessageError, match="no training gives the report"):
-        assert protocol.read_report(report, key, Registered(8, 8)).sums["loss"] == loss
+        assert protocol.reports.read(report, key, Registered(8, 8)).sums["loss"] == loss
 
 
 # padding

@@ -16,7 +16,7 @@ from fedq.models import MLP
 from fedq.simulation import checkpoint
 from fedq.simulation.checkpoint import CheckpointError
 from fedq.simulation.loop import rounds
-from fedq.simulation.run import continued
+from fedq.simulation.saving import continued
 
 CONFIG = {"run": {"seed": 3, "rounds": 5}, "client": {"lr": 0.1}}
 

@@ -15,7 +15,8 @@ from fedq.encoding.schema import Schema
 from fedq.keys import BROADCAST
 from fedq.learning.checks import check_directions, check_feedback
 from fedq.learning.error_feedback import Direction, ErrorFeedback
-from fedq.learning.protocol import EXACT, Group
+from fedq.learning.group import Group
+from fedq.learning.protocol import EXACT
 
 _FINGERPRINT = b"contact1"
 

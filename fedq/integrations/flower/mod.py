@@ -25,7 +25,7 @@ from fedq.integrations.flower.records import (
     unpacked,
 )
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.protocol import upload_params
+from fedq.learning.group import upload_params
 
 _STATE, _RESIDUAL = "fedq", "fedq.residual"
 

@@ -26,7 +26,7 @@ from fedq.integrations.flower.records import (
     unpacked,
 )
 from fedq.learning.error_feedback import Direction, compensate, residual_of
-from fedq.learning.protocol import attach
+from fedq.learning.group import attach
 
 
 class Compressed(Strategy):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from fedq.learning.algorithm import FedAvg
 
 
@@ -26,6 +28,12 @@ class FedBuff(FedAvg):
             raise ValueError(f"concurrency must be 1 or more, not {self.concurrency}")
         if not self.damping >= 0:
             raise ValueError(f"damping must be 0 or more, not {self.damping}")
+
+    @property
+    @override
+    def sums_updates(self) -> bool:
+        # answers of one sum are to several broadcasts, and their encoded forms do not add up
+        return False
 
     def scale(self, staleness: int) -> float:
         """Returns the factor of an update."""
