@@ -77,7 +77,7 @@ def test_dropout_in_attention_and_adapters_is_the_clients_own(llama, options):
     for checkpointing in (False, True):
         model = partial(causal_lm, llama, LORA, gradient_checkpointing=checkpointing, **options)
         one, two = (trained(model, workers=workers) for workers in (1, 2))
-        assert one[0]._half.keyed
+        assert one[0].half.keyed
         for name, value in one[1].weights.items():
             assert torch.equal(value, two[1].weights[name]), name
         losses.append(one[2]["train/loss"])

@@ -250,10 +250,10 @@ def test_copies_share_the_frozen_parameters(process):
     for weight in (
         state.weights["base.weight"],
         averaging._model(state).base.weight,
-        averaging._half._worker_model().base.weight,
+        averaging.half._worker_model().base.weight,
     ):
         assert weight.data_ptr() == base.data_ptr()
-    assert averaging._half._worker_model().head.weight.data_ptr() != averaging.protocol.model.head.weight.data_ptr()
+    assert averaging.half._worker_model().head.weight.data_ptr() != averaging.protocol.model.head.weight.data_ptr()
 
 
 class Tied(nn.Module):

@@ -18,10 +18,9 @@ from fedq.data import Examples
 from fedq.encoding import Encoder, FixedWidth, HadamardRotation, StateDictEncoder, TopK, UniformQuantization
 from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedBuff, FederatedAveraging, FederatedDropout, LocalTraining, ServerState
-from fedq.learning.cohort import Asked
 from fedq.learning.error_feedback import Direction
 from fedq.simulation import checkpoint
-from fedq.simulation.asynchronous import asynchronous_step
+from fedq.simulation.asynchronous import Asynchronous, Flight, asynchronous_step
 from fedq.simulation.loop import cohort
 from fedq.simulation.network import Network
 from fedq.simulation.workers import Workers
@@ -186,13 +185,13 @@ def test_the_order_of_training_changes_nothing(network: Network, monkeypatch: py
     """Clients train late and side by side. One by one, when they are asked, they give the same."""
     state, lines = stepped(process(network), 5)
     run, batches = process(network), []
-    ask = FederatedAveraging.ask
+    asked = Asynchronous._asked
 
-    def counting(self, broadcast, received, clients) -> list[Asked]:
-        batches.append(len(clients))
-        return ask(self, broadcast, received, clients)
+    def counting(self, broadcast, received, work, starts) -> dict[int, Flight]:
+        batches.append(len(starts))
+        return asked(self, broadcast, received, work, starts)
 
-    monkeypatch.setattr(FederatedAveraging, "ask", counting)
+    monkeypatch.setattr(Asynchronous, "_asked", counting)
     stepped(run, 5)
     late = list(batches)
     batches.clear()
