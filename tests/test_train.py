@@ -356,7 +356,9 @@ def test_every_dataset_trains(tmp_path):
     fedq(tmp_path, "-m", "dataset=emnist,emnist_digits", f"++dataset.path={tmp_path}/emnist", *MLP)
     small = ("task=next_token", "model._target_=tiny_models.Bigram", "client.max_examples=2")
     fedq(tmp_path, "dataset=shakespeare", "dataset.test_examples=10", *small, *TINY)
-    assert_all_trained(tmp_path, len(list(Path(CONF, "dataset").glob("*.yaml"))) - len(FILES))
+    names = {path.stem for path in Path(CONF, "dataset").glob("*.yaml")}
+    # those of FILES are trained in test_datasets.py, and those with a pretrained tokenizer in test_presets.py
+    assert_all_trained(tmp_path, len(names - FILES.keys() - {"shakespeare_tokens", "shakespeare_genres"}))
 
 
 def assert_all_trained(cwd: Path, count: int) -> None:
