@@ -106,7 +106,7 @@ def check_targets(cfg: DictConfig, path: str) -> None:
             try:
                 target = pkgutil.resolve_name(node["_target_"])
             except (ImportError, AttributeError, ValueError, TypeError) as error:
-                # where a module fails, pkgutil only says that its package has no such attribute
+                # if the import of a module fails, pkgutil only says that the package has no such attribute
                 reason = (isinstance(error, AttributeError) and import_error(node["_target_"])) or error
                 raise ConfigError(f"{path}._target_: {node['_target_']!r} cannot be imported: {reason}") from error
             if not callable(target):

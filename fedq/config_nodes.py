@@ -32,7 +32,8 @@ class RunConfig:
     validation_by: "examples" holds out a share of each client's examples, "clients" a share of the clients.
     patience: The run stops early after this number of evaluations in a row without a better value.
     evaluate_clients: The number of clients, or "all", that are also evaluated one by one.
-    residual_memory: MiB of memory for the clients' residuals; beyond this limit, the least recently used are in files.
+    residual_memory: MiB of memory for the clients' residuals; beyond this limit, the least recently used residuals are
+        in files.
     """
 
     rounds: int

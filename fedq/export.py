@@ -22,7 +22,7 @@ from fedq.simulation import checkpoint
 def export(run: Path, to: Path) -> str:
     """Writes the model of a run to the folder `to`, and returns a line that says how to load the model.
 
-    run: The run's folder, for its newest checkpoint; or a checkpoint. The configuration in a checkpoint names the
+    run: A checkpoint, or the folder of a run for the newest checkpoint. The configuration in a checkpoint names the
         classes that are built: export runs that you trust.
     to: A new folder, or an empty one.
 

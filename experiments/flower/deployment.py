@@ -45,10 +45,10 @@ class Deployment:
 
         folder: For logs and Flower's own files.
         host: The SuperLink's address.
-        at_link: The command in front of the SuperLink's and the run's command, such as `ip netns exec a`.
-        at_nodes: The same for nodes.
+        at_link: Words in front of the commands of the SuperLink and of the run, such as `ip netns exec a`.
+        at_nodes: Words in front of the commands of nodes.
         link_options: More options of the SuperLink.
-        security: The lines of Flower's connection about TLS.
+        security: The TLS settings of Flower's connection.
         environment: More variables of the environment, for all processes.
         """
         self.folder, self._at_link, self._at_nodes = folder, at_link, at_nodes
@@ -89,7 +89,7 @@ class Deployment:
         return self.start(name or f"node{partition}", command)
 
     def run(self, app: Path, config: str = "", seconds: float = 600) -> str:
-        """Runs an app to its end and returns its log. Raises AssertionError, with the log, if it takes longer."""
+        """Runs an app to its end and returns its log. Raises AssertionError, with the log, after `seconds`."""
         command = [*self._at_link, "flwr", "run", str(app), "here", "--stream"]
         started = time.monotonic()
         while True:  # the SuperLink may not be up yet
@@ -119,7 +119,7 @@ class Deployment:
 
     @staticmethod
     def kill(process: subprocess.Popen[bytes]) -> None:
-        """Kills a process and all that it started."""
+        """Kills a process and its child processes."""
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,7 +1,7 @@
 """Bytes on a link between two hosts, by the kernel's counters, against fedq's own count.
 
-The hosts are network namespaces, joined by a veth pair: one holds the SuperLink, the other three SuperNodes. Each run's
-weights are compared with those of `python -m fedq.train`. Needs root and iproute2.
+The hosts are network namespaces, joined by a veth pair. One host runs the SuperLink, and the other host runs three
+SuperNodes. Each run's weights are compared with those of `python -m fedq.train`. Needs root and iproute2.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def two_hosts(small_packets: bool) -> Iterator[tuple[str, str]]:
 
 
 def counters(hosts: tuple[str, str]) -> dict[str, Counters]:
-    """Returns the counters of both directions, of the end of the link that sends."""
+    """Returns the counters of both directions, each from the sending end of the link."""
     found = {}
     for way, host, end in zip(("down", "up"), hosts, ("flower-a", "flower-b"), strict=True):
         (link,) = json.loads(ip("-n", host, "-s", "-j", "link", "show", end))

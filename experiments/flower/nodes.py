@@ -1,4 +1,4 @@
-"""Flower's nodes in this process: a Grid that hands each message to a ClientApp, and its reply back."""
+"""Flower's nodes in this process: a Grid that passes each message to a ClientApp, and returns the reply."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # a S
 
 
 def travelled(message: Message) -> Message:
-    """Returns the message as the other side gets it: Flower's bytes, read again."""
+    """Returns the message as the other side receives it: Flower's bytes, read again."""
     contents = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
     other = inflate_object_from_contents(message.object_id, contents)
     assert isinstance(other, Message)
@@ -32,10 +32,10 @@ Network = Callable[[Message], Message | None]
 
 
 class Nodes(Grid):
-    """Nodes with a ClientApp each, of the numbers 1000, 1001, …; the server is number 1.
+    """Nodes with the numbers 1000, 1001, …, each with a ClientApp. The server has the number 1.
 
     network: What happens to messages on their way.
-    errors: The reasons of all errors that nodes replied.
+    errors: The reasons in all error replies of nodes.
     """
 
     def __init__(self, apps: Iterable[ClientApp], network: Network = lambda message: message) -> None:
@@ -65,7 +65,7 @@ class Nodes(Grid):
             app, context = self.apps[node]
             try:
                 reply = app(arrived, context)
-            except Exception as error:  # as Flower's process of an app
+            except Exception as error:  # Flower's own process of an app does the same
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=arrived)
             if reply.has_error():
                 self.errors.append(reply.error.reason or "")

@@ -1,4 +1,4 @@
-"""Certificates for TLS on the loopback, and keys of nodes, as the guide of fedq on Flower makes them."""
+"""Certificates for TLS on the loopback, and keys of nodes, made as in the guide of fedq on Flower."""
 
 import datetime
 import ipaddress

@@ -26,7 +26,7 @@ class CropAndFlip(Augment):
 
     padding: pixels of zeros at each edge, 0 or more.
     flip: probability that left and right are exchanged, 0 to 1.
-    size: height and width of the crop, 1 or more; None for those of the image.
+    size: height and width of the crop, 1 or more; None for the size of the image.
     """
 
     def __init__(self, padding: int = 4, flip: float = 0.5, size: int | None = None) -> None:

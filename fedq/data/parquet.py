@@ -47,8 +47,8 @@ class Parquet:
     std: standard deviation of each channel, to divide by.
     train: name of the training part.
     test: name of the test part.
-    tokenizer: tokenizer of a pretrained model, as of `fedq.data.tokens`, where targets of padding are −100; null for
-        the tokens of `fedq.data.shakespeare`, where padding is 0.
+    tokenizer: tokenizer of a pretrained model, see `fedq.data.tokens`. Targets of padding are then −100. null takes the
+        tokens of `fedq.data.shakespeare`, where padding is 0.
     length: tokens of a sequence.
 
     Raises ValueError if a column is missing. Raises DatasetError, here or in a load, if files are missing or damaged.

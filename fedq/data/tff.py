@@ -18,7 +18,7 @@ from fedq.data.download import DatasetError, obtain
 from fedq.errors import check_range
 
 LARGEST = 2**28
-"""Largest number of bytes of an array that is read. A sparse array of HDF5 holds fewer bytes than it says."""
+"""Largest number of bytes of an array that is read. A sparse array of HDF5 takes fewer bytes in its file."""
 
 URL = "https://storage.googleapis.com/tff-datasets-public/"
 

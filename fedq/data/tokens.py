@@ -29,7 +29,7 @@ class Tokenizer:
         self._name, self.vocabulary = tokenizer, len(self._tokenizer)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text's tokens, without special tokens such as the begin of a text."""
+        """Returns the ids of each text's tokens, without special tokens such as the start token of a text."""
         ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return ids
 
@@ -40,7 +40,7 @@ class Tokenizer:
         """
         rows = -(-max(len(ids) - 1, 0) // self._length)
         y = torch.full((rows * self._length,), IGNORED)
-        x = torch.full_like(y, self._tokenizer.pad_token_id or 0)  # later tokens, which no target sees
+        x = torch.full_like(y, self._tokenizer.pad_token_id or 0)  # no target depends on inputs of padding
         count = max(len(ids) - 1, 0)
         known = torch.as_tensor(ids, dtype=torch.int64)
         x[:count], y[:count] = known[:count], known[1:]

@@ -148,11 +148,11 @@ class TensorCodec:
     def decode_stages(
         self, x: Tensor, specs: Sequence[TensorSpec], sides: Sequence[Tensors], key: Key, params: Tensors, stop: int = 0
     ) -> Tensor:
-        """Returns what a finite `x` decodes to: the stage of the last of `sides` comes first.
+        """Decodes a finite `x`, from the stage of the last entry of `sides` back to the stage `stop`.
 
         specs: The specs of the stages' inputs.
         sides: The side values of the stages.
-        stop: The place of the stage that comes last.
+        stop: The place of the stage that is decoded last.
 
         Raises ValueError for NaN and infinity.
         """

@@ -45,7 +45,7 @@ class Stage:
         return False
 
     def side_spec(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """Returns the specs of the side values for an input of `spec`. They travel in this order.
+        """Returns the specs of the side values for an input of `spec`. A message holds side values in this order.
 
         Raises ValueError if the stage cannot encode tensors of `spec`.
         """

@@ -19,7 +19,7 @@ class PairwiseTree(Generic[T]):
     most log₂(n) + 1 partial results are in memory.
 
     combine: Returns the combination of a left and a right value.
-    waiting: The partial results, by level and place: each combines 2^level places, from place · 2^level on.
+    waiting: (level, place) → a partial result: the values of 2^level places, from place · 2^level on.
     """
 
     combine: Callable[[T, T], T]

@@ -51,7 +51,7 @@ class FedAvg:
         return {}
 
     def phases(self, parameters: Collection[str]) -> list[set[str]]:
-        """Returns the parameters that rest in each round of a cycle. Clients neither train nor send these.
+        """Returns the parameters that rest in each round of a cycle. Clients neither train nor send resting parameters.
 
         By default a cycle is one round, in which no parameter rests.
         """
@@ -84,7 +84,7 @@ class FedAvg:
         return Weighing(weight)
 
     def to_sum(self, update: Tensors, received: Tensors) -> dict[str, Tensor]:
-        """Returns what the server adds up in place of a client's decoded update. By default, the update.
+        """Returns what the server adds up for a client's decoded update: by default, the update.
 
         received: The weights that the client received.
         """
@@ -101,7 +101,7 @@ class FedAvg:
 
     @property
     def sums_updates(self) -> bool:
-        """Whether the server adds up updates. They need no decoding before the sum if an encoder allows."""
+        """Whether the server adds up updates. If so, some encoders allow a sum of encoded updates."""
         return type(self).to_sum is FedAvg.to_sum
 
     def rescale(self, sums: Mapping[str, float], weight: int) -> float:

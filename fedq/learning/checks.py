@@ -146,7 +146,7 @@ def check_model(model: nn.Module, parts: Parts, submodel: FederatedDropout | Non
 
 
 def check_phases(algorithm: FedAvg, training: LocalTraining, upload: Direction, codec: Codec) -> None:
-    """Raises FedqError if an algorithm in which parameters rest meets an option that needs all of them."""
+    """Raises FedqError if parameters rest in some rounds, and an option needs all parameters."""
     refused = {
         "client.keep_optimizer must be false": training.keep_optimizer,
         "client.structured must be false": training.structured,

@@ -153,7 +153,7 @@ class ClientHalf:
         if isinstance(draws, KeyedDraws):
             self.keyed = self.keyed or draws.drawn
         if not metrics.sums["targets"]:
-            raise ClientFailure("unable", "no target of its examples counts")
+            raise ClientFailure("unable", "no target of the client's examples counts")
         trained = model.state_dict()
         for name, value in start.items():
             after = trained.get(name)
@@ -168,7 +168,7 @@ class ClientHalf:
         return trained, metrics
 
     def with_keyed_draws(self, work: Callable[[], T]) -> T:
-        """Returns the result of `work`. If a client's model is the first to draw, `work` is done again."""
+        """Returns the result of `work`. Repeats `work` if a client's model is the first that draws random numbers."""
         try:
             return work()
         except SharedDraw:

@@ -22,7 +22,9 @@ class Clock:
     enough: int | None = None
 
     def in_time(self, arrivals: Mapping[int, float]) -> set[int]:
-        """Returns the places of the answers that the server takes. Of equal times, the first place in the cohort wins.
+        """Returns the places of the answers that the server takes.
+
+        If times are equal, the first place in the cohort wins.
 
         arrivals: For each place in the cohort, the seconds until the answer is there; infinity if none comes.
         """

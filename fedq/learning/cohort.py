@@ -128,9 +128,9 @@ class Cohort:
         return result
 
     def received(self, broadcast: Broadcast) -> Received:
-        """Returns what a client decodes that has received all earlier broadcasts.
+        """Returns the decoded broadcast of a client that has received all earlier broadcasts.
 
-        All clients decode the same bytes to the same weights, and do not change them: once is enough.
+        All clients decode the same bytes to the same weights, and do not change the weights. So one decoding is enough.
         """
         at_once = [broadcast.all_at_once] if broadcast.all_at_once else []
         return self.protocol.receive([*at_once, *broadcast.messages])
@@ -168,7 +168,7 @@ class Cohort:
         place, record, received, reports, answer, registered = asked
         with _recorded(record):
             if answer and late:
-                raise ClientFailure("late", f"its answer took {record.arrival:.3g} simulated seconds")
+                raise ClientFailure("late", f"the answer took {record.arrival:.3g} simulated seconds")
             if answer:
                 summand = self.uplink.open(answer, received, registered, norm, record)
                 return place, summand._replace(broadcast_reports=reports), record

@@ -38,8 +38,9 @@ Correction = Callable[[dict[str, Tensor], Mapping[str, Tensor]], None]
 class TrainingMetrics(NamedTuple):
     """The numbers that a client reports from local training.
 
-    sums: The sums from which the task's metrics follow: the task's `reported`; "targets", the number of targets seen
-        that count; and "loss", the sum of these targets' losses, each before the step on its batch.
+    sums: The sums from which the task's metrics follow: the task's `reported`, "targets" and "loss". "targets" is the
+        number of seen targets that count. "loss" is the sum of the losses of these targets, each before the step on its
+        batch.
     seen: The number of examples seen.
     steps: The number of optimizer steps.
     """
@@ -135,7 +136,7 @@ class LocalTraining:
         return bool(used) and metrics.steps == self._steps(used) and metrics.seen == self.seen(used)
 
     def seen(self, examples: int) -> int:
-        """Returns the number of examples that the steps of a round take, of a client that uses `examples`."""
+        """Returns the number of examples in all steps of a round, for a client that uses `examples`."""
         epochs, rest = divmod(self._steps(examples), -(-examples // self.batch_size)) if examples else (0, 0)
         return epochs * examples + rest * self.batch_size
 
@@ -254,7 +255,7 @@ def loaded(client: int, load: Callable[[], Examples], device: torch.device | Non
         raise TaskError(f"with the examples of client {client}: {error}") from error
     except (FedqError, ClientFailure):
         raise
-    except Exception as error:  # whatever an author's dataset raises
+    except Exception as error:  # a dataset may raise any error
         raise unable(error) from error
     if device:
         check_nothing_drawn(before, device)

@@ -88,7 +88,7 @@ def too_few(
     caught_up = dict.fromkeys(usable, sent.round) if follows else {}
     return TooFewClients(
         f"round {sent.round + 1}: {len(usable)} of {len(records)} clients sent a usable update, "
-        f"at least {max(least, 1)} must{''.join(reasons[:1])}",
+        f"the round needs {max(least, 1)}{''.join(reasons[:1])}",
         replace(sent, repeats=sent.repeats + 1, last_received=sent.last_received | caught_up),
         counts_of(records, seconds),
     )

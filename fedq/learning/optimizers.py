@@ -46,8 +46,8 @@ class SGD:
     takes seconds.
 
     parameters: The parameters by name.
-    lr: As of torch.optim.SGD.
-    momentum: As of torch.optim.SGD.
+    lr: As in torch.optim.SGD.
+    momentum: As in torch.optim.SGD.
     velocities: v of each parameter that had a gradient.
     """
 

@@ -100,7 +100,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def load(model: nn.Module, tensors: Tensors) -> None:
-    """Loads a state_dict, which may lack frozen parameters. Raises RuntimeError for other names than the model's."""
+    """Loads a state_dict, which may lack frozen parameters. Raises RuntimeError if the names do not fit the model."""
     frozen = {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if wrong := {*missing, *unexpected} - frozen:

@@ -7,7 +7,7 @@ from fedq.learning.local_training import LocalTraining, TrainingMetrics
 from fedq.learning.round import Registered
 from fedq.learning.task import Task
 
-_LARGEST_LOSS = torch.finfo(torch.float32).max  # of a target: the sum over any cohort is finite
+_LARGEST_LOSS = torch.finfo(torch.float32).max  # the largest loss of a target: the sum over any cohort is finite
 _REPORT = "report/"
 
 
@@ -38,7 +38,7 @@ class Reports:
         """Returns what a client reports.
 
         The server cannot check the loss and the task's sums against the examples: inside the bounds below, a client can
-        forge them. They reach metrics only, never the weights.
+        forge them. Forged numbers reach metrics only, never the weights.
 
         Raises MessageError for damaged bytes, and for numbers that the client's training cannot give.
         """

@@ -18,7 +18,7 @@ class ServerState:
     weights: The model's state_dict.
     optimizer: The server optimizer's state_dict.
     broadcast: The state of the broadcast's adaptive parts, flat.
-    upload: The same of the upload's.
+    upload: The state of the upload's adaptive parts, flat.
     broadcasted_bits: The bits sent to clients, over all rounds.
     aggregated_bits: The bits of updates that clients sent, over all rounds.
     reported_bits: The bits of reports beside the updates, over all rounds.

@@ -69,7 +69,7 @@ def sequence_classifier(
 
 
 def _mask(padding: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Adds the mask of all tokens but the padding."""
+    """Adds the mask of all tokens except padding."""
     return args, {"attention_mask": (args[0] != padding).long(), **kwargs} if args else kwargs
 
 
@@ -83,7 +83,7 @@ def _loaded(kind: str, base: str, dtype: DType, **options: Any) -> Any:
     head = "Classification" in kind
     if lacking := sorted(key for key in found["missing_keys"] if not head or key.startswith(inside)):
         raise FedqError(f"model.base: {base} has no weights for {lacking[0]!r}: give a base of this kind of model")
-    network.config.use_cache = False  # the cache serves generation alone
+    network.config.use_cache = False  # only generation uses the cache
     return network
 
 
@@ -109,6 +109,6 @@ def _with_adapter(network: Any, adapter: dict[str, Any] | None, kind: str, check
 
 
 def _layers(network: nn.Module) -> Sequence[str]:
-    """Returns the names of layers that an adapter may name."""
+    """Returns the names of layers that may get an adapter."""
     names = [name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     return list(dict.fromkeys(names))

@@ -19,7 +19,7 @@ class ResNet(nn.Module):
     num_classes: Number of classes.
     blocks: Number of blocks of each stage; a block has two 3 × 3 convolutions.
     widths: Number of channels of each stage. All stages except the first halve height and width.
-    projection: How shortcuts change the shape: true by a 1 × 1 convolution (option B), false by zeros (option A).
+    projection: How shortcuts change the shape: true for a 1 × 1 convolution (option B), false for zeros (option A).
     channels: Number of channels of an image.
     norm: "batch" or "group": group norm with two groups (Hsieh 2020, Reddi 2021) treats each example separately.
     crop: Height and width of the middle of an image that the network sees; None for all of the image.
@@ -68,7 +68,8 @@ class ResNet(nn.Module):
 def standardised(x: Tensor) -> Tensor:
     """Returns each image of `x` (N, C, H, W), in [0, 1], with a mean of 0 and a variance of 1.
 
-    The divisor is at least 1 / (255 √(C·H·W)), as in tf.image.per_image_standardization: one colour becomes 0.
+    The divisor is at least 1 / (255 √(C·H·W)), as in tf.image.per_image_standardization: an image of one colour becomes
+    0.
     """
     deviation, mean = torch.std_mean(x, (1, 2, 3), correction=0, keepdim=True)
     return (x - mean) / deviation.clamp_min(1 / (255 * math.sqrt(x[0].numel())))

@@ -1,4 +1,4 @@
-"""Asynchronous rounds (FedBuff, Nguyen 2022): the dispatch, the answers and the step of a round, out of step.
+"""Asynchronous rounds (FedBuff, Nguyen 2022): a round may use answers of clients that an earlier round asked.
 
 Time is the simulated time of `run.network`. A client's answer is made when the client is asked, and waits as bytes in
 the state until its time has come. So a checkpoint holds the answers that are on their way.
@@ -26,7 +26,7 @@ from fedq.learning.server import scale_parameters
 from fedq.simulation.loop import Clients, Step, cohort
 
 _SPARE = 4
-"""The clients that a step may ask, for each answer that it needs: more than one, because clients fail."""
+"""The number of clients that a step may ask for each answer that the step needs; above 1, because clients fail."""
 
 
 _MESSAGES, _REPORT, _PARAMS, _WEIGHTS = "message/", "report", "params/", "weights/"
@@ -110,14 +110,14 @@ class Asynchronous:
         )
         sums: PairwiseTree[Summand] = PairwiseTree(process.uplink.add)
         records: list[ClientRecord] = []
-        answers: list[tuple[int, int]] = []  # clients, with the round whose broadcast each answers
+        answers: list[tuple[int, int]] = []  # a client, and the round of the broadcast that the client answers
         while len(answers) < needed:
             while candidates and len(flights) < self._algorithm.concurrency:
                 flights.ask(candidates.pop(0))
             if not (flight := flights.next()):
                 raise FedqError(
                     f"round {state.round + 1}: {len(answers)} of {len(records)} clients sent a usable update, "
-                    f"{needed} must, and no client is left to ask"
+                    f"the round needs {needed}, and no client is left to ask"
                 )
             _, summand, record = process.cohort.open_one(state.norm, flight.asked, late=False)
             records.append(record)
@@ -155,7 +155,7 @@ class Asynchronous:
             record, deadline = asked.record, self._clock.deadline
             _add(work, record)
             if asked.answer and record.arrival > deadline:
-                record.failure, record.reason = "late", f"its answer took {record.arrival:.3g} simulated seconds"
+                record.failure, record.reason = "late", f"the answer took {record.arrival:.3g} simulated seconds"
                 asked = asked._replace(answer=None)
             flights[record.client] = Flight(asked, starts[record.client] + min(record.arrival, deadline))
         return flights
@@ -197,7 +197,7 @@ class _Flights:
     def next(self) -> Flight | None:
         """Returns the next answer and moves the time; None if no answer comes.
 
-        Of equal times, the client with the lower number comes first.
+        If times are equal, the client with the lower number comes first.
         """
         soonest = min((start + self._earliest(client) for client, start in self._asked.items()), default=math.inf)
         if soonest <= min((flight.arrival for flight in self._known.values()), default=math.inf):
@@ -209,7 +209,7 @@ class _Flights:
         return self._known.pop(client)
 
     def all(self) -> dict[int, Flight]:
-        """Returns all flights by client, after the clients that have not trained have trained."""
+        """Trains the clients that have not trained yet, and returns all flights by client."""
         self._known |= self._train(self._asked)
         self._asked = {}
         return self._known
@@ -223,7 +223,7 @@ def _add(work: dict[str, float], record: ClientRecord) -> None:
 
 
 def _packed(flight: Flight) -> dict[str, Tensor]:
-    """Returns a flight as tensors, for the state. Of the received tensors, only those that opening needs stay."""
+    """Returns a flight as tensors, for the state, with only those received tensors that opening needs."""
     _, record, received, _, answer, registered = flight.asked
     failure = FAILURES.index(record.failure) if record.failure else -1
     numbers = (received.attempt, failure, record.broadcast_bits, record.bits, record.report_bits, *registered)

@@ -79,7 +79,7 @@ class Network:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.trace:
-            self._rows  # noqa: B018  reads the file now, so that a fault is known before the first round
+            self._rows  # noqa: B018  reads the file now, so that an error comes before the first round
 
     def link(self, client: int, seed: int) -> Link:
         """Returns a client's link. `seed` is the run's seed."""
@@ -125,7 +125,7 @@ def _factor(key: Key, spread: float) -> float:
 
 
 def _read(path: Path) -> list[Link]:
-    """Returns the rows of a trace. Raises FedqError, naming the line, for a row that is no link."""
+    """Returns the rows of a trace. Raises FedqError, naming the line, for a row that is not a link."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -205,7 +205,7 @@ def assemble(
         with_extra = " with run.network.over_selection" if run.cohort_size > run.clients_per_round else ""
         raise ConfigError(
             f"run.clients_per_round: {run.cohort_size}{with_extra} is more than the {population} clients; "
-            "take fewer, or more with dataset.clients where the dataset allows"
+            "take fewer clients a round, or set dataset.clients higher if the dataset has this key"
         )
     if isinstance(run.evaluate_clients, int) and run.evaluate_clients > population:
         raise ConfigError(

@@ -21,7 +21,7 @@ from fedq.tracking.metrics import MetricsFile
 
 @dataclass
 class Saver:
-    """Writes checkpoints from which a run can resume. The best one of the selection stays."""
+    """Writes checkpoints from which a run can resume. The best checkpoint of the selection stays."""
 
     config: dict[str, Any]
     folder: Path

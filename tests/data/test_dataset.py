@@ -102,7 +102,7 @@ def test_a_datasets_number_that_is_no_integer_is_refused_in_one_sentence(mine: P
 
 
 class WithoutClients:
-    """Gives examples where a client is due."""
+    """Returns examples in place of a client."""
 
     num_classes, num_clients = 2, 3
 

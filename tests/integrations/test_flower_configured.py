@@ -68,7 +68,7 @@ def test_the_weights_are_those_of_the_simulation(overrides: list[str], tmp_path:
 
 @pytest.fixture
 def as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each message meets a new process of the app, which has the node's state alone."""
+    """Each message goes to a new process of the app, which has only the node's state."""
     cached = client._half.__wrapped__
     monkeypatch.setattr(client, "_half", cached)
 

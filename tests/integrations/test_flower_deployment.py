@@ -22,7 +22,7 @@ from fedq.data.writers import Writers
 
 
 class Blocking(Writers):
-    """Client 2 is read once at its registration. The next reading waits until the node is killed."""
+    """The first reading of client 2 is for its registration. The next reading waits until the node is killed."""
 
     def __init__(self, folder, **arguments):
         super().__init__(**arguments)

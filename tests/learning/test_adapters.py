@@ -1,4 +1,4 @@
-"""What is averaged of adapters: FFA-LoRA, FlexLoRA and RoLoRA against numpy, in float64 and without their code."""
+"""How adapters are averaged: FFA-LoRA, FlexLoRA and RoLoRA against numpy, in float64 and without their code."""
 
 from functools import partial
 from itertools import pairwise
@@ -65,7 +65,7 @@ def after(algorithm=FEDAVG, clients=CLIENTS, rounds=1, **changes):
 
 
 def alone(name, **changes) -> list[np.ndarray]:
-    """Returns a tensor as each client alone trains it."""
+    """Returns one tensor of each client, from training with this client alone."""
     return [after(clients=[client], **changes)[0].weights[name].double().numpy() for client in CLIENTS]
 
 
@@ -91,7 +91,7 @@ def test_flex_lora_is_the_best_approximation_of_the_mean_product():
 
 
 def test_flex_lora_of_full_rank_is_exact():
-    """Of rank 6, more than the five outputs, the mean product is not approximated, and one row of A stays."""
+    """The rank is 6, above the five outputs: the mean product is exact, and one row of A stays."""
     model = partial(Adapted, 6)
     state, _ = after(FlexLoRA(), model=model)
     np.testing.assert_allclose(product(state), mean_product(model=model), atol=1e-6)

@@ -147,7 +147,7 @@ def test_answers_to_several_broadcasts_are_decoded_one_by_one(network: Network) 
 
 
 def test_clients_follow_references_whatever_they_missed(network: Network) -> None:
-    """Each client decodes only what it was sent, and holds what the server believes."""
+    """Each client decodes only what it was sent, and holds what the server expects."""
     uint8 = Encoder([UniformQuantization(8)], FixedWidth())
     run = process(network, down=StateDictEncoder(uint8, threshold=0, reference="last"))
     held: dict[int, list[Any]] = {}
@@ -182,7 +182,7 @@ def test_answers_on_their_way_survive_a_checkpoint(network: Network, up: Directi
 
 
 def test_the_order_of_training_changes_nothing(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients train late and side by side. One by one, when they are asked, they give the same."""
+    """Clients train late and side by side. The result is the same if each client trains when asked."""
     state, lines = stepped(process(network), 5)
     run, batches = process(network), []
     asked = Asynchronous._asked
@@ -208,7 +208,7 @@ def test_clients_that_fail_leave_their_place_to_others(network: Network) -> None
     assert late == sum(metrics["clients_failed"] for metrics in lines) > 3
     assert all(metrics["clients"] == BUFFER for metrics in lines)
     assert all(metrics["uploads"] == BUFFER + metrics["clients_failed"] for metrics in lines)  # late answers are sent
-    with pytest.raises(FedqError, match="round 1: 0 of 12 clients sent a usable update, 3 must, and no client is left"):
+    with pytest.raises(FedqError, match="0 of 12 clients sent a usable update, the round needs 3, and no client"):
         stepped(process(replace(network, deadline=1e-6)), 1)
 
 

@@ -178,6 +178,6 @@ def test_a_round_with_too_few_is_repeated_with_another_cohort(caplog, tmp_path):
 
 
 def test_repeats_have_an_end(caplog):
-    with pytest.raises(TooFewClients, match="0 of 8 clients sent a usable update, at least 1 must; client"):
+    with pytest.raises(TooFewClients, match="0 of 8 clients sent a usable update, the round needs 1; client"):
         run(Faults(crash=1.0), repeats=2)
     assert caplog.text.count("repeated with another cohort") == 2

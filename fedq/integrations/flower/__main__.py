@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 def new(folder: Path, overrides: list[str]) -> int:
     """Writes the four files of an app into a new folder, and returns the number of the dataset's clients.
 
-    overrides: As on the command line of `fedq.train`.
+    overrides: Keys and values, as `fedq.train` takes on its command line.
 
     Raises FedqError for a configuration that is wrong, and for a folder that holds files.
     """

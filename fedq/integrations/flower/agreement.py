@@ -44,7 +44,7 @@ class Agreement:
     """
 
     def __init__(self, schema: Schema, broadcast: Direction, upload: Direction, seed: int) -> None:
-        """Raises FedqError for encoders that do not go together, or with this schema."""
+        """Raises FedqError if the encoders do not fit each other, or do not fit this schema."""
         check_directions(broadcast, upload)
         self.broadcast_feedback = isinstance(broadcast, ErrorFeedback)
         self.upload_feedback = isinstance(upload, ErrorFeedback)
@@ -71,10 +71,10 @@ class Agreement:
         """Returns the agreement of a server.
 
         contact: Any bytes.
-        broadcast: The broadcast's encoder; None for the one that the server sends.
-        upload: The same of the upload.
+        broadcast: The broadcast's encoder; None for the encoder that the server sends.
+        upload: The upload's encoder; None for the encoder that the server sends.
 
-        Raises MessageError for damaged bytes and for unknown classes, FedqError if the encoders do not go together.
+        Raises MessageError for damaged bytes and for unknown classes, FedqError if the encoders do not fit each other.
         """
         reader = frame.unpack(contact, _FINGERPRINT, frame.peek(contact)[1])
         content: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def _from_json(node: Any) -> Any:
     if name == "dtype":
         return _DTYPES[node["name"]]
     if name not in _CLASSES:
-        raise ValueError(f"there is no class {name!r}, and compression() is not given one")
+        raise ValueError(f"there is no class {name!r}, and compression() got no encoder with this class")
     return _CLASSES[name](**{name: _from_json(node[name]) for name in names})
 
 

@@ -85,7 +85,7 @@ def _half(configuration: Path) -> tuple[ClientHalf, FederatedDataset]:
 
 
 def _number(context: Context, dataset: FederatedDataset) -> int:
-    """Returns the number of the node's client. Raises FedqError for a node without one."""
+    """Returns the number of the node's client. Raises FedqError for a node without a number."""
     number = context.node_config.get("partition-id")
     if not isinstance(number, int) or not 0 <= number < dataset.num_clients:
         raise FedqError(
@@ -97,14 +97,14 @@ def _number(context: Context, dataset: FederatedDataset) -> int:
 
 @one_thread()
 def _answered(configuration: Path, message: Message, context: Context) -> RecordDict:
-    """Returns the content of the answer to a broadcast, and keeps the client's state in the node's.
+    """Returns the content of the answer to a broadcast, and keeps the client's state in the node's state.
 
     Raises ClientFailure, FedqError or EncodeError if there is no answer.
     """
     half, dataset = _half(configuration)
     protocol, number = half.protocol, _number(context, dataset)
     if len(records := list(message.content.array_records.values())) != 1:
-        raise MessageError(f"a broadcast has one record of messages, this one {len(records)}")
+        raise MessageError(f"a broadcast has one record of messages, this one has {len(records)}")
     received = _received(protocol, list(unpacked(records[0]).values()), context, number)
     key = Key(protocol.seed, received.attempt, number)
     examples = loaded(number, dataset.client(number).load, protocol.device)
@@ -112,7 +112,7 @@ def _answered(configuration: Path, message: Message, context: Context) -> Record
     seconds = dict.fromkeys(PHASES, 0.0)
     try:
         answer = half.answer(received, number, examples, kept, seconds)
-    except SharedDraw:  # the model is the first of this process to draw
+    except SharedDraw:  # this model is the first in the process that draws random numbers
         if half.keyed:
             raise
         half.keyed = True
@@ -137,7 +137,7 @@ def _received(protocol: Protocol, messages: list[bytes], context: Context, numbe
 
 
 def _keep(protocol: Protocol, context: Context, received: Received, answer: Answer) -> None:
-    """Writes the client's state to the node's, as exact messages of fedq: Flower's arrays have fewer dtypes."""
+    """Writes the client's state to the node's state, as exact messages of fedq: Flower's arrays have fewer dtypes."""
     states = {_KEPT: answer.to_keep}
     if protocol.follows:
         parts = (received.weights, received.reference)  # the first reference has the frozen tensors, too

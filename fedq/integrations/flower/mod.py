@@ -55,7 +55,7 @@ def compression(upload: Direction | None = None, broadcast: Direction | None = N
 
     upload: The encoder of the node's updates. None takes the encoder that the server sends. An encoder with a class of
         your own must be given on both sides.
-    broadcast: The same for the server's weights.
+    broadcast: The encoder of the server's weights; the same rules apply.
     loss: The name of the training loss among the metrics of the app's reply, for rate control that follows the loss.
     """
     read = lru_cache(maxsize=8)(lambda contact: Agreement.read(contact, broadcast, upload))
@@ -81,19 +81,19 @@ def compression(upload: Direction | None = None, broadcast: Direction | None = N
 
 
 def _receive(content: RecordDict, context: Context, read: Callable[[bytes], Agreement]) -> _Received:
-    """Decodes the weights of a message and keeps what the next message builds on in the node's state.
+    """Decodes the weights of a message. Keeps in the node's state what the next message builds on.
 
     Raises FedqError for a message that cannot be used.
     """
     records = content.array_records
     if len(records) > 1:
-        raise MessageError(f"a message holds one record of weights, this one {len(records)}")
+        raise MessageError(f"a message has one record of weights, this one has {len(records)}")
     ((name, record),) = records.items()
     messages = unpacked(record)
     message, contact = messages.pop(MESSAGE, b""), messages.pop(CONTACT, b"")
     exact = messages.pop(REFERENCE, b"")
     if messages or not message:
-        raise MessageError("the record of weights is not of fedq: does the server's strategy stand in Compressed(…)?")
+        raise MessageError("the record of weights has no message of fedq: wrap the server's strategy in Compressed(…)")
     state = context.state.config_records.get(_STATE, ConfigRecord())
     known = state.get("contact")
     contact = contact or (known if isinstance(known, bytes) else b"")
@@ -130,7 +130,7 @@ def _answer(content: RecordDict, received: _Received, context: Context, loss_nam
     trained, schema = as_tensors(record), codec.schema
     if (found := schema_of(trained)) != schema:
         wrong = next(n for n in (*schema, *found) if found.get(n) != schema.get(n))
-        raise FedqError(f"the app replies with {wrong!r} as {found.get(wrong)}, and received {schema.get(wrong)}")
+        raise FedqError(f"the app received {wrong!r} as {schema.get(wrong)}, but replies with {found.get(wrong)}")
     update = {
         name: value - received.weights[name]
         if value.is_floating_point() and name not in agreement.exact_both_ways
@@ -145,7 +145,7 @@ def _answer(content: RecordDict, received: _Received, context: Context, loss_nam
     except TypeError as error:
         if loss is None:
             raise EncodeError(
-                f"the upload follows the training loss, and the reply has no metric {loss_name!r}"
+                f"the upload follows the training loss, but the reply has no metric {loss_name!r}"
             ) from error
         raise
     if agreement.upload_feedback:

@@ -27,7 +27,7 @@ def unpacked(record: ArrayRecord) -> dict[str, bytes]:
     messages = {}
     for name, array in record.items():
         if array.stype != STYPE:
-            raise MessageError(f"the array {name[:40]!r} is of type {array.stype[:40]!r}, and no message of fedq")
+            raise MessageError(f"the array {name[:40]!r} is of type {array.stype[:40]!r}, so it is no message of fedq")
         if array.dtype != "uint8" or tuple(array.shape) != (len(array.data),):
             raise MessageError(
                 f"the array {name[:40]!r} has {len(array.data)} bytes, but says {array.dtype[:40]} {array.shape}"
@@ -47,7 +47,7 @@ def as_record(tensors: Tensors) -> ArrayRecord:
 
 
 def as_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """Returns the tensors of a record. Raises FedqError, naming the array, if torch cannot read one."""
+    """Returns the tensors of a record. Raises FedqError, naming the array, if torch cannot read an array."""
     tensors: dict[str, Tensor] = {}
     for name, array in record.items():
         try:

@@ -44,8 +44,8 @@ _REFUSED = {
 def server_app(configuration: Path) -> ServerApp:
     """Returns the ServerApp of a configuration that `python -m fedq.integrations.flower new` wrote.
 
-    The app's own configuration has the keys `output`, the folder below which the run writes its files, and `timeout`,
-    the seconds after which a node that has not answered is left out.
+    The app's own configuration has two keys. `output` is the folder below which the run writes its files. A node that
+    has not answered after `timeout` seconds is left out.
     """
     app = ServerApp()
 
@@ -121,8 +121,8 @@ class Nodes:
     def __init__(self, grid: Grid, process: FederatedAveraging, timeout: float) -> None:
         """Takes Flower's connection, the process whose rounds the nodes serve, and the seconds to wait for answers."""
         self._grid, self._protocol, self._timeout = grid, process.protocol, timeout
-        self._lock = threading.Lock()  # the grid is not made for several threads
-        self._clients: dict[int, tuple[int, Registered]] = {}  # node and numbers, by client
+        self._lock = threading.Lock()  # Flower's grid is not safe for several threads
+        self._clients: dict[int, tuple[int, Registered]] = {}  # client → its node and its numbers
         self._known: set[int] = set()
 
     def wait_for(self, count: int) -> None:
@@ -161,14 +161,14 @@ class Nodes:
                 raise OtherBase("lost", reason)
             raise ClientFailure(kind if kind in FAILURES else "refused", reason)
         if len(records := list(reply.content.array_records.values())) != 1:
-            raise MessageError(f"an answer has one record of messages, this one {len(records)}")
+            raise MessageError(f"an answer has one record of messages, this one has {len(records)}")
         answered = unpacked(records[0])
         report = answered.pop(REPORT, b"")
         record.bits, record.report_bits = 8 * sum(map(len, answered.values())), 8 * len(report)
         return Answer(list(answered.values()), report, {}), self._checked(registered, reply)
 
     def _checked(self, registered: Registered, reply: Message) -> Registered:
-        """Returns the numbers of a client in a round. Raises MessageError if they do not follow from the registered."""
+        """Returns the numbers of a client in a round. Raises MessageError if these numbers do not fit."""
         claimed = _numbers(reply, ("examples", "targets"))
         limit = self._protocol.training.max_examples
         if not limit or limit >= registered.examples:
@@ -188,7 +188,7 @@ class Nodes:
             node = reply.metadata.src_node_id
             self._known.add(node)
             if (numbers := None if reply.has_error() else _numbers(reply, ("client", "examples", "targets"))) is None:
-                reason = reply.error.reason if reply.has_error() else "it sends no numbers"
+                reason = reply.error.reason if reply.has_error() else "the node sends no numbers"
                 log.warning("fedq: node %d is left out: %s", node, reason)
                 continue
             if numbers[0] in self._clients:  # a node that was started again has another number
@@ -197,7 +197,7 @@ class Nodes:
         return len(self._clients)
 
     def _reply(self, message: Message) -> Message | None:
-        """Sends a message and waits for the reply; None if none comes in time."""
+        """Sends a message and waits for the reply; None if no reply comes in time."""
         deadline = time.monotonic() + self._timeout
         with self._lock:
             sent = list(self._grid.push_messages([message]))
@@ -210,7 +210,7 @@ class Nodes:
 
 
 def _numbers(reply: Message, names: Sequence[str]) -> list[int] | None:
-    """Returns integers from 0 to 2^62 of a reply's record `registered`; None if one is missing or of another kind."""
+    """Returns the integers `names` of a reply's record `registered`; None unless all are from 0 to 2^62."""
     record = reply.content.metric_records.get("registered", MetricRecord())
     numbers = [record.get(name) for name in names]
     return [n for n in numbers if isinstance(n, int)] if all(_is_count(n) for n in numbers) else None

@@ -38,8 +38,8 @@ class Compressed(Strategy):
     The metrics of each round get `fedq-bytes-down` and `fedq-bytes-up`: the bytes of all messages, with those of first
     contacts.
 
-    A reply that is damaged, or not of this round and node, is an error of one sentence for the strategy, which leaves
-    the reply out. After a failure, the server sends the node everything again.
+    A reply that is damaged, or not of this round and node, becomes an error of one sentence. The strategy leaves this
+    reply out. After a failure, the server sends the node everything again.
     """
 
     def __init__(self, strategy: Strategy, broadcast: Direction, upload: Direction, seed: int = 0) -> None:
@@ -52,14 +52,14 @@ class Compressed(Strategy):
         """
         self.strategy, self._directions, self._seed = strategy, (broadcast, upload), seed
         self._agreement: Agreement | None = None
-        self._number = 0  # of broadcasts so far
+        self._number = 0  # the number of broadcasts so far
         self._holds: dict[int, int] = {}  # the last broadcast that each node has answered
         self._asked: dict[int, Message] = {}  # the messages of the open broadcast, by node
-        self._name = ""  # of the record of weights
-        self._weights: dict[str, Tensor] = {}  # of the open broadcast
+        self._name = ""  # the name of the record of weights
+        self._weights: dict[str, Tensor] = {}  # the weights of the open broadcast
         self._reference: dict[str, Tensor] = {}
         self._residual: dict[str, Tensor] = {}
-        self._states: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})  # of adaptive parts: broadcast, upload
+        self._states: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})  # adaptive parts: broadcast, upload
 
     @override
     def summary(self) -> None:
@@ -122,14 +122,14 @@ class Compressed(Strategy):
             return messages
         _, self._name, first = named[0]
         if len(named) > len(messages) or any((n, r) != (self._name, first) for _, n, r in named if r is not first):
-            raise FedqError("Compressed sends one model to all nodes of a round, and the strategy sends several")
+            raise FedqError("Compressed sends one model to all nodes of a round, but the strategy sends several")
         self._weights = as_tensors(first)
         agreement = self._agreed()
         last, self._number = self._number, self._number + 1
         key = Key(self._seed, self._number)
         nodes = [one.metadata.dst_node_id for one, _, _ in named]
         new = [node for node in nodes if node not in self._holds]
-        # all nodes that are not new have the first weights; not all have the last broadcast
+        # every node that is not new has the first weights, but may lack the last broadcast
         behind = [n for n in nodes if n in new or (agreement.reference == "last" and self._holds[n] != last)]
         exact = agreement.exact.encode(self._reference, key).message if self._reference and behind else b""
         message = self._encode(agreement, key)
@@ -152,11 +152,11 @@ class Compressed(Strategy):
             if self._agreement.reference != "none":
                 self._reference = self._weights
         elif self._agreement.group.schema != schema:
-            raise FedqError("Compressed sends weights of one schema, and the strategy changes names, shapes or dtypes")
+            raise FedqError("Compressed sends weights of one schema, but the strategy changes names, shapes or dtypes")
         return self._agreement
 
     def _encode(self, agreement: Agreement, key: Key) -> bytes:
-        """Returns the broadcast's message of the weights, and moves on what the next broadcast builds on."""
+        """Returns the broadcast's message of the weights, and updates what the next broadcast builds on."""
         group, (down, up) = agreement.group, self._states
         params = group.broadcast.adaptation.params(down)
         attached = attach(params, group.upload.adaptation.params(up)) if group.adaptive else {}
@@ -180,7 +180,7 @@ class Compressed(Strategy):
         agreement, node = self._agreement, reply.metadata.src_node_id
         messages = [unpacked(record) for record in reply.content.array_records.values()]
         if agreement is None or len(messages) != 1 or messages[0].keys() != {MESSAGE}:
-            raise MessageError("the reply holds no message of fedq: has the node's ClientApp the mod compression()?")
+            raise MessageError("the reply holds no message of fedq: add the mod compression() to the node's ClientApp")
         codec, key = agreement.group.upload, Key(self._seed, self._number, node)
         update, reports = codec.decode(messages[0][MESSAGE], key, codec.adaptation.params(self._states[1]))
         weights = {
@@ -197,7 +197,7 @@ class Compressed(Strategy):
         return reply, reports
 
     def _note(self, replies: Iterable[Message]) -> None:
-        """Notes which nodes hold the open broadcast. A node that did not answer it is a new node from now on."""
+        """Notes which nodes hold the open broadcast. A node without an answer is a new node from now on."""
         for node in self._asked:
             self._holds.pop(node, None)
         self._holds |= {reply.metadata.src_node_id: self._number for reply in replies if not reply.has_error()}

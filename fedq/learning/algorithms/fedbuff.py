@@ -1,4 +1,4 @@
-"""FedBuff: the server steps whenever its buffer of answers is full, and never waits for slow clients."""
+"""FedBuff: the server takes a step whenever its buffer of answers is full, and never waits for slow clients."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ from fedq.learning.algorithm import FedAvg
 
 @dataclass(frozen=True)
 class FedBuff(FedAvg):
-    """FedBuff (Nguyen 2022, algorithm 1): clients answer at their own speed, to the weights that they once received.
+    """FedBuff (Nguyen 2022, algorithm 1): clients answer at their own speed.
 
-    As soon as a client has answered, the server sends its weights to another client. After `run.clients_per_round`
-    answers, the size of the buffer, the server takes a step. The *staleness* of an answer is the number of steps since
-    the client received its weights. The update is multiplied by (1 + staleness)^-damping. The mean is divided by the
-    clients' full weights, so that stale answers make a step shorter.
+    An answer builds on the weights that the client received. As soon as a client has answered, the server sends its
+    weights to another client. After `run.clients_per_round` answers, the size of the buffer, the server takes a step.
+    The *staleness* of an answer is the number of steps since the client received its weights. The update is multiplied
+    by (1 + staleness)^-damping. The mean is divided by the clients' full weights, so that stale answers make a step
+    shorter.
 
     concurrency: The number of clients that train at the same time.
     damping: The exponent of the staleness weights; 0.5 in the paper, and 0 for equal weights.
@@ -32,7 +33,7 @@ class FedBuff(FedAvg):
     @property
     @override
     def sums_updates(self) -> bool:
-        # answers of one sum are to several broadcasts, and their encoded forms do not add up
+        # the answers in one sum belong to several broadcasts, so encoded answers do not add up
         return False
 
     def scale(self, staleness: int) -> float:

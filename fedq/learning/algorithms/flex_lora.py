@@ -22,8 +22,8 @@ class FlexLoRA(FedAvg):
 
     Clients send A (rank, inputs) and B (outputs, rank) of each adapter. The server takes the weighted mean of B·A. The
     next B is U·Σ and the next A is Vᵀ, of the mean's largest singular values. No product of these ranks is nearer to
-    the mean. Rows of A have norm 1: where Σ is 0, A still lets B learn. All other tensors have a plain mean. The server
-    optimizer steps towards the next A and B; server=sgd with server.lr=1 takes them.
+    the mean. Rows of A have norm 1, so that B can learn even where Σ is 0. All other tensors have a plain mean. The
+    server optimizer steps towards the next A and B; server=sgd with server.lr=1 takes exactly these matrices.
     """
 
     @override
@@ -58,7 +58,7 @@ class FlexLoRA(FedAvg):
 
 
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Returns the names of A and B of each adapter. Raises FedqError if there is none, or one without its partner."""
+    """Returns the names of A and B of each adapter. Raises FedqError if A or B is missing."""
     names = list(names)
     found = [(name.replace(_B, _A), name) for name in names if _B in name]
     expected = {name for pair in found for name in pair}

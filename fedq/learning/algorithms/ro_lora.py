@@ -1,4 +1,4 @@
-"""RoLoRA: rounds that train B alternate with rounds that train A."""
+"""RoLoRA: clients train B in one round, and A in the next."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ from fedq.learning.algorithms.flex_lora import pairs
 
 @dataclass(frozen=True)
 class RoLoRA(FedAvg):
-    """RoLoRA (Chen 2025): clients train and send B alone in the first round, A alone in the second, and so on.
+    """RoLoRA (Chen 2025): clients train and send only B in the first round, only A in the second, and so on.
 
     While one matrix rests, the mean of the products B·A is the product of the means. Uploads are half as long as those
-    of fedavg. Broadcasts have both matrices, because a client may have missed rounds. All other tensors train always.
+    of fedavg. Broadcasts have both matrices, because a client may have missed rounds. Clients train
+    all other tensors in every round.
     """
 
     @override
