@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(export(args.run, args.to))
-    except FedqError as error:
+    except (FedqError, OSError) as error:
         sys.exit(f"fedq: {error}")
 
 

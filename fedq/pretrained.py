@@ -1,5 +1,6 @@
 """Pretrained models and tokenizers of Hugging Face: where their files are, and what the errors mean."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def from_pretrained(key: str, kind: str, base: str, **options: Any) -> Any:
     what = "tokenizer" if "Tokenizer" in kind else "model"
     try:
         with _quiet(transformers):
-            return getattr(transformers, kind).from_pretrained(name, **options)
+            return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # damaged files raise many classes of errors
         reason = re.split(r"[.:]?\s*\n", str(error).strip())[0].rstrip(".:") or type(error).__name__
         if name == base and not place.exists():
@@ -53,7 +54,7 @@ def located(key: str, base: str) -> Path:
     """Returns the path that `base` may name. Raises MissingPackage for a package that is not installed."""
     package, colon, inside = base.partition(":")
     if not colon or not package.isidentifier():
-        return Path(base).expanduser()
+        return Path(os.path.expanduser(base))  # leaves the name of an unknown user as it is
     spec = find_spec(package)
     if not (spec and spec.submodule_search_locations):
         name = package.replace("_", "-")

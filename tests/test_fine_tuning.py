@@ -19,7 +19,7 @@ from fedq.data import Client, Examples
 from fedq.data.shakespeare_tokens import ShakespeareGenres, ShakespeareTokens
 from fedq.data.tokens import IGNORED, Tokenizer
 from fedq.errors import FedqError, MissingPackage
-from fedq.export import export
+from fedq.export import export, main
 from fedq.learning import Classification, FederatedAveraging, LocalTraining, NextToken
 from fedq.models.hugging_face import causal_lm, sequence_classifier
 from fedq.simulation import checkpoint
@@ -242,7 +242,7 @@ def test_a_whole_transformer_is_exported_too(tmp_path, llama):
         assert F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item() == pytest.approx(loss, abs=1e-5)
 
 
-def test_every_other_model_is_exported_as_safetensors(tmp_path):
+def test_every_other_model_is_exported_as_safetensors(tmp_path, monkeypatch):
     small = ("dataset=writers", "dataset.clients=4", "dataset.examples_per_client=5", "dataset.test_examples=20")
     _, _, state = run_of(tmp_path, *small, "model=mlp", "algorithm.frozen=[dense1.*]")
     assert "of fedq.models.MLP" in export(next((tmp_path / "checkpoints").iterdir()), tmp_path / "model")
@@ -252,6 +252,23 @@ def test_every_other_model_is_exported_as_safetensors(tmp_path):
     assert json.loads((tmp_path / "model" / "config.json").read_text())["num_classes"] == 10
     with pytest.raises(FedqError, match="holds no checkpoint"):
         export(tmp_path / "model", tmp_path / "other")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path), "--to", str(tmp_path / "file" / "folder")])
+    with pytest.raises(SystemExit, match="fedq: .*file/folder"):
+        main()
+
+
+def test_a_folder_with_code_is_refused_unasked(tmp_path, monkeypatch):
+    """transformers would ask whether to run the code."""
+    folder = write_llama(tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": names}))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    with pytest.raises(FedqError, match="mine gives no model: .* contains custom code"):
+        causal_lm(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_faults_are_one_sentence(tmp_path, llama, bert, monkeypatch):
@@ -270,6 +287,8 @@ def test_faults_are_one_sentence(tmp_path, llama, bert, monkeypatch):
         "model.adapter: Target modules .* not found in the base model; the layers are q_proj, k_proj, v_proj": partial(
             causal_lm, llama, OF_BERT
         ),
+        "model.adapter: Requested bias: odd, is not": partial(causal_lm, llama, LORA | {"bias": "odd"}),
+        "model.base: there is no file or folder ~nobody9/x": partial(causal_lm, "~nobody9/x"),
         "model.adapter.rank is not a key of peft.LoraConfig": partial(causal_lm, llama, {"rank": 4}),
         f"dataset.tokenizer: {tmp_path}/mute gives no tokenizer: ": partial(ShakespeareTokens, f"{tmp_path}/mute"),
     }

@@ -36,8 +36,10 @@ class Clock:
 
         Without a deadline the server does not wait for clients that never answer.
         """
-        arrivals = sorted(record.arrival for record in records)
-        waits = arrivals[: self.enough]
+        arrivals = sorted((record.arrival, bool(record.bits)) for record in records)
+        answers = [time for time, sent in arrivals if sent]
+        enough = self.enough is not None and len(answers) >= self.enough
+        waits = answers[: self.enough] if enough else [time for time, _ in arrivals]
         if math.isfinite(self.deadline):
             return min(waits[-1], self.deadline)
         return max((time for time in waits if math.isfinite(time)), default=0.0)

@@ -109,7 +109,8 @@ class Cohort:
         if self.clock and self.clock.enough:
             # answers wait as bytes until the arrivals of all are known
             asked = list(self.map(ask, _longest_first(clients)))
-            in_time = self.clock.in_time(agree({one.place: one.record.arrival for one in asked}))
+            arrivals = {one.place: one.record.arrival if one.answer else math.inf for one in asked}
+            in_time = self.clock.in_time(agree(arrivals))
             results = self.map(lambda one: opened(one, one.place not in in_time), asked)
         else:
             deadline = self.clock.deadline if self.clock else math.inf

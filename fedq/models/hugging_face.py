@@ -98,7 +98,7 @@ def _with_adapter(network: Any, adapter: dict[str, Any] | None, kind: str, check
                 raise FedqError(f"model.adapter.{unknown[0]} is not a key of peft.LoraConfig")
             try:
                 model = peft.get_peft_model(network, peft.LoraConfig(task_type=kind, **adapter))
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # peft raises many classes of errors
                 reason = str(error).strip().split(". ")[0]
                 raise FedqError(f"model.adapter: {reason}; the layers are {', '.join(_layers(network))}") from error
         if checkpointing:

@@ -104,7 +104,7 @@ class Asynchronous:
         received = process.cohort.received(broadcast)
         flights = _Flights(
             state.simulated_seconds,
-            {client: _unpacked(client, packed) for client, packed in state.in_flight.items()},
+            {client: _unpacked(client, packed, process.device) for client, packed in state.in_flight.items()},
             partial(self._earliest, broadcast),
             partial(self._asked, broadcast, received, work),
         )
@@ -241,12 +241,15 @@ def _packed(flight: Flight) -> dict[str, Tensor]:
     return packed
 
 
-def _unpacked(client: int, packed: Mapping[str, Tensor]) -> Flight:
-    """Returns the flight that `_packed` has packed."""
+def _unpacked(client: int, packed: Mapping[str, Tensor], device: torch.device) -> Flight:
+    """Returns the flight that `_packed` has packed, with the tensors that opening needs on `device`."""
     attempt, failure, broadcast_bits, bits, report_bits, examples, targets = packed["numbers"].tolist()
     record = ClientRecord(client, None if failure < 0 else FAILURES[failure], _as_bytes(packed["reason"]).decode())
     record.broadcast_bits, record.bits, record.report_bits = broadcast_bits, bits, report_bits
-    received = Received(attempt, _below(packed, _WEIGHTS), {}, {}, _below(packed, _PARAMS), {})
+    weights, params = (
+        {name: value.to(device) for name, value in _below(packed, prefix).items()} for prefix in (_WEIGHTS, _PARAMS)
+    )
+    received = Received(attempt, weights, {}, {}, params, {})
     messages = [_as_bytes(message) for message in _below(packed, _MESSAGES).values()]
     answer = Answer(messages, _as_bytes(packed[_REPORT]), {}) if _REPORT in packed else None
     asked = Asked(0, record, received, {}, answer, Registered(examples, targets))

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedq.data import Examples
 from fedq.encoding import Key
-from fedq.errors import FedqError
+from fedq.errors import FedqError, check_range
 from fedq.learning.clock import Clock
 from fedq.learning.draws import seeded
+from fedq.learning.evaluation import check
 from fedq.learning.protocol import Protocol
 from fedq.learning.round import ClientRecord
-from fedq.learning.task import Task, check_examples, outputs_of
+from fedq.learning.task import Task, outputs_of
 
 
 class Link(NamedTuple):
@@ -72,12 +73,11 @@ class Network:
 
     def __post_init__(self) -> None:
         for name in ("down", "up", "compute", "codec", "deadline"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, not {value}")
-        for name in ("latency", "link_spread", "compute_spread", "over_selection"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+            check_range(name, getattr(self, name), above=0, optional=name == "deadline")
+        check_range("latency", self.latency, 0)
+        for name in ("link_spread", "compute_spread"):  # larger spreads give rates of 0
+            check_range(name, getattr(self, name), 0, 10)
+        check_range("over_selection", self.over_selection, 0, integer=True)
         if self.trace:
             self._rows  # noqa: B018  reads the file now, so that an error comes before the first round
 
@@ -127,21 +127,21 @@ def _factor(key: Key, spread: float) -> float:
 def _read(path: Path) -> list[Link]:
     """Returns the rows of a trace. Raises FedqError, naming the line, for a row that is not a link."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        table = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        numbered = [(table.line_num, row) for row in table]
+    except (OSError, ValueError, csv.Error) as error:
         raise FedqError(f"run.network.trace: {path} cannot be read: {error}") from error
-    table = csv.DictReader(lines)
     if lacking := set(Link._fields) - set(table.fieldnames or ()):
         raise FedqError(f"run.network.trace: {path} has no column {min(lacking)!r}; it needs {', '.join(Link._fields)}")
     rows = []
-    for row in table:
+    for line, row in numbered:
         try:
             link = Link(*(float(row[name]) for name in Link._fields))
         except (TypeError, ValueError):
             link = Link(0, 0, 0, 0)
         if not (min(link.down, link.up, link.compute) > 0 <= link.latency and all(map(math.isfinite, link))):
             raise FedqError(
-                f"run.network.trace: {path}, line {table.line_num}: down, up and compute must be finite numbers above "
+                f"run.network.trace: {path}, line {line}: down, up and compute must be finite numbers above "
                 "0, and latency 0 or more"
             )
         rows.append(link)
@@ -158,9 +158,14 @@ def operations(model: nn.Module, task: Task, examples: Examples) -> float:
     model: The network, which stays as it is.
     task: The task.
     examples: At least one example.
+
+    Raises TaskError if the examples do not fit the model and the task, FedqError if there is none.
     """
     device = next(model.parameters()).device
-    x, y = (part[:2].to(device, copy=True) for part in check_examples(examples))
+    check(model, "the test set", examples, task)
+    if not len(examples.y):
+        raise FedqError("run.network needs a test set with an example, from which it counts the work in training")
+    x, y = (part[[0, -1]].to(device) for part in examples)  # two examples, because batch norm refuses one
     model = deepcopy(model).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     enabled = torch._C._get_mkldnn_enabled()

@@ -16,6 +16,7 @@ from fedq.encoding import Encoder, FixedWidth, Key, StateDictEncoder, UniformQua
 from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedAvg, FederatedDropout, FedNova, LocalTraining, Scaffold
 from fedq.learning.guard import NormGuard
+from fedq.learning.parts import checksum
 from fedq.simulation import checkpoint
 from fedq.simulation.client_state_files import ClientStateFiles
 from fedq.simulation.loop import rounds
@@ -561,3 +562,9 @@ def test_a_run_evaluates_clients_with_their_own_tensors(process, evaluated):
     found = [averaging.evaluate(state, Three().test(), clients=[one]) for one in tests]
     assert len({one["loss"] for one in found}) == (evaluated or 3)
     assert metrics["test/loss"] == pytest.approx(sum(one["loss"] for one in found) / len(found))
+
+
+def test_a_frozen_parameter_may_be_a_part_of_a_tensor():
+    """torch does not view bytes that begin at an odd place as longer numbers."""
+    both = torch.arange(18.0)
+    assert checksum(both[1:]) == checksum(both[1:].clone()) != checksum(both[:-1])

@@ -20,7 +20,7 @@ from fedq.errors import FedqError
 from fedq.learning import ErrorFeedback, FedBuff, FederatedAveraging, FederatedDropout, LocalTraining, ServerState
 from fedq.learning.error_feedback import Direction
 from fedq.simulation import checkpoint
-from fedq.simulation.asynchronous import Asynchronous, Flight, asynchronous_step
+from fedq.simulation.asynchronous import Asynchronous, Flight, _unpacked, asynchronous_step
 from fedq.simulation.loop import cohort
 from fedq.simulation.network import Network
 from fedq.simulation.workers import Workers
@@ -179,6 +179,15 @@ def test_answers_on_their_way_survive_a_checkpoint(network: Network, up: Directi
     last, rest = stepped(run, 4, resumed)
     assert first + rest == lines
     assert all(torch.equal(value, last.weights[name]) for name, value in state.weights.items())
+
+
+def test_answers_on_their_way_are_opened_on_the_device_of_the_process(network: Network) -> None:
+    run = process(network)
+    state, _ = stepped(run, 1)
+    client, packed = next(iter(state.in_flight.items()))
+    packed |= {"weights/batches": torch.tensor(3), "params/scale": torch.tensor(1.0)}
+    received = _unpacked(client, packed, torch.device("meta")).asked.received
+    assert received.weights["batches"].is_meta and received.upload_params["scale"].is_meta
 
 
 def test_the_order_of_training_changes_nothing(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,18 @@ def seconds(client: int, message: int, report: int = 48 + 4 * 8) -> float:
     return 2 * latency / 1000 + 8 * message / (down * 1e6) + computing + 8 * (message + report) / (up * 1e6)
 
 
+def test_the_work_needs_a_test_set_that_fits() -> None:
+    none, one, wrong = (
+        Examples(torch.zeros(number, *shape), torch.zeros(number, dtype=torch.int64))
+        for number, shape in ((0, (1, 28, 28)), (1, (1, 28, 28)), (2, (5,)))
+    )
+    for examples, sentence in ((none, "run.network needs a test set"), (wrong, "examples of the test set: the model")):
+        with pytest.raises(FedqError, match=sentence):
+            operations(MLP(10), Classification(), examples)
+    norm = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(784), torch.nn.Linear(784, 10))
+    assert operations(norm, Classification(), one) == 2 * 3 * 784 * 10
+
+
 def test_links_are_log_normal_with_the_means_and_spreads_of_the_configuration() -> None:
     links = [DRAWN.link(client, seed=7) for client in range(40_000)]
     for name, mean in (("down", 20.0), ("up", 5.0), ("latency", 50.0), ("compute", 1.0)):
@@ -111,6 +123,17 @@ def test_late_clients_are_left_out_with_their_weight(trace: str, over_selection:
         torch.testing.assert_close(value, alone.weights[name])
 
 
+def test_a_client_without_an_answer_takes_the_place_of_none(trace: str) -> None:
+    """Client 1 has the fastest link and no examples: the round ends with the answers of 3 and 0."""
+    network = Network(**MEANS, link_spread=0, compute_spread=0, trace=trace, over_selection=2)
+    empty = Client(1, lambda: Examples(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64)))
+    run = process(network, enough=2)
+    _, metrics = run.next(run.initialize(), [empty, *clients([2, 0, 3])])
+    assert (metrics["clients"], metrics["clients_failed/unable"], metrics["clients_failed/late"]) == (2, 1, 1)
+    message = metrics["broadcast_bits"] / 8 / 4
+    assert metrics["seconds/simulated"] == pytest.approx(seconds(0, message))
+
+
 def test_of_equal_times_the_first_places_win() -> None:
     run = process(Network(**MEANS, link_spread=0, compute_spread=0, over_selection=2), enough=2)
     _, metrics = run.next(run.initialize(), clients([3, 1, 0, 2]))
@@ -150,6 +173,7 @@ def test_a_server_with_a_deadline_waits_for_silent_clients_until_then(trace: str
         ("down,up,latency,compute\n0,1,1,1\n", "line 2: "),
         ("down,up,latency,compute\n1,inf,1,1\n", "line 2: "),
         ("down,up,latency,compute\n1,1\n", "line 2: "),
+        ("down,up,latency,compute\n" + 200_000 * "1", "cannot be read: field larger than"),
         (None, "cannot be read"),
     ],
 )
@@ -162,7 +186,18 @@ def test_a_trace_that_is_none_is_told_in_one_sentence(tmp_path: Path, text: str 
     assert str(error.value).startswith("run.network.trace: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [{"down": 0.0}, {"deadline": 0.0}, {"latency": -1.0}, {"over_selection": -1}])
+def test_a_trace_may_begin_with_a_mark_of_byte_order(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("\ufeff" + 'down,up,latency,compute\n"1",2,3,4\n', encoding="utf-8")
+    assert replace(DRAWN, trace=str(tmp_path / "trace.csv")).link(5, 0) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"down": 0.0}, {"deadline": 0.0}, {"latency": -1.0}, {"over_selection": -1}, {"over_selection": 1.5}),
+        *({"latency": math.inf}, {"link_spread": 40.0}, {"compute_spread": math.inf}),
+    ],
+)
 def test_a_network_needs_rates_and_times(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(DRAWN, **wrong)
