@@ -50,10 +50,10 @@ def export(run: Path, to: Path) -> str:
     model, target = protocol.model, config["model"]["_target_"]
     if hasattr(model, "peft_config"):
         # without the option, peft asks the hub whether the base has other embeddings
-        model.save_pretrained(str(to), save_embedding_layers=False)  # type: ignore[operator]
+        model.save_pretrained(str(to), save_embedding_layers=False)  # type: ignore[operator]  # nn.Module hides the type
         return f"load: peft.PeftModel.from_pretrained(BASE, {str(to)!r}), where BASE is {config['model']['base']}"
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(str(to))  # type: ignore[operator]
+        model.save_pretrained(str(to))  # type: ignore[operator]  # nn.Module hides the type
         return f"load: transformers.AutoModel….from_pretrained({str(to)!r})"
     from safetensors.torch import save_file
 

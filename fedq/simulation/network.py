@@ -159,7 +159,7 @@ def operations(model: nn.Module, task: Task, examples: Examples) -> float:
     task: The task.
     examples: At least one example.
 
-    Raises TaskError if the examples do not fit the model and the task, FedqError if there is none.
+    Raises TaskError if the examples do not fit the model and the task. Raises FedqError without examples.
     """
     device = next(model.parameters()).device
     check(model, "the test set", examples, task)
