@@ -24,6 +24,8 @@ from fedq.learning.protocol import Protocol
 from fedq.learning.round import ClientRecord
 from fedq.learning.task import Task, outputs_of
 
+_CENTURY = 100 * 365.25 * 86_400  # seconds: sums over rounds stay within what a checkpoint holds
+
 
 class Link(NamedTuple):
     """A client's link and processor.
@@ -113,7 +115,13 @@ class Network:
             coded = elements / (self.codec * 1e6) * (2 if sent else 1)
             computing = (protocol.training.seen(examples) * work + coded) / link.compute
             download, upload = record.broadcast_bits / (link.down * 1e6), sent / (link.up * 1e6)
-            return 2 * link.latency / 1e3 + download + computing + upload
+            total = 2 * link.latency / 1e3 + download + computing + upload
+            if not total < _CENTURY:
+                raise FedqError(
+                    f"run.network: an answer of client {record.client} takes {total:.3g} seconds, more than a century: "
+                    "give higher rates, or a lower latency"
+                )
+            return total
 
         return Clock(seconds, self.deadline or math.inf, enough if self.over_selection else None)
 

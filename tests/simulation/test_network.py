@@ -134,6 +134,13 @@ def test_a_client_without_an_answer_takes_the_place_of_none(trace: str) -> None:
     assert metrics["seconds/simulated"] == pytest.approx(seconds(0, message))
 
 
+@pytest.mark.parametrize("wrong", [{"latency": 1e308}, {"down": 1e-320}])
+def test_an_answer_that_takes_a_century_ends_the_run(wrong: dict[str, float]) -> None:
+    run = process(Network(**MEANS | wrong, link_spread=0, compute_spread=0))
+    with pytest.raises(FedqError, match="run.network: an answer of client 3 takes .* seconds, more than a century"):
+        run.next(run.initialize(), clients([3]))
+
+
 def test_of_equal_times_the_first_places_win() -> None:
     run = process(Network(**MEANS, link_spread=0, compute_spread=0, over_selection=2), enough=2)
     _, metrics = run.next(run.initialize(), clients([3, 1, 0, 2]))
