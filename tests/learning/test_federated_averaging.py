@@ -383,7 +383,7 @@ def test_an_update_beyond_float32_is_its_clients_and_not_the_runs(process, clien
 def test_too_few_clients_are_an_error_that_says_why(process, client):
     averaging = process(min_clients=2)
     with pytest.raises(
-        TooFewClients, match=r"round 1: 1 of 2 clients .* at least 2 must; client 9: it has no examples"
+        TooFewClients, match=r"round 1: 1 of 2 clients .* the round needs 2; client 9: it has no examples"
     ):
         averaging.next(averaging.initialize(), [client(0), failing(9, EMPTY)])
     with pytest.raises(TooFewClients, match="0 of 0"):
