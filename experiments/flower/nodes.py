@@ -94,7 +94,7 @@ class Nodes(Grid):
 
     @override
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
+        raise NotImplementedError  # Flower's strategies build their messages without the grid
 
 
 class Net(torch.nn.Module):

@@ -46,7 +46,7 @@ def app_of(dataset: Mnist5k, seed: int, steps: int, compressed: bool, count: Cal
         for batch in torch.split(order, BATCH):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(examples.x[batch]), examples.y[batch])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives no types here
             optimizer.step()
         metrics = MetricRecord({"train_loss": loss.item(), "num-examples": len(examples.y)})
         return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)

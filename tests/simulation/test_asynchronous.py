@@ -147,7 +147,7 @@ def test_answers_to_several_broadcasts_are_decoded_one_by_one(network: Network) 
 
 
 def test_clients_follow_references_whatever_they_missed(network: Network) -> None:
-    """Each client decodes only what it was sent, and holds what the server expects."""
+    """Each client decodes only the messages sent to this client. The result is what the server expects."""
     uint8 = Encoder([UniformQuantization(8)], FixedWidth())
     run = process(network, down=StateDictEncoder(uint8, threshold=0, reference="last"))
     held: dict[int, list[Any]] = {}
